@@ -1,0 +1,49 @@
+# The two commands of the README are `make demo` and `make test`.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-unit check format golden clean help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/train.stamp  ## fine-tune a real model on real text on this machine
+	$(BIN)/zerofit demo
+
+test: $(VENV)/dev.stamp  ## all tests that this machine can run
+	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/integration
+
+test-unit: $(VENV)/dev.stamp  ## the quick tests alone
+	$(BIN)/pytest tests/unit
+
+check: $(VENV)/dev.stamp  ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/dev.stamp  ## rewrite the sources as ruff formats them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+golden: $(VENV)/dev.stamp  ## rewrite the golden files; review the difference before committing
+	ZEROFIT_UPDATE_GOLDEN=1 $(BIN)/pytest tests/unit -k golden
+
+clean:  ## remove the environment and caches, no results
+	rm -rf $(VENV) build ./*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("zerofit needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/train.stamp: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[train]'
+	touch $@
+
+$(VENV)/dev.stamp: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[train,qlora,dev]'
+	touch $@
