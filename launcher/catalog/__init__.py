@@ -1,0 +1,1 @@
+"""Facts as data files: models and GPUs, each entry with its source."""

@@ -1,0 +1,1 @@
+"""One JSON file per model: the config facts that fix its tensors, with sources."""

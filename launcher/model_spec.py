@@ -1,0 +1,118 @@
+"""What a model is made of: every weight tensor's shape, from its Hugging Face config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from launcher.architectures import WeightRole, WeightSpec, layout_of
+from launcher.config_facts import ConfigFacts
+
+__all__ = ["ModelSpec", "WeightRole", "WeightSpec", "spec_from_config"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Architecture facts of a causal language model; lengths in tokens, sizes in elements."""
+
+    name: str
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    norm: Literal["rmsnorm", "layernorm"]
+    num_norms_per_layer: int
+    has_qk_norm: bool
+    mlp: Literal["gated", "plain"]
+    activation: str
+    has_parallel_residual: bool
+    weights: tuple[WeightSpec, ...]
+    num_experts: int = 0
+    """Routed experts per MoE layer; 0 is a dense model."""
+    num_experts_per_token: int = 0
+    moe_intermediate_size: int = 0
+    num_moe_layers: int = 0
+    sliding_window: int | None = None
+    num_sliding_layers: int = 0
+    """Layers that attend only within ``sliding_window`` tokens; the others see everything."""
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+
+    @property
+    def num_params(self) -> int:
+        """Exact parameter count; a tied lm_head is counted once."""
+        return sum(weight.num_params for weight in self.weights)
+
+    @property
+    def largest_tensor_elements(self) -> int:
+        """Elements of the largest single parameter tensor."""
+        return max(weight.num_elements for weight in self.weights)
+
+    @property
+    def num_params_per_layer(self) -> int:
+        """Parameters of one decoder layer (the mean, where layers differ)."""
+        in_layers = sum(weight.num_params for weight in self.weights if weight.in_layer)
+        return in_layers // self.num_hidden_layers
+
+
+def spec_from_config(config: Mapping[str, object], *, name: str) -> ModelSpec:
+    """Return a model's facts and exact weight inventory from its config.json mapping.
+
+    Keys that the config lacks take transformers' defaults for that model type. Of an image
+    and text model (Gemma 3 from 4B up) the language model alone is described.
+
+    Args:
+        config: the parsed config.json.
+        name: what to call the model in plans and errors.
+
+    Raises:
+        ModelError: the model type has no closed form here, or a size is missing or wrong.
+
+    Source:
+        transformers 5.23, ``models/<type>/configuration_<type>.py`` and ``modeling_<type>.py``.
+    """
+    facts = ConfigFacts(_text_config(config), name=name)
+    layout = layout_of(facts)
+    return ModelSpec(
+        name=name,
+        model_type=facts.model_type,
+        hidden_size=facts.hidden_size,
+        intermediate_size=facts.intermediate_size,
+        num_hidden_layers=facts.num_hidden_layers,
+        num_attention_heads=facts.num_attention_heads,
+        num_key_value_heads=facts.num_key_value_heads,
+        head_dim=facts.head_dim,
+        vocab_size=facts.integer("vocab_size"),
+        max_position_embeddings=facts.integer("max_position_embeddings"),
+        tie_word_embeddings=facts.flag("tie_word_embeddings"),
+        norm=layout.norm,
+        num_norms_per_layer=layout.num_norms_per_layer,
+        has_qk_norm=layout.has_qk_norm,
+        mlp=layout.mlp,
+        activation=facts.activation,
+        has_parallel_residual=layout.has_parallel_residual,
+        weights=layout.weights,
+        num_experts=layout.num_experts,
+        num_experts_per_token=layout.num_experts_per_token,
+        moe_intermediate_size=layout.moe_intermediate_size,
+        num_moe_layers=layout.num_moe_layers,
+        sliding_window=layout.sliding_window,
+        num_sliding_layers=layout.num_sliding_layers,
+        attention_softcap=facts.number("attn_logit_softcapping"),
+        logit_softcap=facts.number("final_logit_softcapping"),
+    )
+
+
+def _text_config(config: Mapping[str, object]) -> Mapping[str, object]:
+    """Return the language model's part of a Gemma 3 image-and-text config."""
+    text = config.get("text_config")
+    if config.get("model_type") != "gemma3" or not isinstance(text, Mapping):
+        return config
+    return {"model_type": "gemma3_text", **text}

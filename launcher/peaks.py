@@ -1,0 +1,94 @@
+"""What one rank measured, as it stands in the run directory: ``ranks/00003.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+SCHEMA_VERSION = 1
+
+RankState = Literal["running", "finished", "failed", "out_of_memory", "interrupted"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhasePeaks:
+    """Highest bytes that one rank saw in one phase, over all times the phase ran.
+
+    On CPU, where torch keeps no statistics, ``peak_allocated_bytes`` is the live tensor
+    storage counted during the first steps, and reserved equals it.
+    """
+
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    device_used_bytes: int | None
+    """Whole-device use as nvidia-smi shows it; ``None`` on CPU."""
+    host_rss_bytes: int
+    """Peak resident memory of the process in this phase."""
+    seconds: float
+    """Total wall time spent in the phase."""
+    count: int
+    """How many times the phase ran."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFailure:
+    """Why a rank stopped early."""
+
+    phase: str
+    type: str
+    message: str
+    traceback: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPeaks:
+    """Everything one rank measured; keys of ``phases`` are ``launcher.memory.PHASES``."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    host: str
+    pid: int
+    device: str
+    """``cuda`` or ``cpu``."""
+    device_name: str
+    state: RankState
+    steps_done: int
+    phases: Mapping[str, PhasePeaks] = field(default_factory=dict)
+    step_seconds: tuple[float, ...] = ()
+    """Wall seconds of each optimizer step, in order."""
+    tokens_per_step: int = 0
+    """Tokens that this rank processes in one optimizer step, padding included."""
+    allocator_retries: int = 0
+    allocator_ooms: int = 0
+    failure: RankFailure | None = None
+
+
+def peaks_to_json(peaks: RankPeaks) -> dict[str, Any]:
+    """Return a JSON value that :func:`peaks_from_json` reads back."""
+    return {"schema_version": SCHEMA_VERSION, **asdict(peaks)}
+
+
+def peaks_from_json(value: Mapping[str, Any]) -> RankPeaks:
+    """Read a rank's file.
+
+    Raises:
+        ValueError: another schema version, or a key is missing or unknown.
+    """
+    version = value.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"schema_version is {version!r}, this zerofit reads {SCHEMA_VERSION}")
+    content = {key: item for key, item in value.items() if key != "schema_version"}
+    try:
+        failure = content.pop("failure", None)
+        return RankPeaks(
+            **{
+                **content,
+                "phases": {k: PhasePeaks(**v) for k, v in content["phases"].items()},
+                "step_seconds": tuple(content["step_seconds"]),
+                "failure": RankFailure(**failure) if failure else None,
+            }
+        )
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"not a rank file: {error}") from None
