@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from launcher.ds_keys import apply_to_knobs, check_keys
+from launcher.errors import RecipeError
+from launcher.strategy import ZeroKnobs
+
+
+def problem_of(raw: dict[str, Any]) -> str:
+    with pytest.raises(RecipeError) as caught:
+        check_keys(raw, where="r.yaml: deepspeed")
+    return str(caught.value)
+
+
+def test_a_key_that_deepspeed_would_ignore_is_an_error_with_the_nearest_key() -> None:
+    problem = problem_of({"zero_optimization": {"reduce_buket_size": 1}, "wall_clock": True})
+    assert "did you mean 'reduce_bucket_size'?" in problem
+    assert "did you mean 'wall_clock_breakdown'?" in problem
+
+
+def test_a_key_that_the_plan_decides_names_the_recipe_key_to_use() -> None:
+    assert "set strategy.zero_stage instead" in problem_of({"zero_optimization": {"stage": 3}})
+    assert "set model.precision instead" in problem_of({"bf16": {"enabled": True}})
+
+
+@pytest.mark.parametrize("value", ["big", -1, True, None])
+def test_a_bucket_size_that_is_no_count_is_an_error(value: object) -> None:
+    assert "reduce_bucket_size" in problem_of({"zero_optimization": {"reduce_bucket_size": value}})
+
+
+def test_a_zero_section_that_is_no_section_is_an_error() -> None:
+    assert "is a section" in problem_of({"zero_optimization": 3})
+
+
+def test_keys_that_move_memory_reach_the_knobs() -> None:
+    knobs = apply_to_knobs(
+        ZeroKnobs(),
+        {"zero_optimization": {"reduce_bucket_size": 5e7, "overlap_comm": True}},
+    )
+    assert knobs.reduce_bucket_size == 50_000_000
+    assert isinstance(knobs.reduce_bucket_size, int)
+    assert knobs.overlaps(2)
+
+
+def test_keys_that_move_no_memory_pass() -> None:
+    check_keys({"wall_clock_breakdown": True, "comms_logger": {"enabled": True}}, where="x")

@@ -1,0 +1,72 @@
+"""Hostfiles: strict text to hosts and back."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.errors import HostfileError
+from launcher.hostfile import Host, equal_slots, parse_hostfile, render_hostfile
+
+
+def test_hosts_keep_their_order_and_comments_are_left_out() -> None:
+    text = "# the cluster\n\nnode2 slots=8\n  node1\tslots=4  # the old one\n"
+    assert parse_hostfile(text, source="hostfile") == (
+        Host(name="node2", slots=8),
+        Host(name="node1", slots=4),
+    )
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "# only a comment\n"])
+def test_empty_hostfile_never_falls_back_to_this_machine(text: str) -> None:
+    with pytest.raises(HostfileError, match="my_hosts: the hostfile names no hosts"):
+        parse_hostfile(text, source="my_hosts")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("node2", "'node2' has no slots"),
+        ("node2 slots=", "has no slots|cannot read 'slots='"),
+        ("node2 slots=x", "slots='x' is not a number"),
+        ("node2 slots=-1", "slots='-1' is not a number"),
+        ("node2 slots=\u0664", "is not a number"),
+        ("node2 slots=0", "'node2' has slots=0"),
+        # DeepSpeed accepts these two without a word (measured with 0.19.8).
+        ("node2 slots=4;reboot", "slots='4;reboot' is not a number"),
+        ("node2 slots=4 max_slots=8", "cannot read 'max_slots=8'"),
+        ("node2:8", "'node2:8' has no slots"),
+        ("slots=8", "is not a host name|has no slots"),
+        ("-oProxyCommand=reboot slots=1", "is not a host name"),
+        ("$(id) slots=1", "is not a host name"),
+        ("node1 slots=4", "'node1' is already on line 1"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named_with_its_number(line: str, problem: str) -> None:
+    with pytest.raises(HostfileError, match=problem) as caught:
+        parse_hostfile(f"node1 slots=8\n# next\n{line}\n", source="hosts")
+    assert "hosts:3" in str(caught.value)
+
+
+def test_all_bad_lines_are_reported_at_once() -> None:
+    with pytest.raises(HostfileError) as caught:
+        parse_hostfile("a\nb slots=1\nc slots=none\n", source="hosts")
+    assert "hosts:1" in str(caught.value)
+    assert "hosts:3" in str(caught.value)
+
+
+def test_hosts_with_different_slots_are_refused() -> None:
+    hosts = (Host(name="a", slots=8), Host(name="b", slots=4))
+    with pytest.raises(HostfileError, match="a 8, b 4"):
+        equal_slots(hosts, source="hosts")
+    assert equal_slots(hosts[:1], source="hosts") == 8
+
+
+names = st.from_regex(r"[a-z0-9_][a-z0-9_.-]{0,20}", fullmatch=True)
+
+
+@given(st.dictionaries(names, st.integers(1, 64), min_size=1, max_size=20))
+def test_rendered_hosts_are_read_back(slots_by_name: dict[str, int]) -> None:
+    hosts = tuple(Host(name=name, slots=slots) for name, slots in slots_by_name.items())
+    assert parse_hostfile(render_hostfile(hosts), source="hosts") == hosts

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from launcher.errors import RecipeError
+from launcher.recipe import parse_recipe, render_recipe
+from launcher.strategy import Checkpointing, Method, Offload, Precision
+
+MINIMAL = "model: {name_or_path: llama2-7b}\n"
+
+
+def problem_of(text: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, source="r.yaml", overrides=overrides)
+    return str(caught.value)
+
+
+def test_a_recipe_needs_nothing_but_a_model() -> None:
+    recipe = parse_recipe(MINIMAL, source="r.yaml")
+    assert recipe.model.name_or_path == "llama2-7b"
+    assert recipe.strategy.zero_stage is None
+
+
+def test_choices_are_parsed_into_their_types() -> None:
+    recipe = parse_recipe(
+        MINIMAL + "method: qlora\nstrategy: {zero_stage: 3, offload_optimizer: cpu,"
+        " gradient_checkpointing: full, grad_accum_dtype: fp32}",
+        source="r.yaml",
+    )
+    assert recipe.method is Method.qlora
+    assert recipe.strategy.offload_optimizer is Offload.cpu
+    assert recipe.strategy.gradient_checkpointing is Checkpointing.full
+    assert recipe.strategy.grad_accum_dtype is Precision.fp32
+
+
+def test_a_typo_in_a_key_names_the_file_the_key_and_the_nearest_key() -> None:
+    problem = problem_of(MINIMAL + "strategy: {zero_stge: 2}")
+    assert "r.yaml" in problem
+    assert "'strategy.zero_stge'" in problem
+    assert "did you mean 'zero_stage'?" in problem
+
+
+def test_all_unknown_keys_are_reported_at_once() -> None:
+    problem = problem_of("modl: {}\nlora: {rank: 8}\n")
+    assert "'modl'" in problem
+    assert "'lora.rank'" in problem
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("max_seq_len: 0", "max_seq_len is 0"),
+        ("max_seq_len: -1", "max_seq_len is -1"),
+        ("max_seq_len: 4k", "max_seq_len"),
+        ("max_seq_len: 3.5", "max_seq_len"),
+        ("optim: {learning_rate: fast}", "optim.learning_rate"),
+        ("optim: {global_batch_size: 0}", "optim.global_batch_size is 0"),
+        ("optim: {warmup_ratio: 1.5}", "optim.warmup_ratio is 1.5"),
+        ("lora: {dropout: 1.0}", "lora.dropout is 1.0"),
+        ("lora: {target_modules: []}", "lora.target_modules is empty"),
+        ("method: lorra", "method"),
+        ("strategy: {zero_stage: 4}", "strategy.zero_stage"),
+        ("strategy: 2", "'strategy' is a section"),
+        (
+            "strategy: {zero_stage: 2, offload_param: cpu}",
+            "strategy.offload_param needs zero_stage 3",
+        ),
+        ("strategy: {zero_stage: 0, offload_optimizer: cpu}", "strategy.offload_optimizer needs"),
+        ("strategy: {offload_optimizer: nvme}", "strategy.nvme_path is missing"),
+    ],
+)
+def test_an_impossible_value_is_an_error_that_names_its_key(line: str, key: str) -> None:
+    assert key in problem_of(MINIMAL + line)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "just words", "model: [", "\tmodel: x"])
+def test_text_that_is_no_mapping_is_an_error_and_no_traceback(text: str) -> None:
+    assert "r.yaml" in problem_of(text)
+
+
+def test_a_recipe_without_a_model_says_what_to_give() -> None:
+    assert "model.name_or_path" in problem_of("method: lora")
+
+
+def test_overrides_pass_through_the_same_checks_as_the_file() -> None:
+    assert "did you mean 'zero_stage'?" in problem_of(MINIMAL, "strategy.zero_stge=2")
+    assert "max_seq_len=4k" in problem_of(MINIMAL, "max_seq_len=4k")
+    recipe = parse_recipe(MINIMAL, source="r.yaml", overrides=["lora.target_modules=[q_proj]"])
+    assert recipe.lora.target_modules == ("q_proj",)
+
+
+@pytest.mark.parametrize("override", ["strategy.zero_stage", "=2", "lora.r=[8"])
+def test_an_override_that_cannot_be_read_is_shown(override: str) -> None:
+    assert "command line" in problem_of(MINIMAL, override)
+
+
+def test_options_are_taken_as_they_are_and_not_as_yaml() -> None:
+    path = "folder: {odd}, [name"
+    recipe = parse_recipe("", source="r.yaml", options={"model.name_or_path": path})
+    assert recipe.model.name_or_path == path
+
+
+def test_what_is_rendered_parses_back_to_the_same_recipe() -> None:
+    recipe = parse_recipe(
+        MINIMAL + "method: qlora\nlora: {r: 64, target_modules: [q_proj, v_proj]}\n"
+        "deepspeed: {zero_optimization: {reduce_bucket_size: 1000000}}\n"
+        "strategy: {zero_stage: 3, offload_optimizer: cpu}\nslurm: {extra: ['--exclusive']}",
+        source="r.yaml",
+    )
+    text = render_recipe(recipe)
+    assert parse_recipe(text, source="again") == recipe
+    assert "optim" not in yaml.safe_load(text)
+
+
+def test_raw_deepspeed_keys_are_kept_as_they_are() -> None:
+    recipe = parse_recipe(
+        MINIMAL + "deepspeed: {zero_optimization: {overlap_comm: true}}", source="r.yaml"
+    )
+    assert recipe.deepspeed == {"zero_optimization": {"overlap_comm": True}}
