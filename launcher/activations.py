@@ -1,0 +1,315 @@
+"""Bytes of activations at the moments of one micro-step, for any decoder in the catalogue."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from launcher.autograd_tape import Moment, Size
+from launcher.decoder_layer import AttentionKernel, LayerSetting, write_layer
+from launcher.hardware import GpuSpec
+from launcher.output_layer import LossMoment, OutputLayer
+from launcher.strategy import Attention, Checkpointing, Loss, Method, Precision, Strategy
+from launcher.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerProfile:
+    """What one layer keeps, and its moments; polynomials, for any number of tokens."""
+
+    saved: Size
+    saved_input: Size
+    """The part of ``saved`` that is the layer's own input, which checkpointing holds anyway."""
+    unused_in_first_layer: Size
+    """What the first layer need not keep when its input has no gradient (frozen embeddings)."""
+    forward: tuple[Moment, ...]
+    inference: tuple[Moment, ...]
+    backward: tuple[Moment, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerMoment:
+    """One instant of a layer in bytes; gradients are counted in elements for ZeRO to place."""
+
+    name: str
+    saved_bytes: float
+    passing_bytes: float
+    weight_bytes: float
+    new_gradient_elements: int
+    last_gradient_elements: int
+    is_parameter_done: bool
+    earlier_gradient_elements: int
+
+    @property
+    def total_bytes(self) -> float:
+        """Everything of the layer that is alive."""
+        return self.saved_bytes + self.passing_bytes + self.weight_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationTimeline:
+    """Activations of one micro-step on one rank, in bytes."""
+
+    inputs_bytes: float
+    """Token ids, labels, positions and the attention mask: alive all the time."""
+    layer_saved_bytes: float
+    """What one layer keeps until its backward (its input only, when checkpointed)."""
+    first_layer_discount_bytes: float
+    num_layers: int
+    is_recomputed: bool
+    norm_saved_bytes: float
+    forward: LayerMoment
+    inference: LayerMoment
+    loss: tuple[LossMoment, ...]
+    backward: tuple[LayerMoment, ...]
+    hidden_bytes: float
+    """One hidden state: tokens x hidden size."""
+    evaluation_loss_bytes: float
+    logits_hole_bytes: float
+    """The logits in the model's precision, when all exist at once before their fp32 copy."""
+
+    @property
+    def saved_bytes(self) -> float:
+        """What all layers keep when forward is over."""
+        return self.layer_saved_bytes * self.num_layers - self.first_layer_discount_bytes
+
+
+def attention_kernel(workload: Workload, strategy: Strategy, gpu: GpuSpec) -> AttentionKernel:
+    """Return the kernel that runs: torch's SDPA picks by mask and compute capability.
+
+    Source: torch 2.13 ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``; a mask rules
+    out FlashAttention, compute capability below 8.0 too.
+    """
+    if strategy.attention is Attention.eager or (
+        strategy.attention is Attention.sdpa and workload.model.attention_softcap is not None
+    ):
+        return "eager"
+    if strategy.attention is Attention.flash_attention_2:
+        return "flash"
+    if workload.has_padding:
+        return "efficient_masked"
+    return "flash" if gpu.has_flash_attention_2 else "efficient"
+
+
+def _undominated(moments: Iterable[Moment]) -> tuple[Moment, ...]:
+    """Leave out moments that another with the same gradients exceeds at any length."""
+    kept: dict[tuple[int, int, bool], list[Moment]] = {}
+    for moment in moments:
+        key = (
+            moment.new_gradient_elements,
+            moment.earlier_gradient_elements,
+            moment.is_parameter_done,
+        )
+        rivals = kept.setdefault(key, [])
+        if any(_exceeds(rival, moment) for rival in rivals):
+            continue
+        rivals[:] = [rival for rival in rivals if not _exceeds(moment, rival)]
+        rivals.append(moment)
+    return tuple(moment for rivals in kept.values() for moment in rivals)
+
+
+def _exceeds(one: Moment, other: Moment) -> bool:
+    left, right = one.saved + one.passing, other.saved + other.passing
+    return (
+        left.token >= right.token
+        and left.score >= right.score
+        and left.fixed + one.weight_bytes >= right.fixed + other.weight_bytes
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def layer_profile(setting: LayerSetting) -> LayerProfile:
+    """Return a layer's moments, those that another moment always exceeds left out."""
+    tape = write_layer(setting)
+    saved = tape.saved()
+    hidden = tape.size(0)
+    keeps_input = tape.is_saved(0)
+    return LayerProfile(
+        saved=saved,
+        saved_input=hidden if keeps_input else Size(),
+        unused_in_first_layer=tape.saved_by_prefix(("RMS norm", "layer norm")),
+        forward=_undominated(tape.forward_moments()),
+        inference=_undominated(tape.forward_moments(keeps_graph=False)),
+        backward=_undominated(tape.backward_moments()),
+    )
+
+
+def timeline(
+    workload: Workload, strategy: Strategy, gpu: GpuSpec, *, adapter_bytes: int
+) -> ActivationTimeline:
+    """Return the activations of one micro-step.
+
+    Args:
+        workload: model, method and length.
+        strategy: micro-batch, checkpointing, kernels and loss.
+        gpu: decides the attention kernel and whether CUDA's temporaries exist.
+        adapter_bytes: bytes per element of LoRA weights and of what flows through them.
+
+    Source:
+        transformers 5.23 modules, operation by operation (``launcher/decoder_layer.py``).
+    """
+    return _timeline(
+        workload,
+        _Choices(
+            kernel=attention_kernel(workload, strategy, gpu),
+            checkpointing=strategy.gradient_checkpointing,
+            loss=strategy.loss,
+            micro_batch_size=strategy.micro_batch_size_per_gpu,
+            sequence_parallel_size=strategy.sequence_parallel_size,
+            adapter_bytes=adapter_bytes,
+            has_liger=strategy.liger_kernels and gpu.device_type == "cuda",
+            has_zero3_linear=strategy.zero_stage == 3,
+            is_cuda=gpu.device_type == "cuda",
+        ),
+    )
+
+
+class _Choices(NamedTuple):
+    """What activations depend on besides the workload."""
+
+    kernel: AttentionKernel
+    checkpointing: Checkpointing
+    loss: Loss
+    micro_batch_size: int
+    sequence_parallel_size: int
+    adapter_bytes: int
+    has_liger: bool
+    has_zero3_linear: bool
+    is_cuda: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def _timeline(workload: Workload, choices: _Choices) -> ActivationTimeline:
+    model, length = workload.model, workload.max_seq_len
+    tokens = choices.micro_batch_size * length / choices.sequence_parallel_size
+    # Ulysses gives each rank all tokens of a share of the heads during attention.
+    scores = tokens * length
+    kinds = [
+        (count, layer_profile(_layer_setting(workload, choices, is_moe=is_moe)))
+        for count, is_moe in (
+            (model.num_hidden_layers - model.num_moe_layers, False),
+            (model.num_moe_layers, True),
+        )
+        if count
+    ]
+    # Layers of two kinds: the one that keeps more stands where the peak is.
+    kinds.sort(key=lambda kind: kind[1].saved.at(tokens, scores))
+    profile = kinds[-1][1]
+    is_recomputed = choices.checkpointing is not Checkpointing.none
+    width = workload.precision.bytes_per_element
+    hidden = tokens * model.hidden_size * width
+    held = sum(count * kind.saved.at(tokens, scores) for count, kind in kinds)
+    layer_saved = held / model.num_hidden_layers
+    if choices.checkpointing is Checkpointing.full:
+        layer_saved = hidden
+    elif choices.checkpointing is Checkpointing.cpu_offload:
+        layer_saved = 0.0
+    is_frozen = workload.method is not Method.full
+    discount = 0.0
+    if is_frozen and not is_recomputed:
+        discount = kinds[0][1].unused_in_first_layer.at(tokens, scores)
+    output = _output_layer(workload, choices, tokens)
+    return ActivationTimeline(
+        inputs_bytes=_inputs_bytes(workload, choices.kernel, tokens, scores),
+        layer_saved_bytes=layer_saved,
+        first_layer_discount_bytes=discount,
+        num_layers=model.num_hidden_layers,
+        is_recomputed=is_recomputed,
+        norm_saved_bytes=output.final_norm_bytes(
+            is_rms=model.norm == "rmsnorm", is_frozen=is_frozen, has_liger=choices.has_liger
+        ),
+        forward=_fullest(profile.inference if is_recomputed else profile.forward, tokens, scores),
+        inference=_fullest(profile.inference, tokens, scores),
+        loss=output.moments(choices.loss),
+        backward=_backward(profile, tokens, scores, is_recomputed=is_recomputed),
+        hidden_bytes=hidden,
+        evaluation_loss_bytes=output.evaluation_bytes(choices.loss),
+        logits_hole_bytes=(
+            tokens * model.vocab_size * width if choices.loss is Loss.full and width != 4 else 0.0
+        ),
+    )
+
+
+def _layer_setting(workload: Workload, choices: _Choices, *, is_moe: bool) -> LayerSetting:
+    """Return what decides a layer's activations."""
+    is_frozen = workload.method is not Method.full
+    is_fp16_kernel = choices.is_cuda and workload.precision is Precision.fp16
+    return LayerSetting(
+        model=workload.model,
+        is_moe=is_moe,
+        element_bytes=workload.precision.bytes_per_element,
+        adapter_targets=frozenset(weight.name for weight in workload.lora_weights),
+        adapter_rank=workload.lora.r if is_frozen else 0,
+        adapter_bytes=choices.adapter_bytes,
+        has_adapter_dropout=is_frozen and workload.lora.dropout > 0,
+        is_frozen=is_frozen,
+        has_zero3_linear=choices.has_zero3_linear,
+        quantization=workload.quantization.kind if workload.method is Method.qlora else None,
+        attention=choices.kernel,
+        has_fp32_softmax_input=workload.precision is not Precision.fp32 and not is_fp16_kernel,
+        has_liger=choices.has_liger,
+        is_cuda=choices.is_cuda,
+    )
+
+
+def _output_layer(workload: Workload, choices: _Choices, tokens: float) -> OutputLayer:
+    model = workload.model
+    return OutputLayer(
+        tokens=tokens,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        element_bytes=workload.precision.bytes_per_element,
+        is_head_trained=workload.method is Method.full,
+        keeps_hidden=workload.method is Method.full or choices.has_zero3_linear,
+        has_softcap=model.logit_softcap is not None,
+    )
+
+
+def _inputs_bytes(
+    workload: Workload, kernel: AttentionKernel, tokens: float, scores: float
+) -> float:
+    """Return ids, labels and mask of the batch (8 B each), cos and sin, and the 2-D mask."""
+    width = workload.precision.bytes_per_element
+    positions = 2 * width * workload.max_seq_len * workload.model.head_dim
+    mask = scores * {"eager": width, "efficient_masked": 1}.get(kernel, 0)
+    return 24 * tokens + positions + mask
+
+
+def _in_bytes(moment: Moment, tokens: float, scores: float, *, less: float = 0.0) -> LayerMoment:
+    return LayerMoment(
+        name=moment.name,
+        saved_bytes=max(0.0, moment.saved.at(tokens, scores) - less),
+        passing_bytes=moment.passing.at(tokens, scores),
+        weight_bytes=moment.weight_bytes,
+        new_gradient_elements=moment.new_gradient_elements,
+        last_gradient_elements=moment.last_gradient_elements,
+        is_parameter_done=moment.is_parameter_done,
+        earlier_gradient_elements=moment.earlier_gradient_elements,
+    )
+
+
+def _fullest(moments: tuple[Moment, ...], tokens: float, scores: float) -> LayerMoment:
+    return max(
+        (_in_bytes(moment, tokens, scores) for moment in moments),
+        key=lambda moment: moment.total_bytes,
+    )
+
+
+def _backward(
+    profile: LayerProfile, tokens: float, scores: float, *, is_recomputed: bool
+) -> tuple[LayerMoment, ...]:
+    """Return the layer's backward moments; of those with the same gradients, the fullest."""
+    less = profile.saved_input.at(tokens, scores) if is_recomputed else 0.0
+    fullest: dict[tuple[int, int, bool], LayerMoment] = {}
+    for moment in profile.backward:
+        found = _in_bytes(moment, tokens, scores, less=less)
+        key = (
+            found.new_gradient_elements,
+            found.earlier_gradient_elements,
+            found.is_parameter_done,
+        )
+        if key not in fullest or fullest[key].total_bytes < found.total_bytes:
+            fullest[key] = found
+    return tuple(fullest.values())

@@ -1,0 +1,298 @@
+"""Work of one micro-step on one GPU: FLOPs, bytes and host operations, before any rates.
+
+Byte counts per element follow the eager modules of transformers 5.23 operation by operation
+(reads plus writes); a comment gives each sum for 2-byte numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from launcher.model_spec import ModelSpec
+from launcher.strategy import Attention, Checkpointing, Loss, Method, Strategy
+from launcher.time_calibration import TimeCalibration
+from launcher.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroStepWork:
+    """Work of one forward and backward pass of one micro-batch, on one GPU."""
+
+    tokens: float
+    matmul_flops: float
+    attention_flops: float
+    has_flash_attention: bool
+    elementwise_bytes: float
+    weight_bytes: float
+    """Weights read for the matrices, and dequantized before them."""
+    host_ops: float
+    model_flops: float
+    """FLOPs without recomputation: the numerator of MFU."""
+    modules_with_params: float
+    """Visits to modules that own parameters, over all passes."""
+    trainable_tensors: int
+    num_passes: int
+    """2, or 3 when the forward is recomputed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightTotals:
+    """Sums over a workload's weights, in elements unless a name says otherwise."""
+
+    num_params: int
+    num_trainable_params: int
+    matmul_params: float
+    """Linear weights of the layers that one token meets: of experts, the active ones."""
+    stored_matmul_params: int
+    """The same with all experts."""
+    head_params: int
+    num_quantized_params: int
+    num_linears: int
+    num_tensors: int
+    lora_params: int
+    lora_linears: int
+    lora_in_features: int
+    lora_out_features: int
+
+
+def micro_step_work(
+    workload: Workload,
+    strategy: Strategy,
+    calibration: TimeCalibration,
+    *,
+    has_flash_kernel: bool = True,
+) -> MicroStepWork:
+    """Return the work of one micro-step.
+
+    Args:
+        workload: model, method and sequence length.
+        strategy: micro-batch, checkpointing, attention, loss and kernels.
+        calibration: operation counts of adapters and quantized layers.
+        has_flash_kernel: whether the GPU runs FlashAttention-2 kernels.
+
+    Source:
+        FLOPs: Korthikanti et al., arXiv:2205.05198, appendix A, split into forward, input
+        gradients and weight gradients; frozen matrices have no weight gradient.
+    """
+    totals = weight_totals(workload)
+    tokens = (
+        strategy.micro_batch_size_per_gpu * workload.max_seq_len / strategy.sequence_parallel_size
+    )
+    recomputes = strategy.gradient_checkpointing is not Checkpointing.none
+    is_full = workload.method is Method.full
+    num_passes = 3 if recomputes else 2
+    # forward, input gradient, (weight gradient); the head is never recomputed.
+    products = 3 if is_full else 2
+    head_products = products + (strategy.loss is Loss.chunked)
+    body_flops = 2 * totals.matmul_params * tokens
+    head_flops = 2 * totals.head_params * tokens
+    lora_flops = 2 * totals.lora_params * tokens
+    has_flash = has_flash_kernel and _is_unmasked(workload, strategy)
+    attention_flops = _attention_forward_flops(workload, strategy, tokens)
+    # Flash backward recomputes the scores: 5 products for the forward's 2.
+    attention_passes = 3.5 if strategy.attention is not Attention.eager else 3.0
+    return MicroStepWork(
+        tokens=tokens,
+        matmul_flops=(products + recomputes) * body_flops
+        + head_products * head_flops
+        + (3 + recomputes) * lora_flops,
+        attention_flops=(attention_passes + recomputes) * attention_flops,
+        has_flash_attention=has_flash,
+        elementwise_bytes=_elementwise_bytes(workload, strategy, totals, tokens),
+        weight_bytes=_weight_bytes(workload, totals, products + recomputes, num_passes),
+        host_ops=_host_ops(workload, strategy, totals, calibration),
+        model_flops=products * (body_flops + head_flops) + 3 * (lora_flops + attention_flops),
+        modules_with_params=num_passes * _modules_with_params(workload, totals),
+        trainable_tensors=totals.num_tensors if is_full else 2 * totals.lora_linears,
+        num_passes=num_passes,
+    )
+
+
+@lru_cache(maxsize=64)
+def weight_totals(workload: Workload) -> WeightTotals:
+    """Return the sums; remembered, because a planner asks thousands of times for one model."""
+    model = workload.model
+    active = model.num_experts_per_token / model.num_experts if model.num_experts else 0.0
+    matmul_params, stored, linears = 0.0, 0, 0
+    for weight in model.weights:
+        if weight.role in ("linear", "router"):
+            matmul_params += weight.num_params
+            stored += weight.num_params
+            linears += weight.count
+        elif weight.role == "expert":
+            matmul_params += weight.num_params * active
+            stored += weight.num_params
+    lora_weights = workload.lora_weights
+    lora_in = sum(weight.shape[1] * weight.count for weight in lora_weights)
+    lora_out = sum(weight.shape[0] * weight.count for weight in lora_weights)
+    return WeightTotals(
+        num_params=model.num_params,
+        num_trainable_params=workload.num_trainable_params,
+        matmul_params=matmul_params,
+        stored_matmul_params=stored,
+        head_params=model.vocab_size * model.hidden_size,
+        num_quantized_params=workload.num_quantized_params,
+        num_linears=linears,
+        num_tensors=sum(weight.count for weight in model.weights),
+        lora_params=workload.lora.r * (lora_in + lora_out),
+        lora_linears=sum(weight.count for weight in lora_weights),
+        lora_in_features=lora_in,
+        lora_out_features=lora_out,
+    )
+
+
+def _is_unmasked(workload: Workload, strategy: Strategy) -> bool:
+    """Return whether attention can skip the upper triangle and needs no mask tensor."""
+    if strategy.attention is Attention.flash_attention_2:
+        return True
+    window = workload.model.sliding_window
+    has_window_mask = window is not None and workload.max_seq_len > window
+    return strategy.attention is Attention.sdpa and not workload.has_padding and not has_window_mask
+
+
+def _attention_forward_flops(workload: Workload, strategy: Strategy, tokens: float) -> float:
+    """Return 4 x tokens x visible keys x heads x head_dim, summed over layers."""
+    model, seq_len = workload.model, workload.max_seq_len
+    # Kernels without a mask skip the upper triangle; the others compute it and throw it away.
+    causal_keys = seq_len / 2 if _is_unmasked(workload, strategy) else seq_len
+    window_keys = causal_keys
+    window = model.sliding_window
+    if window is not None and window < seq_len and strategy.attention is not Attention.eager:
+        has_blocks = strategy.attention is Attention.flash_attention_2
+        window_keys = window - window**2 / (2 * seq_len) if has_blocks else seq_len
+    sliding = model.num_sliding_layers
+    keys = sliding * window_keys + (model.num_hidden_layers - sliding) * causal_keys
+    return 4 * tokens * keys * model.num_attention_heads * model.head_dim
+
+
+def _weight_bytes(
+    workload: Workload, totals: WeightTotals, products: int, num_passes: int
+) -> float:
+    width = workload.precision.bytes_per_element
+    # Every expert is read even though a token uses few: a micro-batch touches all of them.
+    read = width * (totals.stored_matmul_params + totals.head_params) * products
+    if workload.method is not Method.qlora:
+        return read
+    # Packed weights read and 16-bit ones written before each product (bitsandbytes 0.50,
+    # autograd/_functions.py:MatMul4Bit; nf4 0.52 and int8 1.0 bytes per parameter).
+    packed = 0.52 if workload.quantization.kind == "nf4" else 1.0
+    return read + (packed + width) * totals.num_quantized_params * num_passes
+
+
+def _elementwise_bytes(
+    workload: Workload, strategy: Strategy, totals: WeightTotals, tokens: float
+) -> float:
+    """Return bytes that kernels other than matrix products and attention move."""
+    model, fused = workload.model, strategy.liger_kernels
+    forward, backward = _layer_bytes(model, fused=fused, is_full=workload.method is Method.full)
+    # PEFT Linear.forward: adapter output written 2, scaled 4, added 6; input read 2. Backward:
+    # scale 4, read twice 4; input read 2, its gradient written 2 and accumulated 6.
+    lora_forward = 12 * totals.lora_out_features + 2 * totals.lora_in_features
+    lora_backward = 8 * totals.lora_out_features + 10 * totals.lora_in_features
+    dropped = 5 * totals.lora_in_features if workload.lora.dropout > 0 else 0
+    forward = forward * model.num_hidden_layers + lora_forward + dropped
+    backward = backward * model.num_hidden_layers + lora_backward + dropped
+    recomputes = strategy.gradient_checkpointing is not Checkpointing.none
+    # Logits: float 6, log_softmax 8, their gradients 4 + 12, cast back 6, written 2 and read 2;
+    # Liger reads and writes each 16-bit logit about twice.
+    per_logit = 8 if strategy.loss is Loss.liger else 40
+    per_logit += 12 if model.logit_softcap else 0
+    scores = _score_bytes(workload, strategy, recomputes=recomputes) * tokens
+    width = workload.precision.bytes_per_element / 2
+    return width * (
+        tokens * ((1 + recomputes) * forward + backward + per_logit * model.vocab_size) + scores
+    )
+
+
+def _score_bytes(workload: Workload, strategy: Strategy, *, recomputes: bool) -> float:
+    """Return bytes per token that eager attention moves for its scores."""
+    if strategy.attention is not Attention.eager:
+        return 0.0
+    model = workload.model
+    # Forward: scores written 2, scaled 4, masked 6, softmax in fp32 2 + 4, cast 6, read 2;
+    # backward: 2 + 6 casts, softmax gradient 12, scale 4, two products 4.
+    per_score = 26 * (1 + recomputes) + 28
+    heads = model.num_hidden_layers * model.num_attention_heads
+    return float(per_score * heads * workload.max_seq_len)
+
+
+def _layer_bytes(model: ModelSpec, *, fused: bool, is_full: bool) -> tuple[float, float]:
+    """Return bytes per token of one layer's norms, rope, activation and residuals."""
+    hidden = model.hidden_size
+    q_width = model.num_attention_heads * model.head_dim
+    kv_width = model.num_key_value_heads * model.head_dim
+    # RMSNorm: to fp32 6, square 8, mean 4, scale 8, to 16 bit 6, weight 4; backward the same
+    # in reverse with two accumulations; torch and Liger do it in one kernel.
+    norm = (36.0, 62.0) if model.norm == "rmsnorm" and not fused else (4.0, 8.0)
+    norm_width = model.num_norms_per_layer * hidden
+    norm_width += (q_width + kv_width) if model.has_qk_norm else 0
+    weight_grad = 8 * norm_width if is_full else 0
+    # Rope on q and k: two products 8, rotation 6, sum 6. Liger works in place.
+    rope = (4.0, 4.0) if fused else (20.0, 24.0)
+    width = model.intermediate_size
+    if model.num_moe_layers:
+        # Gathered to experts, weighted and summed back as well: 8 more per hidden element.
+        width = model.num_experts_per_token * (model.moe_intermediate_size + hidden)
+    activation = _activation_bytes(model, fused=fused)
+    residuals = 6 if model.has_parallel_residual else 12
+    forward = (
+        norm[0] * norm_width
+        + rope[0] * (q_width + kv_width)
+        + 4 * q_width
+        + activation[0] * width
+        + residuals * hidden
+    )
+    backward = (
+        norm[1] * norm_width
+        + weight_grad
+        + rope[1] * (q_width + kv_width)
+        + 4 * q_width
+        + activation[1] * width
+        + residuals * hidden
+    )
+    return forward, backward
+
+
+def _activation_bytes(model: ModelSpec, *, fused: bool) -> tuple[float, float]:
+    """Return forward and backward bytes per element of the MLP's inner width."""
+    if model.mlp == "gated":
+        # silu 4 and product 6; backward 12 and 6. Liger SwiGLU and GeGLU: 6 and 10.
+        return (6.0, 10.0) if fused else (10.0, 18.0)
+    # gelu_new and gelu_fast are written out in Python: eight operations.
+    return (36.0, 60.0) if model.activation in ("gelu_new", "gelu_fast") else (4.0, 6.0)
+
+
+def _modules_with_params(workload: Workload, totals: WeightTotals) -> float:
+    """Count modules that own parameters, adapters' A and B included."""
+    model = workload.model
+    norms = model.num_norms_per_layer + 2 * model.has_qk_norm
+    experts = 2 * model.num_moe_layers
+    return totals.num_linears + norms * model.num_hidden_layers + experts + 2 * totals.lora_linears
+
+
+def _host_ops(
+    workload: Workload, strategy: Strategy, totals: WeightTotals, calibration: TimeCalibration
+) -> float:
+    """Return operations that Python dispatches in one micro-step, backward included."""
+    model, triton = workload.model, calibration.triton_ops
+    fused = strategy.liger_kernels
+    rms = triton if fused else 8
+    norm = rms if model.norm == "rmsnorm" else 1
+    norms = (model.num_norms_per_layer + 2 * model.has_qk_norm) * norm
+    rope = triton if fused else 12
+    attention = 12 if strategy.attention is Attention.eager else 5
+    is_written_out = model.mlp == "plain" and model.activation in ("gelu_new", "gelu_fast")
+    activation = 8 if is_written_out else (triton if fused else 2)
+    # Router, sorting and grouped products of transformers' experts.
+    experts = 25 * model.num_moe_layers / model.num_hidden_layers
+    per_layer = norms + rope + attention + activation + experts + 2
+    forward = per_layer * model.num_hidden_layers + totals.num_linears
+    forward += calibration.lora_linear_ops * totals.lora_linears
+    if workload.method is Method.qlora:
+        forward += calibration.quantized_linear_ops * totals.num_linears
+    # Embedding, masks, head, loss: about 60 in all.
+    outside = 60
+    if strategy.gradient_checkpointing is Checkpointing.none:
+        return 2 * forward + outside
+    return (2 * (1 + calibration.checkpoint_hook_fraction) + 1) * forward + outside

@@ -1,0 +1,279 @@
+"""Forward, loss and backward: the moments of one micro-step that can be its fullest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from launcher.activations import ActivationTimeline, LayerMoment
+from launcher.components import (
+    BUCKETS,
+    DEQUANTIZED,
+    GATHERED,
+    GRADIENTS,
+    LOGITS,
+    NORM,
+    OWNED,
+    PASSING,
+    PENDING,
+    RECOMPUTED,
+    REDUCTION,
+    SAVED,
+    Candidate,
+    Components,
+)
+from launcher.output_layer import LossMoment
+from launcher.zero_runtime import ZeroRuntime
+
+
+class MicroStep:
+    """Candidate moments of one micro-step on one rank.
+
+    Args:
+        zero: the rank's ZeRO bookkeeping.
+        acts: activations of the micro-batch.
+        resident: what is alive all the time, carried gradients included.
+    """
+
+    def __init__(self, zero: ZeroRuntime, acts: ActivationTimeline, resident: Components) -> None:
+        self.zero = zero
+        self.acts = acts
+        self.resident = resident
+        self.buckets = zero.bucket_bytes()
+        self.reduces = zero.reduces_in_backward
+
+    def _base(self) -> Components:
+        return dict(self.resident)
+
+    def forward(self) -> Iterator[Candidate]:
+        """Yield: the last layer's forward."""
+        acts, found = self.acts, self._base()
+        others = acts.num_layers if acts.is_recomputed else acts.num_layers - 1
+        found[SAVED] = (
+            max(0.0, acts.layer_saved_bytes * others - acts.first_layer_discount_bytes)
+            + acts.forward.saved_bytes
+        )
+        found[PASSING] = acts.forward.passing_bytes + acts.hidden_bytes
+        found[DEQUANTIZED] = acts.forward.weight_bytes
+        found[GATHERED] = self.zero.gathered_bytes("forward")
+        yield f"last layer, {acts.forward.name}", found
+
+    def loss(self) -> Iterator[Candidate]:
+        """Yield: logits, cross-entropy and the output layer's backward."""
+        for moment in self.acts.loss:
+            yield moment.name, self._loss_components(moment)
+
+    def _loss_components(self, moment: LossMoment) -> Components:
+        acts, zero = self.acts, self.zero
+        found = self._base()
+        found[SAVED] = acts.saved_bytes + acts.norm_saved_bytes
+        found[LOGITS] = moment.logits_bytes
+        found[PASSING] = moment.hidden_bytes
+        found[GATHERED] = zero.gathered_bytes("loss")
+        if moment.head_gradients:
+            size = zero.counts.head or zero.counts.embedding
+            found[PENDING] = float(zero.trained_width * size * moment.head_gradients)
+            if moment.is_head_done and zero.counts.head:
+                found[BUCKETS] = found.get(BUCKETS, 0.0) + self.buckets
+        return found
+
+    def backward(self) -> Iterator[Candidate]:
+        """Yield: first and second layer of backward, reductions, the last layer, the ends."""
+        acts, zero = self.acts, self.zero
+        layers, counts = acts.num_layers, zero.counts
+        per_layer = counts.trainable - counts.head - counts.embedding
+        per_layer = per_layer // layers
+        yield from self._head_reduction()
+        kept = acts.layer_saved_bytes
+        own_input = 1 if acts.is_recomputed else 0
+        crossing = self._layers_to_first_crossing(per_layer)
+        places = [("first layer of backward", 0, counts.head, crossing == 0)]
+        if layers > 1:
+            done = counts.head + per_layer
+            places.append(("second layer of backward", 1, done, crossing in {0, 1}))
+        if crossing is not None and 1 < crossing < layers:
+            done = counts.head + crossing * per_layer
+            places.append((f"layer {crossing + 1} of backward", crossing, done, True))
+        if layers > 2:
+            done = counts.trainable - counts.embedding - per_layer
+            places.append(("last layer of backward", layers - 1, done, True))
+        for place, index, done, crosses in places:
+            others = max(0, layers - 1 - index) + own_input
+            saved = max(0.0, kept * others - acts.first_layer_discount_bytes)
+            if acts.is_recomputed and kept == 0.0:
+                saved = acts.hidden_bytes  # fetched back from the host
+            remaining = 1 - index / layers
+            gathered = zero.gathered_bytes(remaining_fraction=remaining)
+            for moment in acts.backward:
+                found = self._layer_components(moment, saved=saved, gathered=gathered)
+                self._add_gradients(found, moment, done=done, is_first=index == 0, crosses=crosses)
+                yield f"{place}, {moment.name}", found
+        yield from self._ends()
+
+    def _layers_to_first_crossing(self, per_layer: int) -> int | None:
+        """Return after how many layers a bucket first holds gradients of two owners."""
+        zero = self.zero
+        if not self.reduces or per_layer == 0:
+            return None
+        if zero.stage == 3:
+            distance = float(zero.bucket)
+        elif zero.world_size == 1:
+            return None
+        else:
+            distance = math.ceil(zero.partition / zero.bucket) * zero.bucket
+        if zero.counts.trainable <= max(zero.bucket, zero.counts.head):
+            return None
+        return int(max(0.0, distance - zero.counts.head) // per_layer)
+
+    def _layer_components(
+        self, moment: LayerMoment, *, saved: float, gathered: float
+    ) -> Components:
+        found = self._base()
+        name = RECOMPUTED if self.acts.is_recomputed else SAVED
+        found[SAVED] = saved
+        found[name] = found.get(name, 0.0) + moment.saved_bytes
+        found[PASSING] = moment.passing_bytes
+        found[DEQUANTIZED] = moment.weight_bytes
+        found[GATHERED] = gathered
+        return found
+
+    def _add_gradients(
+        self,
+        found: Components,
+        moment: LayerMoment,
+        *,
+        done: int,
+        is_first: bool,
+        crosses: bool,
+    ) -> None:
+        """Add what parameter gradients occupy at a layer's moment."""
+        zero = self.zero
+        new, last = moment.new_gradient_elements, moment.last_gradient_elements
+        so_far = done + moment.earlier_gradient_elements
+        has_buckets = not is_first or so_far > 0 or moment.is_parameter_done
+        if has_buckets and self.buckets:
+            found[BUCKETS] = self.buckets
+        if zero.counts.is_head_tied and zero.counts.embedding:
+            found[PENDING] = float(zero.trained_width * zero.counts.embedding)
+        if not self.reduces:
+            found[GRADIENTS] = float(zero.trained_width * (so_far + new))
+            return
+        found[PENDING] = found.get(PENDING, 0.0) + zero.pending_bytes(new, last)
+        if zero.stage <= 2:
+            self._add_partition(found, so_far)
+        fills = (so_far + new) // zero.bucket != so_far // zero.bucket
+        if not moment.is_parameter_done or not fills:
+            return
+        copy = norm = 0.0
+        if crosses or zero.partition < zero.bucket:
+            copy = zero.reduction_bytes(last if last > zero.bucket else min(zero.bucket, so_far))
+        if zero.has_offloaded_optimizer:
+            norm = zero.norm_bytes(max(last, min(new, zero.bucket)))
+        if zero.stage == 3:
+            # The shares of which norms are taken are views of the copy.
+            found[REDUCTION], found[NORM] = copy, norm
+        else:
+            found[NORM if norm > copy else REDUCTION] = max(norm, copy)
+
+    def _add_partition(self, found: Components, so_far: float, *, is_last: bool = False) -> None:
+        """Add gradients that reductions before this moment left on this rank."""
+        zero = self.zero
+        if zero.has_offloaded_optimizer or (so_far <= zero.bucket and not is_last):
+            return
+        if zero.stage == 1:
+            # A gradient larger than a bucket stays its parameter's, whoever owns it.
+            others = zero.counts.larger_than(zero.bucket) * (1 - 1 / zero.world_size)
+            found[GRADIENTS] = zero.trained_width * others * so_far / zero.counts.trainable
+        if zero.has_compact_gradients:
+            found[OWNED] = 4 * zero.partition
+            # Gradients that bypass the bucket stay their owner's until backward ends.
+            large = zero.counts.larger_than(zero.bucket) / zero.world_size
+            found[GRADIENTS] = zero.trained_width * large * min(1.0, so_far / zero.partition)
+        else:
+            found[OWNED] = zero.trained_width * zero.owned
+
+    def _head_reduction(self) -> Iterator[Candidate]:
+        """Yield: the reduction of the output matrix, the largest gradient of many models."""
+        zero, acts, head = self.zero, self.acts, self.zero.counts.head
+        if not head or not self.reduces:
+            return
+        found = self._base()
+        found[SAVED] = acts.saved_bytes + acts.norm_saved_bytes
+        found[PASSING] = acts.hidden_bytes
+        found[GATHERED] = zero.gathered_bytes("turn")
+        if self.buckets:
+            found[BUCKETS] = self.buckets
+        if head <= zero.bucket:
+            return
+        found[PENDING] = float(zero.trained_width * head)
+        if zero.has_offloaded_optimizer:
+            found[NORM] = zero.norm_bytes(head)
+        elif zero.stage < 3:
+            self._add_partition(found, head)
+            if zero.partition < head:
+                found[REDUCTION] = zero.reduction_bytes(head)
+        yield "reduction of the output matrix", found
+
+    def _ends(self) -> Iterator[Candidate]:
+        """Yield: the embedding's gradient, and the last reduction."""
+        zero, acts, counts = self.zero, self.acts, self.zero.counts
+        found = self._base()
+        if self.buckets:
+            found[BUCKETS] = self.buckets
+        found[PASSING] = acts.hidden_bytes if counts.embedding else 2 * acts.hidden_bytes
+        embedding = zero.trained_width * counts.embedding
+        if not self.reduces:
+            found[GRADIENTS] = float(zero.trained_width * counts.trainable)
+            if embedding and counts.is_head_tied:
+                yield "embedding backward", {**found, PENDING: float(embedding)}
+            yield from self._boundary(found)
+            return
+        if zero.stage <= 2:
+            self._add_partition(found, counts.trainable, is_last=True)
+        if embedding:
+            tied = 2 if counts.is_head_tied else 1
+            yield "embedding backward", {**found, PENDING: float(embedding * tied)}
+        del found[PASSING]
+        found[PENDING] = float(embedding if counts.embedding > zero.bucket else 0)
+        if zero.has_offloaded_optimizer:
+            if counts.embedding > zero.bucket and zero.stage <= 2:
+                # Independent storage for a gradient outside the buckets: a clone.
+                yield "embedding gradient copy", {**found, PENDING: 2.0 * embedding}
+            found[NORM] = zero.norm_bytes(
+                max(
+                    counts.embedding,
+                    counts.largest_in_layers if zero.is_full else counts.largest_trainable,
+                )
+            )
+        crosses = zero.stage == 3 or counts.embedding == 0 or zero.partition < counts.embedding
+        rest = counts.embedding if counts.embedding > zero.bucket else counts.trainable
+        if crosses:
+            found[REDUCTION] = zero.reduction_bytes(min(rest, max(zero.bucket, counts.embedding)))
+        yield "last reduction", found
+
+    def _boundary(self, found: Components) -> Iterator[Candidate]:
+        """Yield: gradients kept to the accumulation boundary, and their reduction."""
+        zero, counts = self.zero, self.zero.counts
+        found.pop(PASSING, None)
+        found.pop("accumulated gradients", None)
+        if zero.stage == 0:
+            yield "gradient all-reduce", {**found, REDUCTION: zero.stage_0_reduction_bytes()}
+            return
+        if zero.has_fp32_stage_1:
+            found[REDUCTION] = zero.fp32_stage_1_reduction_bytes()
+            yield "gradient all-reduce", found
+            return
+        yield "gradients before their reduction", dict(found)
+        # What already moved into the bucket has left its own tensor.
+        if counts.embedding <= zero.bucket:
+            moved = min(zero.bucket, counts.trainable)
+            found[GRADIENTS] -= zero.trained_width * moved
+        if zero.has_offloaded_optimizer:
+            found[NORM] = zero.norm_bytes(counts.largest_trainable)
+        elif zero.strategy.zero.contiguous_gradients:
+            found[OWNED] = zero.trained_width * zero.owned
+        else:
+            found[GRADIENTS] = float(zero.trained_width * counts.trainable)
+            largest = max(counts.largest_trainable, min(zero.bucket, counts.trainable))
+            found[REDUCTION] = zero.reduction_bytes(largest)
+        yield "gradient reduction", found

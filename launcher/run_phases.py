@@ -1,0 +1,205 @@
+"""Load, init, optimizer step, checkpoint and evaluation: their fullest moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from launcher.activations import ActivationTimeline
+from launcher.components import (
+    ADAPTERS,
+    BUCKETS,
+    DEQUANTIZED,
+    FLAT_GRADIENTS,
+    FP32_GRADIENTS,
+    GATHERED,
+    GRADIENTS,
+    LOGITS,
+    MASTER,
+    NORM,
+    OPTIMIZER,
+    OWNED,
+    PARAMETERS,
+    PASSING,
+    QUANTIZED,
+    TEMPORARIES,
+    Candidate,
+    Components,
+)
+from launcher.strategy import Checkpointing, Optimizer, Precision
+from launcher.zero_runtime import ZeroRuntime
+
+
+class RunPhases:
+    """Candidate moments of the phases around the micro-steps, on one rank.
+
+    Args:
+        zero: the rank's ZeRO bookkeeping.
+        acts: activations of a micro-batch, for evaluation.
+        resident: what is alive all the time once training runs.
+    """
+
+    def __init__(self, zero: ZeroRuntime, acts: ActivationTimeline, resident: Components) -> None:
+        self.zero = zero
+        self.acts = acts
+        self.resident = resident
+
+    def load(self) -> Iterator[Candidate]:
+        """Yield: the weights as loaded with the largest one on its way, then the adapters."""
+        zero, counts = self.zero, self.zero.counts
+        found = zero.model_bytes()
+        found.pop(ADAPTERS, None)
+        if counts.quantized:
+            # Loaded whole by each rank before ZeRO-3 could partition it.
+            found[QUANTIZED] = counts.quantized_bytes + counts.quantization_state_bytes
+            found[PARAMETERS] = float(zero.width * counts.frozen)
+            whole = {"weight before quantization": float(zero.width * counts.largest_in_layers)}
+        elif zero.stage == 3:
+            whole = {"whole tensor before it is partitioned": counts.largest_in_bytes}
+        else:
+            whole = {}
+        yield "weights on the device", {**found, **whole}
+        if not zero.is_full:
+            yield "adapters made", {**found, ADAPTERS: 4.0 * counts.trainable}
+
+    def init(self) -> Iterator[Candidate]:
+        """Yield: what ``deepspeed.initialize`` allocates while it builds its partitions."""
+        zero, part = self.zero, self.zero.partition
+        model, offloaded = zero.model_bytes(), zero.has_offloaded_optimizer
+        trained = float(zero.trained_width * zero.counts.trainable)
+        if not zero.is_full:
+            # PEFT makes adapters in fp32, whole on every rank until the engine takes them.
+            yield "engine start", {**model, ADAPTERS: 4.0 * zero.counts.trainable}
+        if zero.stage == 0:
+            yield from self._stage_0_init(model, trained)
+        elif zero.stage == 3:
+            yield from self._stage_3_init(model)
+        else:
+            yield "flattening", {**model, "flat copy of the trained parameters": trained}
+            if zero.has_fp32_stage_1:
+                gradients = 4.0 * zero.counts.trainable
+                yield "optimizer creation", {**model, MASTER: 4 * part, GRADIENTS: gradients}
+            elif not offloaded:
+                # fp32 master, then zeros of its size for the first gradient.
+                yield (
+                    "optimizer creation",
+                    {**model, MASTER: 4 * part, "fp32 gradient partition": 4 * part},
+                )
+        yield "engine ready", model
+
+    def _stage_3_init(self, model: Components) -> Iterator[Candidate]:
+        zero, part = self.zero, self.zero.partition
+        bucket = float(zero.width * zero.bucket)
+        if zero.has_offloaded_optimizer:
+            whole = zero.counts.largest_in_bytes if zero.is_full and zero.gathers else 0.0
+            yield "buckets", {**model, BUCKETS: bucket, "gathered tensor": whole}
+            return
+        group = min(part, zero.strategy.zero.sub_group_size)
+        yield (
+            "optimizer creation",
+            {**model, MASTER: 4 * part, "fp32 copy of a sub-group": 4 * group},
+        )
+        partitions = zero.accumulation_width * part
+        yield (
+            "buckets",
+            {**model, MASTER: 4 * part, BUCKETS: bucket, "gradient partitions": partitions},
+        )
+
+    def _stage_0_init(self, model: Components, trained: float) -> Iterator[Candidate]:
+        zero, count = self.zero, self.zero.counts.trainable
+        if zero.precision is Precision.fp32:
+            return
+        # FP16_UnfusedOptimizer runs one step on zeros, so the moments exist from the start. It
+        # wraps every optimizer but DeepSpeed's own FusedAdam (engine.py), which is not used.
+        found = {**model, OPTIMIZER: zero.optimizer_bytes(), GRADIENTS: trained}
+        found[FP32_GRADIENTS] = 4.0 * count
+        yield "optimizer creation", found
+
+    def step(self) -> Iterator[Candidate]:
+        """Yield: gradients made fp32, and the optimizer's own temporaries."""
+        zero = self.zero
+        found = dict(self.resident)
+        if not zero.is_full and zero.strategy.gradient_checkpointing is not Checkpointing.none:
+            # Embeddings made to require a gradient are a leaf: both stay until the next forward.
+            found["input embeddings and their gradient"] = 2 * self.acts.hidden_bytes
+        if zero.has_offloaded_optimizer and zero.stage >= 1:
+            yield "copy of updated parameters", found
+        elif zero.stage == 0:
+            yield from self._stage_0_step(found)
+        elif zero.stage == 3:
+            group = min(zero.partition, zero.strategy.zero.sub_group_size)
+            yield from self._partition_step(found, group)
+        elif zero.has_fp32_stage_1:
+            found[GRADIENTS] = float(zero.trained_width * zero.counts.trainable)
+            yield "optimizer update", {**found, **self._temporaries(zero.partition)}
+        else:
+            yield from self._stage_1_2_step(found)
+
+    def _stage_1_2_step(self, found: Components) -> Iterator[Candidate]:
+        zero, part = self.zero, self.zero.partition
+        norm = zero.norm_bytes(zero.counts.largest_trainable)
+        if zero.has_compact_gradients:
+            found[FP32_GRADIENTS] = 4 * part
+            yield "gradient norm", {**found, NORM: norm}
+            yield "optimizer update", {**found, **self._temporaries(part)}
+            return
+        owned = {**found, OWNED: zero.trained_width * zero.owned}
+        yield "gradient norm", {**owned, NORM: norm}
+        yield from self._partition_step(owned, part)
+
+    def _partition_step(self, found: Components, elements: float) -> Iterator[Candidate]:
+        """Yield: flat gradients and their fp32 cast, then the update with the cast alone."""
+        width = self.zero.accumulation_width
+        flat = {FP32_GRADIENTS if width == 4 else FLAT_GRADIENTS: float(width * elements)}
+        cast = {FP32_GRADIENTS: 4 * elements}
+        yield "gradients made fp32", {**found, **flat, **cast}
+        yield "optimizer update", {**found, **cast, **self._temporaries(elements)}
+
+    def _temporaries(self, elements: float) -> Components:
+        return {TEMPORARIES: self._optimizer_temporaries(elements)}
+
+    def _stage_0_step(self, found: Components) -> Iterator[Candidate]:
+        zero, count = self.zero, self.zero.counts.trainable
+        found[GRADIENTS] = float(zero.trained_width * count)
+        if zero.precision is not Precision.fp32:
+            found[FP32_GRADIENTS] = 4.0 * count
+        yield "optimizer update", {**found, **self._temporaries(zero.counts.largest_trainable)}
+
+    def _optimizer_temporaries(self, elements: float) -> float:
+        """Return AdamW's temporaries; under ZeRO its one tensor is the whole partition.
+
+        Source: torch 2.13 ``optim/adamw.py``: foreach keeps one list of square roots, the
+        single-tensor loop two tensors of the parameter's size.
+        """
+        copies = {Optimizer.adamw_foreach: 1, Optimizer.adamw_single: 2}
+        optimizer = self.zero.strategy.optimizer
+        if optimizer is Optimizer.adamw_foreach and self.zero.stage == 0:
+            elements = self.zero.counts.trainable
+        return 4.0 * elements * copies.get(optimizer, 0)
+
+    def save(self) -> Iterator[Candidate]:
+        """Yield: what a checkpoint adds; ZeRO-3 gathers one tensor at a time."""
+        found = dict(self.resident)
+        if self.zero.gathers:
+            found[GATHERED] = 2 * self.zero.counts.largest_in_bytes
+        yield "checkpoint", found
+
+    def evaluate(self) -> Iterator[Candidate]:
+        """Yield: forward without a graph, and the logits."""
+        acts, found = self.acts, dict(self.resident)
+        found[GATHERED] = self.zero.gathered_bytes("forward")
+        yield (
+            "a layer's forward",
+            {
+                **found,
+                PASSING: acts.inference.passing_bytes + acts.hidden_bytes,
+                DEQUANTIZED: acts.inference.weight_bytes,
+            },
+        )
+        yield (
+            "logits",
+            {
+                **found,
+                PASSING: acts.hidden_bytes,
+                LOGITS: acts.evaluation_loss_bytes,
+            },
+        )

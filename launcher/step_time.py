@@ -1,0 +1,347 @@
+"""Seconds per optimizer step from a roofline of compute, communication and transfers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from launcher.compute_cost import MicroStepWork, WeightTotals, micro_step_work, weight_totals
+from launcher.hardware import ClusterSpec
+from launcher.strategy import Checkpointing, Method, Offload, Optimizer, Strategy
+from launcher.time_calibration import TimeCalibration
+from launcher.workload import Workload
+
+_DEFAULT_CALIBRATION = TimeCalibration()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeEstimate:
+    """Predicted time of one optimizer step and what bounds it."""
+
+    step_seconds: float
+    components: Mapping[str, float]
+    """Seconds of each part; parts overlap, so they may add up to more than the step."""
+    tokens_per_second_per_gpu: float
+    mfu: float
+    """Model FLOPs utilisation, 0-1 of the GPU's dense peak."""
+    bound_by: str
+    """What to change first, in a few words a newcomer understands."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochEstimate:
+    """Time and cost of a whole run."""
+
+    num_steps: int
+    seconds: float
+    gpu_hours: float
+    cost: float | None
+    """In the price's currency; ``None`` without a price."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Transfers:
+    """Seconds of collectives and host copies: every micro-step, and once a step."""
+
+    micro_seconds: float
+    boundary_seconds: float
+
+
+# Which part bounds a step, and what helps: shown to the user as they stand.
+_ADVICE: Mapping[str, str] = {
+    "matmul": "matrix products: the hardware is busy with useful work",
+    "recompute": "matrix products, a third of them recomputed: turn checkpointing off if it fits",
+    "attention": "attention over long sequences: FlashAttention and sequence parallelism help",
+    "memory_traffic": "memory traffic of small kernels: enable Liger kernels",
+    "host": "kernel launches: raise the micro-batch or pack sequences",
+    "zero3_hooks": "ZeRO-3's work on every module: use ZeRO-2 if it fits, or raise the micro-batch",
+    "communication": "the links between GPUs: raise gradient accumulation or use LoRA",
+    "network": "the network between nodes: use fewer nodes, LoRA, or more gradient accumulation",
+    "offload_copies": "copies between GPU and host: keep more on the GPU, or raise the micro-batch",
+    "cpu_optimizer": "the optimizer on the CPU: raise gradient accumulation or keep it on the GPU",
+    "optimizer": "the optimizer step: raise gradient accumulation",
+}
+
+
+def estimate_time(
+    workload: Workload,
+    strategy: Strategy,
+    cluster: ClusterSpec,
+    *,
+    calibration: TimeCalibration = _DEFAULT_CALIBRATION,
+) -> TimeEstimate:
+    """Predict one optimizer step.
+
+    A micro-step takes as long as the slower of the host (Python and kernel launches) and the
+    GPU (matrices, attention, memory traffic and what communication is not hidden); copies to
+    the host and the work at the accumulation boundary come on top.
+
+    Args:
+        workload: model, method and sequence length; every sample counts as full length.
+        strategy: fixes the micro-batch, accumulation and everything that ZeRO does.
+        cluster: rates of the GPUs and of the links between them.
+        calibration: physical constants; the defaults were fitted on one H100 host.
+
+    Returns:
+        Seconds, tokens (padding included) per second per GPU, MFU (0-1), and the bottleneck.
+    """
+    gpu, totals = cluster.gpu, weight_totals(workload)
+    work = micro_step_work(
+        workload, strategy, calibration, has_flash_kernel=gpu.has_flash_attention_2
+    )
+    compute = _compute_seconds(work, workload, cluster, calibration)
+    host, hooks = _host_seconds(work, strategy, calibration)
+    links = _communication(workload, strategy, cluster, calibration, totals=totals)
+    copies = _host_copies(workload, strategy, cluster, totals)
+    device = _overlapped(
+        sum(compute.values()),
+        links.micro_seconds,
+        calibration.overlap_fraction if strategy.zero.overlaps(strategy.zero_stage) else 0.0,
+    )
+    power = calibration.bottleneck_exponent
+    micro = ((host + hooks) ** power + device**power) ** (1 / power) + copies.micro_seconds
+    optimizer = _optimizer_seconds(strategy, cluster, calibration, totals)
+    steps = strategy.gradient_accumulation_steps
+    step_seconds = (
+        steps * micro + links.boundary_seconds + copies.boundary_seconds + sum(optimizer.values())
+    )
+    components = {
+        **{name: steps * seconds for name, seconds in compute.items()},
+        "host": steps * host,
+        "zero3_hooks": steps * hooks,
+        "communication": steps * links.micro_seconds + links.boundary_seconds,
+        "offload_copies": steps * copies.micro_seconds + copies.boundary_seconds,
+        **optimizer,
+    }
+    return TimeEstimate(
+        step_seconds=step_seconds,
+        components=components,
+        tokens_per_second_per_gpu=steps * work.tokens / step_seconds,
+        mfu=steps * work.model_flops / (step_seconds * gpu.matmul_flops_per_s),
+        bound_by=_ADVICE[_bottleneck(components, work, cluster)],
+    )
+
+
+def estimate_epochs(
+    time: TimeEstimate,
+    cluster: ClusterSpec,
+    *,
+    num_samples: int,
+    global_batch_size: int,
+    num_epochs: float = 1.0,
+    price_per_gpu_hour: float | None = None,
+) -> EpochEstimate:
+    """Predict a whole run from its step time.
+
+    Args:
+        time: of one step.
+        cluster: gives the number of GPUs paid for.
+        num_samples: training samples (packed sequences, when packing).
+        global_batch_size: samples of one step, all GPUs.
+        num_epochs: passes over the samples.
+        price_per_gpu_hour: in any currency; the cost comes back in the same.
+    """
+    num_steps = max(1, math.ceil(num_samples * num_epochs / global_batch_size))
+    seconds = num_steps * time.step_seconds
+    gpu_hours = seconds * cluster.world_size / 3600
+    cost = None if price_per_gpu_hour is None else gpu_hours * price_per_gpu_hour
+    return EpochEstimate(num_steps=num_steps, seconds=seconds, gpu_hours=gpu_hours, cost=cost)
+
+
+def speedup_over_one_node(
+    workload: Workload,
+    strategy: Strategy,
+    cluster: ClusterSpec,
+    *,
+    calibration: TimeCalibration = _DEFAULT_CALIBRATION,
+) -> float:
+    """Return how much faster the cluster is than one of its nodes, at equal global batch.
+
+    Below 1 the network costs more than the added GPUs bring. The single node accumulates as
+    many more micro-steps as it has fewer GPUs; whether it has the memory is not asked here.
+    """
+    if cluster.num_nodes == 1:
+        return 1.0
+    alone = replace(
+        strategy,
+        gradient_accumulation_steps=strategy.gradient_accumulation_steps * cluster.num_nodes,
+    )
+    one_node = replace(cluster, num_nodes=1)
+    there = estimate_time(workload, strategy, cluster, calibration=calibration)
+    here = estimate_time(workload, alone, one_node, calibration=calibration)
+    return here.step_seconds / there.step_seconds
+
+
+def _compute_seconds(
+    work: MicroStepWork,
+    workload: Workload,
+    cluster: ClusterSpec,
+    calibration: TimeCalibration,
+) -> dict[str, float]:
+    gpu, width = cluster.gpu, workload.precision.bytes_per_element
+    reached = calibration.efficiency_of(gpu)
+    peak = gpu.matmul_flops_per_s
+    if width == 4 and gpu.device_type == "cuda":
+        # Without TF32 (torch's default) fp32 runs outside the tensor cores: 15.7 of 125 TFLOPS
+        # on V100, 19.5 of 312 on A100, 67 of 989 on H100 (NVIDIA datasheets).
+        peak /= 8 if not gpu.has_bf16 else 15
+    memory_rate = gpu.memory_bytes_per_s * reached.memory_fraction
+    attention_fraction = (
+        reached.flash_fraction if work.has_flash_attention else reached.masked_fraction
+    )
+    return {
+        # Adding the weights' read time gives small micro-batches their lower efficiency.
+        "matmul": work.matmul_flops / (peak * reached.matmul_fraction)
+        + work.weight_bytes / memory_rate,
+        "attention": work.attention_flops / (peak * attention_fraction),
+        "memory_traffic": work.elementwise_bytes / memory_rate,
+    }
+
+
+def _host_seconds(
+    work: MicroStepWork, strategy: Strategy, calibration: TimeCalibration
+) -> tuple[float, float]:
+    """Return the host's time for launches, and for ZeRO-3's hooks, in one micro-step."""
+    launches = calibration.host_op_seconds * work.host_ops
+    if strategy.zero_stage > 0:
+        launches += calibration.gradient_hook_seconds * work.trainable_tensors
+    if strategy.zero_stage < 3:
+        return launches, 0.0
+    return launches, calibration.zero3_module_seconds * work.modules_with_params
+
+
+def _overlapped(compute_seconds: float, link_seconds: float, overlap_fraction: float) -> float:
+    larger, smaller = max(compute_seconds, link_seconds), min(compute_seconds, link_seconds)
+    return larger + (1 - overlap_fraction) * smaller
+
+
+def _communication(
+    workload: Workload,
+    strategy: Strategy,
+    cluster: ClusterSpec,
+    calibration: TimeCalibration,
+    *,
+    totals: WeightTotals,
+) -> _Transfers:
+    """Return the time of ZeRO's collectives and of sequence parallelism's all-to-alls.
+
+    Source:
+        Volumes: ZeRO, arXiv:1910.02054, section 7; that stage 2 all-reduces whole buckets on
+        every micro-step: DeepSpeed 0.19.8 ``zero/stage_1_and_2.py:allreduce_bucket``.
+    """
+    ranks, stage = cluster.world_size, strategy.zero_stage
+    if ranks == 1:
+        return _Transfers(micro_seconds=0.0, boundary_seconds=0.0)
+    width = workload.precision.bytes_per_element
+    trainable = width * totals.num_trainable_params
+    bus = cluster.gpu.peer_link_bytes_per_s
+    if cluster.num_nodes > 1:
+        bus = min(bus, cluster.inter_node_bytes_per_s)
+    latency = calibration.collective_latency_seconds * math.log2(ranks)
+    buckets = 1 + totals.num_trainable_params // strategy.zero.reduce_bucket_size
+    micro = boundary = 0.0
+    if stage <= 1:
+        boundary = (2 + stage) * trainable
+    elif stage == 2:
+        micro, boundary = 2 * trainable, trainable
+    else:
+        micro = 2 * _stored_bytes(workload, totals) + trainable
+    share = (ranks - 1) / ranks / bus
+    exchanged = _sequence_parallel_seconds(workload, strategy, cluster)
+    return _Transfers(
+        micro_seconds=micro * share + exchanged + (latency * buckets if stage >= 2 else 0.0),
+        boundary_seconds=boundary * share + latency * buckets,
+    )
+
+
+def _sequence_parallel_seconds(
+    workload: Workload, strategy: Strategy, cluster: ClusterSpec
+) -> float:
+    """Return the time of Ulysses' four all-to-alls per layer and pass (arXiv:2309.14509)."""
+    degree = strategy.sequence_parallel_size
+    if degree == 1:
+        return 0.0
+    model = workload.model
+    tokens = strategy.micro_batch_size_per_gpu * workload.max_seq_len / degree
+    heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
+    per_pass = workload.precision.bytes_per_element * tokens * heads * model.head_dim
+    passes = 2 if strategy.gradient_checkpointing is Checkpointing.none else 3
+    bus = cluster.gpu.peer_link_bytes_per_s
+    if degree > cluster.gpus_per_node:
+        bus = min(bus, cluster.inter_node_bytes_per_s / cluster.gpus_per_node)
+    return passes * model.num_hidden_layers * per_pass * (degree - 1) / degree / bus
+
+
+def _stored_bytes(workload: Workload, totals: WeightTotals) -> float:
+    """Return the bytes of all weights as they are stored and gathered, adapters included."""
+    adapters = 0 if workload.method is Method.full else totals.num_trainable_params
+    packed = 0.5 if workload.quantization.kind == "nf4" else 1.0
+    quantized = totals.num_quantized_params
+    plain = totals.num_params + adapters - quantized
+    return workload.precision.bytes_per_element * plain + packed * quantized
+
+
+def _host_copies(
+    workload: Workload, strategy: Strategy, cluster: ClusterSpec, totals: WeightTotals
+) -> _Transfers:
+    """Return the time of PCIe and NVMe traffic; each GPU has its own link to the host."""
+    gpu, ranks = cluster.gpu, cluster.world_size
+    width = workload.precision.bytes_per_element
+    micro = boundary = 0.0
+    if strategy.offload_optimizer is not Offload.none:
+        # Gradients go down in fp32 (cast on the GPU); updated weights come back in 16 bits.
+        owned = totals.num_trainable_params / ranks
+        down = 4 * owned / gpu.host_link_bytes_per_s
+        boundary += width * owned / gpu.host_link_bytes_per_s
+        if strategy.zero_stage >= 2:
+            micro += down
+        else:
+            boundary += down
+    if strategy.offload_param is not Offload.none:
+        # Fetched before forward and again before backward; the fetch is waited for.
+        fetched = 2 * _stored_bytes(workload, totals) / ranks
+        micro += fetched / gpu.host_link_bytes_per_s
+        if strategy.offload_param is Offload.nvme:
+            micro += fetched * cluster.gpus_per_node / cluster.nvme_bytes_per_s
+    if strategy.gradient_checkpointing is Checkpointing.cpu_offload:
+        model = workload.model
+        tokens = (
+            strategy.micro_batch_size_per_gpu
+            * workload.max_seq_len
+            / strategy.sequence_parallel_size
+        )
+        saved = width * tokens * model.hidden_size * model.num_hidden_layers
+        micro += 2 * saved / gpu.host_link_bytes_per_s
+    return _Transfers(micro_seconds=micro, boundary_seconds=boundary)
+
+
+def _optimizer_seconds(
+    strategy: Strategy, cluster: ClusterSpec, calibration: TimeCalibration, totals: WeightTotals
+) -> dict[str, float]:
+    """Return the optimizer's own time, on the GPU or on the node's processors."""
+    trainable = totals.num_trainable_params
+    fixed = calibration.step_fixed_seconds
+    if strategy.offload_optimizer is not Offload.none:
+        per_node = trainable / cluster.num_nodes
+        seconds = calibration.cpu_adam_bytes_per_param * per_node / cluster.host_memory_bytes_per_s
+        if strategy.offload_optimizer is Offload.nvme:
+            # fp32 weight, two moments and gradient read; the first three written back.
+            seconds += 28 * per_node / cluster.nvme_bytes_per_s
+        return {"cpu_optimizer": seconds, "optimizer": fixed}
+    owned = trainable / (cluster.world_size if strategy.zero_stage else 1)
+    bytes_per_param = calibration.gpu_adam_bytes_per_param
+    if strategy.optimizer in (Optimizer.adamw_foreach, Optimizer.adamw_single):
+        # One pass per operation instead of one for all: twelve operations of 8-12 bytes.
+        bytes_per_param += 90
+    return {
+        "cpu_optimizer": 0.0,
+        "optimizer": fixed + bytes_per_param * owned / cluster.gpu.memory_bytes_per_s,
+    }
+
+
+def _bottleneck(components: Mapping[str, float], work: MicroStepWork, cluster: ClusterSpec) -> str:
+    largest = max(components, key=lambda name: components[name])
+    if largest == "communication" and cluster.num_nodes > 1:
+        return "network"
+    return "recompute" if largest == "matmul" and work.num_passes == 3 else largest

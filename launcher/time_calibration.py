@@ -1,0 +1,104 @@
+"""Constants of the step-time model, each with where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from launcher.hardware import GpuSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelEfficiency:
+    """Fractions of a GPU's peaks that training kernels reach."""
+
+    matmul_fraction: float
+    """Of the dense peak, in a large linear layer."""
+    flash_fraction: float
+    """Of the dense peak, in FlashAttention-2, forward and backward together."""
+    masked_fraction: float
+    """Of the dense peak, in SDPA's memory-efficient kernel (padding mask, or no flash kernel)."""
+    memory_fraction: float
+    """Of the memory rate, in elementwise kernels."""
+
+
+# Fitted, with the constants of TimeCalibration below, on the 18 measured runs that
+# tests/unit/test_step_time.py lists (root mean square error 4 %). torch's SDPA picks cuDNN's
+# attention on Hopper, hence the high flash_fraction; the others scale the byte counts of
+# launcher/compute_cost.py.
+_HOPPER = KernelEfficiency(
+    matmul_fraction=0.71, flash_fraction=0.59, masked_fraction=0.15, memory_fraction=0.72
+)
+# mosaicml/llm-foundry scripts/train/benchmarking/README.md: 73 % of peak with checkpointing on
+# A100-80; FlashAttention-2 (arXiv:2307.08691, section 4.1): 50-73 % of peak.
+_AMPERE = KernelEfficiency(
+    matmul_fraction=0.78, flash_fraction=0.55, masked_fraction=0.25, memory_fraction=0.72
+)
+# torchtune's README: Llama-3.1-8B LoRA at 3,083 tokens/s on one RTX 4090 is 0.84 of its
+# (fp32-accumulate) peak over the whole step; attention as on A100, for lack of a figure.
+_WORKSTATION = KernelEfficiency(
+    matmul_fraction=0.95, flash_fraction=0.55, masked_fraction=0.25, memory_fraction=0.85
+)
+# L4, L40S, A10, A10G: small cards run into their power limits. Prior.
+_INFERENCE = KernelEfficiency(
+    matmul_fraction=0.70, flash_fraction=0.45, masked_fraction=0.25, memory_fraction=0.72
+)
+# ZeRO-Offload (arXiv:2101.06840): 40 of V100's 125 TFLOPS in whole steps. Prior.
+_VOLTA = KernelEfficiency(
+    matmul_fraction=0.50, flash_fraction=0.20, masked_fraction=0.20, memory_fraction=0.72
+)
+_PROCESSOR = KernelEfficiency(
+    matmul_fraction=0.50, flash_fraction=0.25, masked_fraction=0.25, memory_fraction=0.50
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeCalibration:
+    """Physical constants of a step; the fitted ones come from runs on one H100 host.
+
+    ``host_op_seconds`` scales with the processor and is the one to measure on another host.
+    """
+
+    host_op_seconds: float = 42e-6
+    """Python, dispatch and kernel launch of one eager operation. Fitted."""
+    lora_linear_ops: float = 3.7
+    """Operations that an adapter adds to a linear layer, PEFT's modules included. Fitted."""
+    quantized_linear_ops: float = 2.3
+    """Operations that bitsandbytes adds to a linear layer in one pass. Fitted."""
+    triton_ops: float = 3.0
+    """Plain operations that one Triton launch costs on the host."""
+    checkpoint_hook_fraction: float = 0.86
+    """Added to a checkpointed forward by saved-tensor hooks and RNG bookkeeping. Fitted."""
+    zero3_module_seconds: float = 0.65e-3
+    """Hooks, gather and release of one module with parameters, per pass. Fitted."""
+    gradient_hook_seconds: float = 0.1e-3
+    """DeepSpeed's hook on one trainable tensor. Prior."""
+    step_fixed_seconds: float = 0.010
+    """Gradient norm, optimizer and scheduler calls of a step. Prior."""
+    bottleneck_exponent: float = 4.0
+    """Host and GPU take turns as the bottleneck: (host^p + gpu^p)^(1/p). Prior."""
+    overlap_fraction: float = 0.8
+    """Part of the smaller of compute and communication hidden with overlap_comm. Prior."""
+    gpu_adam_bytes_per_param: float = 45.0
+    """Flatten (2+2), cast (2+4), norm (4), Adam (16 read, 12 written) and bf16 copy (2+2)."""
+    cpu_adam_bytes_per_param: float = 30.0
+    """fp32 master, moments and gradient read, master and moments and bf16 copy written."""
+    collective_latency_seconds: float = 20e-6
+    """Per collective and per doubling of the ranks. Prior."""
+    efficiency: Mapping[str, KernelEfficiency] = field(default_factory=dict)
+    """Overrides by GPU name."""
+
+    def efficiency_of(self, gpu: GpuSpec) -> KernelEfficiency:
+        """Return the kernel efficiencies of a GPU, by name or by its generation."""
+        if gpu.name in self.efficiency:
+            return self.efficiency[gpu.name]
+        capability = gpu.compute_capability
+        if gpu.device_type == "cpu" or capability is None:
+            return _PROCESSOR
+        if capability < (8, 0):
+            return _VOLTA
+        if capability == (8, 0):
+            return _AMPERE
+        if capability < (9, 0):
+            return _WORKSTATION if gpu.name.startswith("RTX") else _INFERENCE
+        return _HOPPER

@@ -1,0 +1,312 @@
+"""What DeepSpeed's ZeRO keeps on a GPU, and adds while gradients arrive and the step runs.
+
+Source:
+    DeepSpeed 0.19.8: ``runtime/zero/stage_1_and_2.py``, ``runtime/zero/stage3.py``,
+    ``runtime/zero/partitioned_param_coordinator.py``,
+    ``runtime/fp16/unfused_optimizer.py``, ``runtime/bf16_optimizer.py``, ``runtime/engine.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+from launcher.components import (
+    ADAPTERS,
+    BUCKETS,
+    OPTIMIZER,
+    PARAMETERS,
+    QUANTIZED,
+)
+from launcher.parameter_counts import ParameterCounts, count_parameters
+from launcher.strategy import Checkpointing, Method, Offload, Optimizer, Precision, Strategy
+from launcher.workload import Workload
+
+GatherPlace = Literal["forward", "loss", "turn", "layer"]
+
+# MEMORY_OPT_ALLREDUCE_SIZE of engine.py
+_STAGE_0_BUCKET_ELEMENTS = 500_000_000
+# The chunk of _constant_buffered_norm2 in stage3.py.
+_STAGE_3_NORM_ELEMENTS = 250_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroRuntime:
+    """One rank's ZeRO bookkeeping: widths in bytes per element and derived sizes.
+
+    Without slots, for the cached properties: a plan asks for them some thousand times.
+    """
+
+    counts: ParameterCounts
+    strategy: Strategy
+    world_size: int
+    is_full: bool
+    width: int
+    """Of the model's own precision."""
+    trained_width: int
+    """Of a trained parameter and its gradient: 4 for fp32 adapters under ZeRO-3."""
+    accumulation_width: int
+    precision: Precision
+
+    @functools.cached_property
+    def stage(self) -> int:
+        """The ZeRO stage."""
+        return self.strategy.zero_stage
+
+    @functools.cached_property
+    def partition(self) -> float:
+        """Trained elements whose optimizer states this rank owns."""
+        ranks = self.world_size if self.stage >= 1 else 1
+        return self.counts.trainable / ranks
+
+    @functools.cached_property
+    def owned(self) -> float:
+        """Elements of the tensors that overlap the partition: they are kept whole."""
+        if self.world_size == 1:
+            return self.counts.trainable
+        cut = min(self.counts.expected_cut, self.partition)
+        return min(self.partition + cut, self.counts.trainable)
+
+    @functools.cached_property
+    def has_offloaded_optimizer(self) -> bool:
+        """Optimizer states live on the host or on NVMe."""
+        return self.strategy.offload_optimizer is not Offload.none
+
+    @functools.cached_property
+    def has_offloaded_params(self) -> bool:
+        """Parameter partitions live on the host or on NVMe."""
+        return self.strategy.offload_param is not Offload.none
+
+    @functools.cached_property
+    def bucket(self) -> int:
+        """Elements of one reduce bucket."""
+        return self.strategy.zero.reduce_bucket_size
+
+    @functools.cached_property
+    def reduces_in_backward(self) -> bool:
+        """Gradients go to buckets as they appear, instead of staying to the boundary."""
+        if self.stage == 1:
+            return self.strategy.zero.overlaps(1) and not self.has_fp32_stage_1
+        return self.stage >= 2
+
+    @functools.cached_property
+    def has_fp32_stage_1(self) -> bool:
+        """DeepSpeed runs ``BF16_Optimizer``, which keeps all gradients in fp32.
+
+        Source: ``engine.py:_do_optimizer_sanity_check``.
+        """
+        return (
+            self.stage == 1
+            and self.precision is Precision.bf16
+            and self.accumulation_width == 4
+            and not self.has_offloaded_optimizer
+        )
+
+    @functools.cached_property
+    def has_compact_gradients(self) -> bool:
+        """ZeRO-2 adds into one fp32 partition, with no copies at the step."""
+        return self.stage == 2 and self.accumulation_width == 4 and self.width == 2
+
+    @functools.cached_property
+    def gathers(self) -> bool:
+        """Parameters are brought together for use: more ranks, or host memory, hold them."""
+        return self.stage == 3 and (self.world_size > 1 or self.has_offloaded_params)
+
+    # --- what stays -------------------------------------------------------------------------
+
+    def model_bytes(self) -> dict[str, float]:
+        """Return parameters on the GPU between steps, by component."""
+        counts, shard = self.counts, 1.0
+        persisted = 0.0
+        if self.stage == 3:
+            shard = 0.0 if self.has_offloaded_params else 1 / self.world_size
+            threshold = self.strategy.zero.stage3_param_persistence_threshold
+            if self.gathers:
+                persisted = counts.persisted(threshold) * self.width
+        found = {PARAMETERS: self.width * counts.frozen * shard + persisted}
+        if self.is_full:
+            found[PARAMETERS] += self.width * counts.trainable * shard
+        else:
+            found[ADAPTERS] = self.trained_width * counts.trainable * shard
+        if counts.quantized:
+            # ZeRO-3 partitions the packed weights; their scales stay on every rank.
+            found[QUANTIZED] = counts.quantized_bytes * shard + counts.quantization_state_bytes
+        return found
+
+    def optimizer_bytes(self) -> float:
+        """Return fp32 master weights and moments on the GPU after the first step."""
+        if self.has_offloaded_optimizer:
+            return 0.0
+        master = 0.0 if self.stage == 0 and self.precision is Precision.fp32 else 4.0
+        return (master + self.moment_bytes()) * self.partition
+
+    def moment_bytes(self) -> float:
+        """Return bytes per element of Adam's moments inside torch's allocator."""
+        if self.strategy.optimizer is Optimizer.adamw_8bit:
+            return 2 * (1 + 4 / 256)  # bitsandbytes: 1 B and one fp32 scale per 256
+        return 0.0 if self.strategy.optimizer is Optimizer.paged_adamw_8bit else 8.0
+
+    def paged_bytes(self) -> float:
+        """Return optimizer states in CUDA managed memory, which torch does not count."""
+        if self.strategy.optimizer is not Optimizer.paged_adamw_8bit:
+            return 0.0
+        return 0.0 if self.has_offloaded_optimizer else 2 * (1 + 4 / 256) * self.partition
+
+    def static_bytes(self) -> dict[str, float]:
+        """Return everything that is alive between two steps, by component."""
+        found = self.model_bytes()
+        found[OPTIMIZER] = self.optimizer_bytes()
+        if self.stage == 3:
+            found[BUCKETS] = float(self.width * self.bucket)
+            if not self.has_offloaded_optimizer:
+                # grad_partitions_flat_buffer, from init on
+                found["gradient partitions"] = self.accumulation_width * self.partition
+        elif self.has_fp32_stage_1:
+            found["fp32 gradients of the whole model"] = 4.0 * self.counts.trainable
+        elif self.has_offloaded_optimizer and self.stage >= 1:
+            # temp_grad_buffer_for_gpu_offload
+            found["offload staging buffer"] = self.trained_width * self.counts.largest_trainable
+        return {name: size for name, size in found.items() if size}
+
+    def carried_bytes(self) -> dict[str, float]:
+        """Return gradients that wait from one micro-step to the next."""
+        if self.strategy.gradient_accumulation_steps == 1 or self.stage == 3:
+            return {}
+        if self.stage <= 1 and not self.has_fp32_stage_1:
+            return {"accumulated gradients": self.trained_width * self.counts.trainable}
+        if self.stage == 2 and not self.has_offloaded_optimizer:
+            if self.has_compact_gradients:
+                return {"accumulated gradients": 4 * self.partition}
+            return {"accumulated gradients": self.trained_width * self.owned}
+        return {}
+
+    # --- gathered parameters ----------------------------------------------------------------
+
+    def gathered_bytes(
+        self, place: GatherPlace = "layer", *, remaining_fraction: float = 1.0
+    ) -> float:
+        """Return full parameters that ZeRO-3 holds at a place of the micro-step.
+
+        The prefetcher runs ahead until ``max_live_parameters`` are there; later it overshoots
+        by one tensor, and the module at work may fetch another. At the turn from forward to
+        backward the last layers stay: whatever recurs within ``max_reuse_distance``.
+
+        Args:
+            place: at the end of forward the output matrix is on its way; in the loss it is
+                at work; at the turn it is done with, and the layers' backward is to come.
+            remaining_fraction: the part of the model whose backward is still to come.
+        """
+        if not self.gathers:
+            return 0.0
+        counts, knobs = self.counts, self.strategy.zero
+        persisted = counts.persisted(knobs.stage3_param_persistence_threshold)
+        total = (counts.gatherable - persisted) * remaining_fraction
+        live, needed = float(knobs.stage3_max_live_parameters), counts.largest_in_layers
+        if place == "layer":
+            live += 2 * counts.largest_in_layers
+        elif place == "turn":
+            live = max(live, self._reused_elements() - counts.output)
+        else:
+            needed = counts.output
+            live = max(live, self._reused_elements())
+        elements = min(max(total, needed), max(live, needed))
+        return self.width * (elements + self._gather_copy_elements(elements, place))
+
+    def _reused_elements(self) -> float:
+        """Return what stays for its use in backward: each layer recurs, recomputed, then again.
+
+        Source: ``partitioned_param_coordinator.py:__params_to_release``.
+        """
+        passes = 2 if self.strategy.gradient_checkpointing is Checkpointing.none else 3
+        head = self.counts.output
+        rest = self.strategy.zero.stage3_max_reuse_distance - 2 * head
+        return head + rest / passes if rest > 0 else 0.0
+
+    def _gather_copy_elements(self, elements: float, place: GatherPlace) -> float:
+        """Return the flat buffer of a prefetch of several tensors (AllGatherCoalescedHandle).
+
+        It lives until all its tensors have been used; a single tensor is gathered in place.
+        """
+        counts, knobs = self.counts, self.strategy.zero
+        bucket, largest = knobs.stage3_prefetch_bucket_size, counts.largest_in_layers
+        if self.world_size == 1 or bucket == 0:
+            return 0.0
+        if bucket >= largest:
+            return min(bucket, elements)
+        # Small tensors that are partitioned too, such as adapters, ride along with a large one.
+        if counts.has_between(knobs.stage3_param_persistence_threshold, bucket):
+            return {"forward": counts.output, "loss": largest}.get(place, 0.0)
+        return 0.0
+
+    # --- gradients --------------------------------------------------------------------------
+
+    def bucket_bytes(self) -> float:
+        """Return reduce buckets that exist from the first gradient of a backward to its end."""
+        if self.stage not in (1, 2) or self.has_fp32_stage_1:
+            return 0.0
+        if not self.strategy.zero.contiguous_gradients and not self.has_offloaded_optimizer:
+            return 0.0
+        copies = 2 if self.strategy.zero.overlaps(self.strategy.zero_stage) else 1
+        return float(self.trained_width * self.bucket * copies)
+
+    def pending_bytes(self, new: int, last: int) -> float:
+        """Return gradients of single tensors that are outside any bucket."""
+        waits = last > self.bucket or not self.reduces_in_backward
+        return self.trained_width * (new + (last if waits and self.reduces_in_backward else 0))
+
+    def reduction_bytes(self, elements: float) -> float:
+        """Return the copy that reducing ``elements`` gradients makes, all in one bucket.
+
+        ZeRO-1/2 concatenate the slices of different owners (``allreduce_bucket``), ZeRO-3
+        the shares of all ranks (``reduce_scatter_coalesced``); one slice needs no copy.
+        Ulysses reduces in fp32.
+        """
+        if self.stage == 3:
+            single = elements > self.bucket
+            return 0.0 if single else self.width * elements
+        extra = 4.0 if self.strategy.sequence_parallel_size > 1 else 0.0
+        own = self.trained_width if self.world_size > 1 else 0.0
+        return (own + extra) * elements
+
+    def norm_bytes(self, largest: float) -> float:
+        """Return the fp64 copy of the largest gradient slice (``get_norm_dtype``)."""
+        if self.stage == 3:
+            return 8 * min(largest / self.world_size, _STAGE_3_NORM_ELEMENTS)
+        return 8 * min(largest, self.partition)
+
+    def stage_0_reduction_bytes(self) -> float:
+        """Return the flat copy of ``buffered_allreduce_fallback``."""
+        return float(self.trained_width * min(_STAGE_0_BUCKET_ELEMENTS, self.counts.trainable))
+
+    def fp32_stage_1_reduction_bytes(self) -> float:
+        """Return BF16_Optimizer's cast of all fp32 gradients, and their copy if it is small.
+
+        One flat tensor above the bucket's size is reduced where it is; below, it is joined
+        with the next group's first.
+        """
+        count = self.counts.trainable
+        copied = 4.0 * count if count <= _STAGE_0_BUCKET_ELEMENTS else 0.0
+        return self.trained_width * count + copied
+
+
+def zero_runtime(workload: Workload, strategy: Strategy, *, world_size: int) -> ZeroRuntime:
+    """Return one rank's ZeRO bookkeeping for a workload and a strategy.
+
+    The engine casts every parameter to the model's precision at init, except under ZeRO-3,
+    where PEFT's fp32 adapters stay fp32 (``engine.py:_cast_module_mixed_precision``).
+    """
+    width = workload.precision.bytes_per_element
+    is_full = workload.method is Method.full
+    trained_width = 4 if not is_full and strategy.zero_stage == 3 else width
+    accumulation = strategy.grad_accum_dtype
+    return ZeroRuntime(
+        counts=count_parameters(workload),
+        strategy=strategy,
+        world_size=world_size,
+        is_full=is_full,
+        width=width,
+        trained_width=trained_width,
+        accumulation_width=accumulation.bytes_per_element if accumulation else width,
+        precision=workload.precision,
+    )

@@ -1,0 +1,215 @@
+"""Activations against traces of transformers' own modules.
+
+Expected figures are bytes of distinct storages that a dispatch-mode tracker counted while
+transformers 5.23 ran forward and backward of the real architectures (bf16, dropout 0 unless
+said, batch 1, 2,048 tokens), in MiB.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from launcher.activations import layer_profile
+from launcher.decoder_layer import AttentionKernel, LayerSetting
+from launcher.model_source import load_catalogue_entry
+from launcher.model_spec import ModelSpec, spec_from_config
+from launcher.output_layer import OutputLayer
+from launcher.strategy import Loss
+from launcher.units import MIB
+
+TOKENS = 2048
+SCORES = TOKENS * TOKENS
+
+
+def model(name: str) -> ModelSpec:
+    return spec_from_config(load_catalogue_entry(name).config, name=name)
+
+
+def setting(
+    name: str,
+    *,
+    attention: AttentionKernel = "flash",
+    targets: frozenset[str] | None = None,
+    adapter_bytes: int = 2,
+    dropout: bool = False,
+    is_cuda: bool = False,
+    zero3: bool = False,
+    liger: bool = False,
+) -> LayerSetting:
+    spec = model(name)
+    return LayerSetting(
+        model=spec,
+        is_moe=spec.num_experts > 0,
+        element_bytes=2,
+        adapter_targets=targets or frozenset(),
+        adapter_rank=16,
+        adapter_bytes=adapter_bytes,
+        has_adapter_dropout=dropout,
+        is_frozen=targets is not None,
+        has_zero3_linear=zero3,
+        quantization=None,
+        attention=attention,
+        has_fp32_softmax_input=True,
+        has_liger=liger,
+        is_cuda=is_cuda,
+    )
+
+
+def saved_mib(layer: LayerSetting, tokens: int = TOKENS) -> float:
+    return layer_profile(layer).saved.at(tokens, tokens * tokens) / MIB
+
+
+def block_mib(layer: LayerSetting) -> float:
+    """Most that one recomputed layer's backward needs, its new weight gradient included."""
+    return (
+        max(
+            (moment.saved + moment.passing).at(TOKENS, SCORES)
+            + (0 if moment.is_parameter_done else 2 * moment.new_gradient_elements)
+            for moment in layer_profile(layer).backward
+        )
+        / MIB
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "expected_mib"),
+    [
+        ("llama2-7b", "flash", 364.27),
+        ("llama3-8b", "flash", 392.27),
+        ("mistral-7b", "flash", 392.27),
+        ("llama2-70b", "flash", 776.5),
+        ("qwen2-7b", "flash", 440.2),
+        ("qwen3-8b", "flash", 420.6),
+        ("phi-3-mini-4k", "flash", 308.3),
+        ("phi-4", "flash", 535.3),
+        ("falcon-180b", "efficient_masked", 879.8),
+        ("mixtral-8x7b", "flash", 680.5),
+        ("qwen3-30b-a3b", "flash", 380.1),
+    ],
+)
+def test_a_layer_saves_what_the_trace_of_its_architecture_shows(
+    name: str, attention: AttentionKernel, expected_mib: float
+) -> None:
+    assert saved_mib(setting(name, attention=attention)) == pytest.approx(expected_mib, rel=1e-3)
+
+
+@pytest.mark.parametrize(("tokens", "expected_mib"), [(2048, 1132.0), (4096, 3800.0)])
+def test_eager_attention_saves_fp32_and_low_precision_scores(
+    tokens: int, expected_mib: float
+) -> None:
+    layer = setting("llama2-7b", attention="eager")
+    assert saved_mib(layer, tokens) == pytest.approx(expected_mib, abs=0.1)
+
+
+def test_a_padding_mask_costs_one_mask_and_repeated_keys_in_every_layer() -> None:
+    layer = setting("llama3-8b", attention="efficient_masked")
+    assert saved_mib(layer) == pytest.approx(424.3, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("targets", "adapter_bytes", "dropout", "is_cuda", "expected_mib"),
+    [
+        ("none", 2, False, False, 257.3),
+        ("qv", 2, False, False, 273.4),
+        ("qv", 4, False, False, 321.5),
+        ("all", 2, False, False, 332.7),
+        ("all", 4, False, False, 536.1),
+        ("all", 4, True, False, 814.1),
+        ("all", 2, True, False, 535.7),
+        # The same two with CUDA's byte mask: the trace less 3 or 1 B x 2,048 x 35,584 inputs.
+        ("all", 4, True, True, 605.6),
+        ("all", 2, True, True, 466.2),
+    ],
+)
+def test_lora_saves_what_the_trace_shows(
+    targets: str, adapter_bytes: int, dropout: bool, is_cuda: bool, expected_mib: float
+) -> None:
+    linears = {w.name for w in model("llama2-7b").weights if w.role == "linear"}
+    chosen = {
+        "none": set(),
+        "qv": {name for name in linears if "q_proj" in name or "v_proj" in name},
+        "all": linears,
+    }[targets]
+    layer = setting(
+        "llama2-7b",
+        targets=frozenset(chosen),
+        adapter_bytes=adapter_bytes,
+        dropout=dropout,
+        is_cuda=is_cuda,
+    )
+    assert saved_mib(layer) == pytest.approx(expected_mib, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "traced_mib"),
+    [
+        ("llama2-7b", "flash", 512.28),
+        ("llama3-8b", "flash", 579.28),
+        ("llama2-70b", "flash", 1371.53),
+        ("llama2-7b", "eager", 1675.02),
+        ("llama3-8b", "eager", 1675.02),
+        ("llama2-70b", "eager", 3339.02),
+    ],
+)
+def test_a_recomputed_layers_backward_peaks_where_the_trace_does(
+    name: str, attention: AttentionKernel, traced_mib: float
+) -> None:
+    # The trace (peak minus the layers' saved inputs, vocabulary 512) also holds cos and sin
+    # (2 x 2 B x s x head size: 1 MiB), the logits (2 MiB) and, when eager, the mask (8 MiB).
+    others = 1 + 2 + (8 if attention == "eager" else 0)
+    layer = setting(name, attention=attention)
+    assert block_mib(layer) == pytest.approx(traced_mib - others, abs=0.6)
+
+
+def test_zero_3_linear_layers_keep_the_input_of_frozen_weights() -> None:
+    # LinearFunctionForZeroStage3 saves it: 2 B x h for q, k, v together, 2 B x h for gate and
+    # up, 2 B x f for down; o_proj's is the attention output, which is there already.
+    frozen = frozenset[str]()
+    extra = saved_mib(setting("llama2-7b", targets=frozen, zero3=True)) - saved_mib(
+        setting("llama2-7b", targets=frozen)
+    )
+    assert extra == pytest.approx(TOKENS * 2 * (4096 + 4096 + 11008) / MIB)
+
+
+def test_liger_kernels_keep_one_input_per_norm_and_no_activated_gate() -> None:
+    # Per token, h = 4096, f = 14336: two norms keep their input and 4 B, their outputs feed
+    # trained matrices (2 x 2 x 2h); q, k, v, output: 4h + 2 x 1024 values; gate, up, product.
+    per_token = 2 * (4096 * 2 + 4) + 2 * 2 * 4096 + 2 * (2 * 4096 + 2 * 1024) + 4 * 32
+    per_token += 3 * 2 * 14336
+    assert saved_mib(setting("llama3-8b", liger=True)) == pytest.approx(TOKENS * per_token / MIB)
+
+
+def head(*, tokens: int = 2048, vocab_size: int = 32000, is_trained: bool = False) -> OutputLayer:
+    return OutputLayer(
+        tokens=tokens,
+        hidden_size=4096,
+        vocab_size=vocab_size,
+        element_bytes=2,
+        is_head_trained=is_trained,
+        keeps_hidden=is_trained,
+        has_softcap=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocab_size", "expected_gb"),
+    [(2048, 32000, 0.79), (2048, 128256, 3.15), (8192, 128256, 12.6)],
+)
+def test_cross_entropy_needs_12_bytes_per_logit(
+    tokens: int, vocab_size: int, expected_gb: float
+) -> None:
+    moments = head(tokens=tokens, vocab_size=vocab_size).moments(Loss.full)
+    peak = max(moment.logits_bytes for moment in moments)
+    assert peak / 1e9 == pytest.approx(expected_gb, rel=0.005)
+
+
+def test_the_chunked_loss_holds_12_bytes_for_one_chunk_only() -> None:
+    # 8,192 x 128,256 logits in chunks of at most 2**25: 32 chunks of 256 tokens.
+    moments = head(tokens=8192, vocab_size=128256).moments(Loss.chunked)
+    assert max(moment.logits_bytes for moment in moments) == 12 * 256 * 128256
+
+
+def test_liger_holds_one_chunk_of_low_precision_logits() -> None:
+    # Chunk: 4,096 tokens / ceil(128,256 / 4,096) = 128, already a power of two.
+    moments = head(tokens=4096, vocab_size=128256).moments(Loss.liger)
+    assert moments[0].logits_bytes == 2 * 128 * 128256
