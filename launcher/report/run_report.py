@@ -1,0 +1,223 @@
+"""A run's report as types: what every rank measured, beside what the plan predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from launcher.memory import PHASES
+from launcher.peaks import RankFailure, RankPeaks
+from launcher.report.prediction import Prediction
+
+RunState = Literal[
+    "created", "running", "finished", "failed", "out_of_memory", "interrupted", "unknown"
+]
+FAILED_STATES: frozenset[RunState] = frozenset({"failed", "out_of_memory", "interrupted"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFiles:
+    """The content of a run directory as far as it could be read; the input of a report."""
+
+    name: str
+    plan: Mapping[str, object] | None = None
+    status: Mapping[str, object] | None = None
+    results: Mapping[str, object] | None = None
+    ranks: tuple[RankPeaks, ...] = ()
+    log: tuple[Mapping[str, object], ...] = ()
+    problems: tuple[str, ...] = ()
+    """One sentence for each file that is missing, half-written or of another version."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A predicted number beside the measured one, in the unit of the field that holds it."""
+
+    predicted: float | None
+    measured: float | None
+
+    @property
+    def error_fraction(self) -> float | None:
+        """``(predicted - measured) / measured``; negative when more was used than predicted."""
+        if self.predicted is None or not self.measured:
+            return None
+        return (self.predicted - self.measured) / self.measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseReport:
+    """One phase on one rank."""
+
+    phase: str
+    allocated_bytes: Comparison
+    peak_reserved_bytes: int | None
+    device_used_bytes: int | None
+    host_rss_bytes: int | None
+    seconds: float | None
+    """Wall time of all times the phase ran."""
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport:
+    """One rank: its highest figures over all phases, and every phase."""
+
+    rank: int
+    host: str
+    device: str
+    device_name: str
+    state: str
+    steps_done: int
+    allocated_bytes: Comparison
+    reserved_bytes: Comparison
+    device_used_bytes: Comparison
+    host_rss_bytes: int | None
+    peak_phase: str | None
+    """The phase in which most was allocated; ``None`` when nothing was measured."""
+    phases: tuple[PhaseReport, ...]
+    allocator_retries: int
+    allocator_ooms: int
+
+    @property
+    def measured_bytes(self) -> int:
+        """Highest allocated bytes of any phase, 0 when nothing was measured."""
+        return round(self.allocated_bytes.measured or 0)
+
+    def phase(self, name: str) -> PhaseReport | None:
+        """Return one phase, ``None`` when this rank did not reach it."""
+        return next((phase for phase in self.phases if phase.phase == name), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeReport:
+    """One host: the sum of its ranks' peak resident memory against the prediction."""
+
+    host: str
+    num_ranks: int
+    """Ranks of this host whose file was readable."""
+    host_bytes: Comparison
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BalanceReport:
+    """How the measured peaks spread over the ranks."""
+
+    fullest_rank: int
+    median_rank: int
+    emptiest_rank: int
+    imbalance_fraction: float
+    """Fullest over mean, minus 1."""
+    headroom_bytes: int | None
+    """Device memory that the fullest rank left free; ``None`` on CPU or an unknown GPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeReport:
+    """Seconds of an optimizer step (the slowest rank's), and the throughput that follows."""
+
+    num_steps: int
+    first_step_seconds: float | None
+    max_step_seconds: float | None
+    """Slowest step after the first."""
+    step_seconds: Comparison
+    """Measured: the median of the steps after the first (of all, when there is only one)."""
+    tokens_per_second_per_gpu: Comparison
+    """Padding included."""
+    tokens_per_second: float | None
+    """All reported ranks together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossReport:
+    """Training loss by step, and the loss on held-out text before and after."""
+
+    train: tuple[tuple[int, float], ...]
+    held_out: tuple[tuple[int, float], ...]
+    held_out_before: float | None
+    held_out_after: float | None
+    is_after_final: bool
+    """``held_out_after`` was measured at the end of the run, not at its last evaluation so far."""
+    not_finite_steps: tuple[int, ...]
+    """Steps whose loss was NaN or infinite."""
+
+    @property
+    def held_out_change(self) -> float | None:
+        """After minus before; negative is better."""
+        if self.held_out_before is None or self.held_out_after is None:
+            return None
+        return self.held_out_after - self.held_out_before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleReport:
+    """The same prompt answered by the model before and after training."""
+
+    prompt: str
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailureReport:
+    """A failure, once, with every rank that reported the same."""
+
+    rank: int
+    host: str
+    state: str
+    failure: RankFailure
+    same_on_ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """One drawing in two widths, with the sentence that it shows."""
+
+    name: str
+    finding: str
+    wide_png: bytes
+    narrow_png: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """Everything that can be said about a run, finished or not."""
+
+    name: str
+    state: RunState
+    state_reason: str | None
+    """What status.json says about the state, in the words of who wrote it."""
+    prediction: Prediction
+    world_size: int | None
+    missing_ranks: tuple[int, ...]
+    ranks: tuple[RankReport, ...]
+    nodes: tuple[NodeReport, ...]
+    balance: BalanceReport | None
+    time: TimeReport
+    loss: LossReport
+    tokens_seen: int | None
+    train_seconds: float | None
+    sample: SampleReport | None
+    failures: tuple[FailureReport, ...] = ()
+    problems: tuple[str, ...] = ()
+    phase_names: tuple[str, ...] = field(default=PHASES)
+    """Phases that were predicted or measured, in the order in which they happen."""
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """No rank used a GPU: there are no allocator statistics and no device figures."""
+        return bool(self.ranks) and all(rank.device == "cpu" for rank in self.ranks)
+
+    def rank(self, number: int) -> RankReport:
+        """Return one of the reported ranks."""
+        return next(rank for rank in self.ranks if rank.rank == number)
+
+    def fullest_in(self, phase: str) -> RankReport | None:
+        """Return the rank that allocated most in a phase, ``None`` when none measured it."""
+        measured = [
+            (size, -rank.rank, rank)
+            for rank in self.ranks
+            if (row := rank.phase(phase)) is not None
+            and (size := row.allocated_bytes.measured) is not None
+        ]
+        return max(measured)[2] if measured else None

@@ -1,0 +1,282 @@
+"""A report's tables as rows of text, shared by the terminal, Markdown and HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from launcher.report.run_report import Comparison, RankReport, RunReport
+from launcher.report.text import (
+    NOTHING,
+    error_note,
+    format_percent,
+    format_rate,
+    printable,
+    shorten,
+)
+from launcher.units import GIB, KIB, MIB, format_seconds
+
+MAX_RANK_ROWS = 16
+MAX_NODE_ROWS = 16
+MAX_FAILED_ROWS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A titled table; every row has as many cells as the header."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    num_text_columns: int = 1
+    """Leading columns that hold words; the others hold numbers and align right."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Unit:
+    """One unit for all sizes of a table, so that they can be compared at a glance."""
+
+    name: str
+    scale: int
+    decimals: int
+
+    def show(self, size: float | None) -> str:
+        """Return bytes in this unit, without its name."""
+        return NOTHING if size is None else f"{size / self.scale:.{self.decimals}f}"
+
+
+def summary_tables(report: RunReport) -> tuple[Table, ...]:
+    """Return memory by phase, ranks, nodes and time; what has no rows is left out."""
+    makers = (_phase_table, _rank_table, _device_table, _node_table, _time_table)
+    return tuple(table for make in makers if (table := make(report)).rows)
+
+
+def detail_table(report: RunReport) -> Table:
+    """Return every phase of every rank, of a few telling ranks when there are many."""
+    shown = select_ranks(report)
+    unit = _unit_for([*_peaks(report), *(rank.host_rss_bytes for rank in shown)])
+    rows = [
+        (
+            str(rank.rank),
+            printable(phase.phase),
+            *_comparison_cells(phase.allocated_bytes, unit.show),
+            NOTHING if report.is_on_cpu else unit.show(phase.peak_reserved_bytes),
+            unit.show(phase.device_used_bytes),
+            unit.show(phase.host_rss_bytes),
+            NOTHING if phase.seconds is None else format_seconds(phase.seconds),
+        )
+        for rank in shown
+        for phase in rank.phases
+    ]
+    return _without_empty_columns(
+        Table(
+            title=f"Every rank and phase, in {unit.name}",
+            header=(
+                "rank", "phase", "predicted", "measured", "error",
+                "reserved", "device", "host RSS", "time",
+            ),
+            rows=tuple(rows),
+            note=_selection_note(report, shown),
+            num_text_columns=2,
+        )
+    )  # fmt: skip
+
+
+def select_ranks(report: RunReport) -> tuple[RankReport, ...]:
+    """Return the ranks to show: all, or the fullest, median, emptiest and first failed ones."""
+    if len(report.ranks) <= MAX_RANK_ROWS:
+        return report.ranks
+    numbers: set[int] = set()
+    if report.balance is not None:
+        balance = report.balance
+        numbers |= {balance.fullest_rank, balance.median_rank, balance.emptiest_rank}
+    failed = [rank.rank for rank in report.ranks if rank.state not in ("finished", "running")]
+    numbers |= set(failed[:MAX_FAILED_ROWS])
+    return tuple(rank for rank in report.ranks if rank.rank in numbers)
+
+
+def _phase_table(report: RunReport) -> Table:
+    unit = _unit_for(_peaks(report))
+    rows = []
+    for name in report.phase_names:
+        rank, predicted = report.fullest_in(name), report.prediction.phase(name)
+        measured = rank.phase(name) if rank else None
+        comparison = measured.allocated_bytes if measured else None
+        each = NOTHING
+        if measured and measured.seconds is not None and measured.count:
+            each = format_seconds(measured.seconds / measured.count)
+        rows.append(
+            (
+                printable(name),
+                *_comparison_cells(
+                    comparison
+                    or Comparison(
+                        predicted=predicted.allocated_bytes if predicted else None, measured=None
+                    ),
+                    unit.show,
+                ),
+                str(rank.rank) if rank else NOTHING,
+                each,
+            )
+        )
+    return Table(
+        title=f"Memory by phase, fullest rank of each, in {unit.name}",
+        header=("phase", "predicted", "measured", "error", "rank", "time each"),
+        rows=tuple(rows),
+        note=error_note(report) if rows else "",
+    )
+
+
+def _rank_table(report: RunReport) -> Table:
+    shown = select_ranks(report)
+    unit = _unit_for([*_peaks(report), *(rank.host_rss_bytes for rank in shown)])
+    rows = [
+        (
+            _rank_cell(report, rank),
+            rank.state.replace("_", " "),
+            printable(rank.peak_phase or NOTHING),
+            *_comparison_cells(rank.allocated_bytes, unit.show),
+            unit.show(rank.host_rss_bytes),
+        )
+        for rank in shown
+    ]
+    return Table(
+        title=f"Peak of each rank, in {unit.name}",
+        header=("rank", "state", "in phase", "predicted", "measured", "error", "host RSS"),
+        rows=tuple(rows),
+        note=_selection_note(report, shown),
+        num_text_columns=3,
+    )
+
+
+def _device_table(report: RunReport) -> Table:
+    shown = () if report.is_on_cpu else select_ranks(report)
+    unit = _unit_for(rank.device_used_bytes.measured for rank in shown)
+    rows = [
+        (
+            _rank_cell(report, rank),
+            *_comparison_cells(rank.reserved_bytes, unit.show),
+            *_comparison_cells(rank.device_used_bytes, unit.show),
+        )
+        for rank in shown
+    ]
+    return Table(
+        title=f"Reserved by the allocator, and device memory in use, in {unit.name}",
+        header=(
+            "rank",
+            "res. predicted",
+            "measured",
+            "error",
+            "dev. predicted",
+            "measured",
+            "error",
+        ),
+        rows=tuple(rows),
+        note=_selection_note(report, shown) if rows else "",
+    )
+
+
+def _rank_cell(report: RunReport, rank: RankReport) -> str:
+    return f"{rank.rank}{_role(report, rank)}"
+
+
+def _role(report: RunReport, rank: RankReport) -> str:
+    if report.balance is None or len(report.ranks) <= MAX_RANK_ROWS:
+        return ""
+    roles = {
+        report.balance.emptiest_rank: " (emptiest)",
+        report.balance.median_rank: " (median)",
+        report.balance.fullest_rank: " (fullest)",
+    }
+    return roles.get(rank.rank, "")
+
+
+def _selection_note(report: RunReport, shown: Sequence[RankReport]) -> str:
+    total = len(report.ranks)
+    if len(shown) == total:
+        return ""
+    return f"{len(shown)} of {total} ranks shown; report.json has all of them."
+
+
+def _node_table(report: RunReport) -> Table:
+    nodes = sorted(report.nodes, key=lambda node: -(node.host_bytes.measured or 0))
+    unit = _unit_for(node.host_bytes.measured for node in nodes)
+    rows = [
+        (
+            shorten(printable(node.host), 40),
+            str(node.num_ranks),
+            *_comparison_cells(node.host_bytes, unit.show),
+        )
+        for node in nodes[:MAX_NODE_ROWS]
+    ]
+    note = "Measured is the sum of the ranks' peak resident memory; shared pages count once a rank."
+    if len(nodes) > MAX_NODE_ROWS:
+        note += f" The {MAX_NODE_ROWS} fullest of {len(nodes)} nodes are shown."
+    return Table(
+        title=f"Host memory of each node, in {unit.name}",
+        header=("node", "ranks", "predicted", "measured", "error"),
+        rows=tuple(rows),
+        note=note,
+    )
+
+
+def _time_table(report: RunReport) -> Table:
+    time = report.time
+    if time.first_step_seconds is None:
+        return Table(title="Time", header=("", "predicted", "measured", "error"), rows=())
+    slowest = Comparison(predicted=None, measured=time.max_step_seconds)
+    first = Comparison(predicted=None, measured=time.first_step_seconds)
+    per = "rank" if report.is_on_cpu else "GPU"
+    together = Comparison(predicted=None, measured=time.tokens_per_second)
+    rows: list[tuple[str, ...]] = [
+        ("first step", *_comparison_cells(first, format_seconds)),
+        ("median step", *_comparison_cells(time.step_seconds, format_seconds)),
+        ("slowest later step", *_comparison_cells(slowest, format_seconds)),
+        (f"each {per}", *_comparison_cells(time.tokens_per_second_per_gpu, format_rate)),
+    ]
+    if len(report.ranks) > 1:
+        name = f"all {len(report.ranks)} ranks"
+        rows.append((name, *_comparison_cells(together, format_rate)))
+    return Table(
+        title="Time and throughput",
+        header=("", "predicted", "measured", "error"),
+        rows=tuple(rows),
+        note="A step takes as long as its slowest rank; tokens include padding.",
+    )
+
+
+def _comparison_cells(comparison: Comparison, show: Callable[[float], str]) -> tuple[str, str, str]:
+    sizes = (comparison.predicted, comparison.measured)
+    predicted, measured = (NOTHING if size is None else show(size) for size in sizes)
+    return predicted, measured, format_percent(comparison.error_fraction)
+
+
+def _peaks(report: RunReport) -> list[float | None]:
+    return [report.prediction.peak_allocated_bytes, *(rank.measured_bytes for rank in report.ranks)]
+
+
+def _unit_for(sizes: Iterable[float | None]) -> _Unit:
+    """Return the unit in which the largest size has at most five digits before the point."""
+    largest = max((size for size in sizes if size is not None), default=0)
+    if largest >= 10 * GIB:
+        return _Unit(name="GiB", scale=GIB, decimals=2)
+    if largest >= 10 * MIB:
+        return _Unit(name="MiB", scale=MIB, decimals=1)
+    return _Unit(name="KiB", scale=KIB, decimals=1)
+
+
+def _without_empty_columns(table: Table) -> Table:
+    """Drop columns that say nothing in any row, such as device memory on CPU."""
+    kept = [
+        index
+        for index in range(len(table.header))
+        if index < table.num_text_columns or any(row[index] != NOTHING for row in table.rows)
+    ]
+    return Table(
+        title=table.title,
+        header=tuple(table.header[index] for index in kept),
+        rows=tuple(tuple(row[index] for index in kept) for row in table.rows),
+        note=table.note,
+        num_text_columns=table.num_text_columns,
+    )
