@@ -1,0 +1,1 @@
+"""Run jobs: the only package that starts processes."""

@@ -1,0 +1,136 @@
+"""What every backend does: render a job without effects, start it, and see it to its end."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from launcher import run_dir as rd
+from launcher.dispatch.interruptions import Interruptions
+from launcher.errors import JobFailedError, RunDirError
+from launcher.job_script import JobRequest
+from launcher.planning.plan import Plan
+
+JOB_SCHEMA_VERSION = 1
+
+
+class JobInterruptedError(JobFailedError):
+    """A signal ended the job; the exit status is 128 + the signal, as shells have it."""
+
+    def __init__(self, problem: str, *, where: str, fix: str, signal_number: int) -> None:
+        super().__init__(problem, where=where, fix=fix)
+        self.exit_code = 128 + signal_number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobHandle:
+    """A job that was started: what it takes to watch, find or cancel it."""
+
+    backend: str
+    run_dir: Path
+    run_id: str
+    job_id: str
+    """For people: a process id here, a job number elsewhere."""
+    host: str
+    session_id: int
+    """Session of the job's processes on ``host``, which is also the launcher's process id."""
+    master_port: int
+
+
+class Backend(Protocol):
+    """A place that runs jobs: this machine, or the hosts of a hostfile."""
+
+    @property
+    def name(self) -> str:
+        """Name that recipes use."""
+
+    def render(self, plan: Plan, *, run_dir: Path, files: Mapping[str, str]) -> JobRequest:
+        """Return what :meth:`submit` would run. Pure; ``--dry-run`` stops here."""
+
+    def submit(self, request: JobRequest, *, run_dir: Path) -> JobHandle:
+        """Write the files and start the job. The only step with effects."""
+
+    def wait(
+        self, handle: JobHandle, *, interruptions: Interruptions, console: BinaryIO | None
+    ) -> None:
+        """Return when the run has finished, with nothing left behind.
+
+        Raises:
+            JobFailedError: it did not finish.
+            JobInterruptedError: a signal ended it.
+        """
+
+
+def run_to_end(
+    backend: Backend, request: JobRequest, *, run_dir: Path, console: BinaryIO | None = None
+) -> JobHandle:
+    """Submit a job and wait until it has finished; Ctrl-C at any moment ends all of it.
+
+    Args:
+        backend: where to run.
+        request: what its ``render`` returned.
+        run_dir: an existing, writable run directory.
+        console: where to copy what the job prints; ``None`` leaves it in the log file.
+
+    Raises:
+        JobFailedError: it did not finish (exit status 4).
+        JobInterruptedError: SIGINT, SIGTERM or SIGHUP (exit status 128 + the signal).
+        RunDirError: the files cannot be written.
+        SetupError: the job cannot be started here.
+    """
+    with Interruptions() as interruptions:
+        handle = backend.submit(request, run_dir=run_dir)
+        backend.wait(handle, interruptions=interruptions, console=console)
+    return handle
+
+
+def new_run_id() -> str:
+    """Return a name that no other run has."""
+    return uuid.uuid4().hex
+
+
+def write_files(request: JobRequest, run_dir: Path) -> None:
+    """Write a request's files into an existing run directory.
+
+    Raises:
+        RunDirError: a file cannot be written.
+    """
+    for name, text in request.files.items():
+        path = run_dir / name
+        assert path.parent == run_dir, name
+        try:
+            rd.write_text(path, text)
+            if text.startswith("#!"):
+                path.chmod(0o755)
+        except OSError as error:
+            raise RunDirError(
+                f"cannot write: {error.strerror or error}",
+                where=str(path),
+                fix="free some disk space, or choose another folder",
+            ) from None
+
+
+def write_handle(handle: JobHandle) -> None:
+    """Keep a handle in the run directory, so that other commands find the job."""
+    content = asdict(handle) | {"run_dir": str(handle.run_dir)}
+    rd.write_json(handle.run_dir / rd.JOB, {"schema_version": JOB_SCHEMA_VERSION, **content})
+
+
+def read_handle(run_dir: Path) -> JobHandle:
+    """Read back the handle of a run.
+
+    Raises:
+        RunDirError: the run was never started, or the file is broken or of another version.
+    """
+    path = run_dir / rd.JOB
+    content: dict[str, Any] = rd.read_mapping(path, schema_version=JOB_SCHEMA_VERSION)
+    try:
+        # The directory may have been moved: it is where the file is.
+        return JobHandle(**{**content, "run_dir": run_dir})
+    except TypeError as error:
+        raise RunDirError(
+            f"not a job file: {error}", where=str(path), fix="it was not written by zerofit"
+        ) from None

@@ -1,0 +1,162 @@
+"""Why a job failed, in one error: from the ranks' files, else from how the ranks ended."""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import run_dir as rd
+from launcher.errors import JobFailedError, RunDirError
+from launcher.peaks import RankPeaks
+
+_log = logging.getLogger(__name__)
+
+# Errors of ranks that only noticed that another one had gone.
+_CONSEQUENCE = re.compile(
+    r"Dist(Network|Store|Backend)?Error|Connection (closed|reset)|Broken pipe|"
+    r"remote process exited|Timed out waiting",
+    re.IGNORECASE,
+)
+_ERROR_LINE = re.compile(r"(?:\[rank ?\d+\]:? )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
+_LOG_TAIL_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadRank:
+    """A rank of this machine that ended; ``exit_status`` is negative for a signal."""
+
+    rank: int
+    exit_status: int | None
+
+
+def read_failures(run_dir: Path) -> tuple[RankPeaks, ...]:
+    """Return the ranks that say why they failed, the likely cause first.
+
+    When one rank raises, the others fail a moment later in the collective that it left; those
+    come last, and among equals the file that was written first comes first.
+    """
+    found: list[tuple[bool, float, RankPeaks]] = []
+    for path in (run_dir / rd.RANKS).glob("[0-9]*.json"):
+        try:
+            written = path.stat().st_mtime
+            peaks = rd.read_rank(path)
+        except (OSError, RunDirError) as error:
+            _log.warning("cannot read a rank's file: %s", error)
+            continue
+        if peaks.failure is not None and peaks.state in ("failed", "out_of_memory"):
+            text = f"{peaks.failure.type}: {peaks.failure.message}"
+            found.append((_CONSEQUENCE.search(text) is not None, written, peaks))
+    return tuple(peaks for *_, peaks in sorted(found, key=lambda item: item[:2]))
+
+
+def describe_failure(
+    run_dir: Path, *, exit_code: int | None, dead_ranks: Iterable[DeadRank] = ()
+) -> JobFailedError:
+    """Return the error for a job that did not finish.
+
+    Args:
+        run_dir: the run's directory.
+        exit_code: what the launcher ended with; not to be trusted, DeepSpeed ends with 0 when
+            its own child is killed.
+        dead_ranks: ranks of this machine in the order in which they ended.
+    """
+    log_file = run_dir / rd.LAUNCHER_LOG
+    log = _tail(log_file)
+    # Those that were only told to stop come last: the cause is another one.
+    told_to_stop = (-signal.SIGTERM, 128 + signal.SIGTERM)
+    dead_ranks = sorted(dead_ranks, key=lambda dead: dead.exit_status in told_to_stop)
+    failures = read_failures(run_dir)
+    if failures:
+        return _reported(failures, log, where=str(log_file))
+    by_signal = _first_killed(dead_ranks)
+    if by_signal is None and exit_code is not None:
+        by_signal = _killed_by_exit_code(exit_code)
+    if by_signal is not None:
+        who, number = by_signal
+        return JobFailedError(
+            f"{who} was killed by signal {number} ({_signal_name(number)})",
+            where=str(log_file),
+            fix=_SIGNAL_FIXES.get(number, "the log has what the rank printed last"),
+        )
+    died = next((dead for dead in dead_ranks if dead.exit_status), None)
+    who = f"rank {died.rank}" if died else "the deepspeed launcher"
+    code = died.exit_status if died else exit_code
+    error_line = next((m for line in reversed(log) if (m := _ERROR_LINE.fullmatch(line))), None)
+    said = f": {error_line.group(1)}" if error_line else ""
+    return JobFailedError(
+        f"{who} ended with exit code {code} and the run is not marked as finished{said}",
+        where=str(log_file),
+        fix="the log has all that was printed",
+    )
+
+
+_SIGNAL_FIXES = {
+    signal.SIGKILL.value: (
+        "the host probably ran out of memory (`dmesg` shows it); use fewer ranks, a smaller "
+        "micro batch, or less offload to the CPU"
+    ),
+    signal.SIGSEGV.value: "a compiled library crashed; `zerofit doctor` shows mismatched versions",
+    signal.SIGBUS.value: "shared memory is probably full; `zerofit doctor` shows what fills it",
+    signal.SIGILL.value: "a kernel was built for another processor; remove the folder "
+    "~/.cache/torch_extensions and start again",
+}
+
+
+def _reported(failures: tuple[RankPeaks, ...], log: list[str], *, where: str) -> JobFailedError:
+    first = failures[0]
+    assert first.failure is not None
+    failure = first.failure
+    problem = (
+        f"rank {first.rank} on {first.host} failed in phase {failure.phase}: "
+        f"{failure.type}: {failure.message}"
+    )
+    # Once: what the rank printed itself has been seen already.
+    lines = failure.traceback.rstrip().splitlines()
+    last = (failure.message.splitlines() or lines or [""])[-1]
+    if not any(line.endswith(last) for line in log):
+        problem += "\n" + "\n".join(f"    {line}" for line in lines)
+    others = [str(peaks.rank) for peaks in failures[1:9]]
+    if others:
+        more = f" and {len(failures) - 9} more" if len(failures) > 9 else ""
+        problem += f"\n  then failed too: rank {', '.join(others)}{more}"
+    fix = "mend what the traceback says; the log has all that was printed"
+    if first.state == "out_of_memory":
+        fix = "`zerofit report` shows which phase was fuller than predicted; use a smaller micro "
+        fix += "batch, a higher zero_stage, or offload"
+    return JobFailedError(problem, where=where, fix=fix)
+
+
+def _first_killed(dead_ranks: Iterable[DeadRank]) -> tuple[str, int] | None:
+    first = next((dead for dead in dead_ranks if dead.exit_status), None)
+    if first is None or first.exit_status is None or first.exit_status > 0:
+        return None
+    return f"rank {first.rank}", -first.exit_status
+
+
+def _killed_by_exit_code(exit_code: int) -> tuple[str, int] | None:
+    """DeepSpeed's launch.py ends with ``sys.exit(-9)``, which the system makes 247."""
+    if exit_code < 0:
+        return "the deepspeed launcher", -exit_code
+    if 256 - 64 <= exit_code <= 255:
+        return "a rank", 256 - exit_code
+    return None
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"
+
+
+def _tail(path: Path) -> list[str]:
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
+            return stream.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

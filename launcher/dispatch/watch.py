@@ -1,0 +1,186 @@
+"""See a job to its end: show what it prints, notice dead ranks and signals, leave nobody."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from launcher import run_dir as rd
+from launcher.dispatch import process_group
+from launcher.dispatch.base import JobHandle, JobInterruptedError
+from launcher.dispatch.failure import describe_failure, read_failures
+from launcher.dispatch.interruptions import Interruptions
+from launcher.dispatch.rank_watch import RankWatch
+from launcher.errors import RunDirError
+
+_log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.2
+# Looking for failures reads every rank's file.
+SCAN_SECONDS = 1.0
+# After a failure DeepSpeed waits 30 s for ranks that ignore SIGTERM (launcher/launch.py,
+# terminate_process_tree), and for ever when its own children were not told.
+FAILURE_LINGER_SECONDS = 6.0
+# When all ranks have ended well, its two processes need some seconds to end on a busy machine.
+END_LINGER_SECONDS = 30.0
+_CHUNK_BYTES = 2**16
+
+
+@dataclass(kw_only=True)
+class LogRelay:
+    """Copies a growing file to the console, byte by byte, so that progress bars survive."""
+
+    path: Path
+    console: BinaryIO | None
+    _offset: int = 0
+
+    def copy_new(self) -> None:
+        """Copy what was added since the last call."""
+        if self.console is None:
+            return
+        try:
+            with self.path.open("rb") as stream:
+                stream.seek(self._offset)
+                while chunk := stream.read(_CHUNK_BYTES):
+                    self._offset += len(chunk)
+                    self.console.write(chunk)
+            self.console.flush()
+        except OSError as error:
+            # The terminal went away, or `| head` had enough: the log file has everything.
+            _log.warning("the job's output is no longer shown: %s", error)
+            self.console = None
+
+
+def watch(
+    process: subprocess.Popen[bytes],
+    handle: JobHandle,
+    *,
+    interruptions: Interruptions,
+    console: BinaryIO | None,
+) -> None:
+    """Return when the run has finished; when it returns or raises, no process is left.
+
+    Args:
+        process: the launcher that was started.
+        handle: the job.
+        interruptions: already entered.
+        console: where to copy the job's output.
+
+    Raises:
+        JobInterruptedError: a signal arrived; the run directory says "interrupted".
+        JobFailedError: the launcher ended, or had to be ended, and rank 0 had not marked the
+            run as finished. DeepSpeed's exit code alone proves nothing: it is 0 when its
+            launch process was killed.
+    """
+    ranks = RankWatch(run_id=handle.run_id, session_id=handle.session_id)
+    relay = LogRelay(path=handle.run_dir / rd.LAUNCHER_LOG, console=console)
+    started = time.time()
+    last_scan = 0.0
+    trouble_since: float | None = None
+    ended_since: float | None = None
+    try:
+        while process.poll() is None and not interruptions.received:
+            relay.copy_new()
+            now = time.monotonic()
+            ranks.look_for_new()
+            ranks.look_for_dead()
+            if now - last_scan >= SCAN_SECONDS:
+                last_scan = now
+                if trouble_since is None and _new_failure(handle.run_dir, started):
+                    trouble_since = now
+            if trouble_since is None and ranks.has_failure:
+                trouble_since = now
+            if ended_since is None and ranks.all_ended:
+                ended_since = now
+            if _has_lingered(now, trouble_since, ended_since):
+                _log.warning("ranks have ended but their launcher lingers; ending it")
+                break
+            ranks.wait_for_an_end(POLL_SECONDS)
+    finally:
+        ranks.close()
+        # Also when the launcher has ended by itself: ranks often outlive it.
+        _end_everything(process, handle, interruptions)
+    relay.copy_new()
+    stopped_by = interruptions.received[0] if interruptions.received else None
+    if trouble_since is not None:
+        stopped_by = None  # it had failed before the signal came
+    _conclude(handle, process.returncode, ranks, stopped_by=stopped_by)
+
+
+def _has_lingered(now: float, trouble_since: float | None, ended_since: float | None) -> bool:
+    if trouble_since is not None and now - trouble_since > FAILURE_LINGER_SECONDS:
+        return True
+    return ended_since is not None and now - ended_since > END_LINGER_SECONDS
+
+
+def _new_failure(run_dir: Path, started: float) -> bool:
+    """Return whether a rank wrote down a failure since the job started (wall clock)."""
+    try:
+        changed = any(
+            path.stat().st_mtime >= started - 1 for path in (run_dir / rd.RANKS).glob("[0-9]*.json")
+        )
+    except OSError:
+        return False
+    return changed and bool(read_failures(run_dir))
+
+
+def _end_everything(
+    process: subprocess.Popen[bytes], handle: JobHandle, interruptions: Interruptions
+) -> None:
+    # A second Ctrl-C means: now.
+    at_once = len(interruptions.received) > 1
+    gone = process_group.end_processes(handle.run_id, session_id=handle.session_id, at_once=at_once)
+    try:
+        process.wait(timeout=1)
+    except subprocess.TimeoutExpired:
+        gone = False
+    if not gone:
+        _log.error("some processes of this run do not end; `ps -s %d`", handle.session_id)
+    for path in process_group.shared_memory_leftovers(master_port=handle.master_port):
+        path.unlink(missing_ok=True)
+
+
+def _conclude(
+    handle: JobHandle, exit_code: int | None, ranks: RankWatch, *, stopped_by: int | None
+) -> None:
+    """Compare what the run directory says with how the processes ended; raise unless finished."""
+    run_dir = handle.run_dir
+    if _is_finished(run_dir):
+        if exit_code != 0:
+            _log.warning("the run finished; its launcher then ended with code %s", exit_code)
+        return
+    if stopped_by is not None:
+        name = signal.Signals(stopped_by).name
+        _record(run_dir, "interrupted", f"stopped by {name}")
+        raise JobInterruptedError(
+            f"the run was stopped by {name}; all of its processes have ended",
+            where=str(run_dir),
+            fix="start it again in a new folder",
+            signal_number=stopped_by,
+        )
+    error = describe_failure(run_dir, exit_code=exit_code, dead_ranks=ranks.ended.values())
+    _record(run_dir, "failed", error.problem.partition("\n")[0])
+    raise error
+
+
+def _is_finished(run_dir: Path) -> bool:
+    """Return whether rank 0 marked the run as finished and no rank says otherwise."""
+    try:
+        state = rd.read_status(run_dir).state
+    except RunDirError as error:
+        _log.error("%s", error)
+        return False
+    return state == "finished" and not read_failures(run_dir)
+
+
+def _record(run_dir: Path, state: rd.RunState, reason: str) -> None:
+    try:
+        rd.write_status(run_dir, state, reason=reason)
+    except OSError as error:
+        # A full disk is often the very reason; the error to show is the job's.
+        _log.error("cannot record that the run %s: %s", state, error)

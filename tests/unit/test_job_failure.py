@@ -1,0 +1,121 @@
+"""Why a job failed, from what its ranks left behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from launcher import run_dir as rd
+from launcher.dispatch.failure import DeadRank, describe_failure, read_failures
+from launcher.peaks import RankFailure, RankPeaks, RankState, peaks_to_json
+
+TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\nValueError: boom\n'
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return rd.create(tmp_path / "run")
+
+
+def write_rank(
+    run_dir: Path,
+    rank: int,
+    *,
+    type_name: str = "ValueError",
+    message: str = "boom",
+    state: RankState = "failed",
+    written: float = 1000.0,
+) -> None:
+    peaks = RankPeaks(
+        rank=rank,
+        local_rank=rank,
+        world_size=4,
+        host="node1",
+        pid=1,
+        device="cpu",
+        device_name="cpu",
+        state=state,
+        steps_done=0,
+        failure=RankFailure(phase="forward", type=type_name, message=message, traceback=TRACEBACK),
+    )
+    path = rd.rank_file(run_dir, rank)
+    rd.write_json(path, peaks_to_json(peaks))
+    os.utime(path, (written, written))
+
+
+def write_log(run_dir: Path, text: str) -> None:
+    (run_dir / rd.LAUNCHER_LOG).write_text(text)
+
+
+def test_the_rank_that_raised_comes_before_those_that_lost_it(run_dir: Path) -> None:
+    write_rank(
+        run_dir, 0, type_name="RuntimeError", message="Connection closed by peer", written=1000
+    )
+    write_rank(run_dir, 2, written=1002)
+    write_rank(run_dir, 1, written=1001)
+    assert [peaks.rank for peaks in read_failures(run_dir)] == [1, 2, 0]
+    error = describe_failure(run_dir, exit_code=1)
+    assert error.exit_code == 4
+    assert error.problem.startswith("rank 1 on node1 failed in phase forward: ValueError: boom")
+    assert "then failed too: rank 2, 0" in error.problem
+
+
+def test_a_traceback_that_was_not_printed_is_shown(run_dir: Path) -> None:
+    write_rank(run_dir, 1)
+    assert "Traceback (most recent call last)" in describe_failure(run_dir, exit_code=1).problem
+
+
+def test_a_traceback_that_the_rank_printed_is_not_shown_again(run_dir: Path) -> None:
+    write_rank(run_dir, 1)
+    write_log(run_dir, "".join(f"[rank 1] {line}\n" for line in TRACEBACK.splitlines()))
+    assert "Traceback" not in describe_failure(run_dir, exit_code=1).problem
+
+
+def test_a_rank_without_memory_says_what_to_change(run_dir: Path) -> None:
+    write_rank(run_dir, 1, type_name="OutOfMemoryError", state="out_of_memory")
+    assert "zero_stage" in describe_failure(run_dir, exit_code=1).fix
+
+
+def test_a_broken_rank_file_hides_no_other(run_dir: Path) -> None:
+    rd.rank_file(run_dir, 0).write_text("{half")
+    write_rank(run_dir, 1)
+    assert [peaks.rank for peaks in read_failures(run_dir)] == [1]
+
+
+# 256 minus the signal: DeepSpeed's launch.py calls sys.exit(-9). Measured with 0.19.8.
+@pytest.mark.parametrize(("exit_code", "name"), [(247, "SIGKILL"), (245, "SIGSEGV")])
+def test_deepspeeds_exit_codes_above_191_are_signals(
+    run_dir: Path, exit_code: int, name: str
+) -> None:
+    assert f"({name})" in describe_failure(run_dir, exit_code=exit_code).problem
+
+
+def test_the_rank_that_was_killed_is_named_and_not_those_that_were_told_to_stop(
+    run_dir: Path,
+) -> None:
+    dead = [
+        DeadRank(rank=0, exit_status=143),
+        DeadRank(rank=3, exit_status=-15),
+        DeadRank(rank=2, exit_status=-9),
+    ]
+    error = describe_failure(run_dir, exit_code=247, dead_ranks=dead)
+    assert error.problem == "rank 2 was killed by signal 9 (SIGKILL)"
+    assert "memory" in error.fix
+
+
+def test_a_rank_that_failed_before_it_could_write_is_named_with_the_last_error_of_the_log(
+    run_dir: Path,
+) -> None:
+    write_log(run_dir, "starting\n[rank 1] ModuleNotFoundError: No module named 'x'\nbye\n")
+    error = describe_failure(run_dir, exit_code=1, dead_ranks=[DeadRank(rank=1, exit_status=1)])
+    assert error.problem == (
+        "rank 1 ended with exit code 1 and the run is not marked as finished: "
+        "ModuleNotFoundError: No module named 'x'"
+    )
+    assert error.where == str(run_dir / rd.LAUNCHER_LOG)
+
+
+def test_exit_code_0_without_the_mark_of_rank_0_is_a_failure(run_dir: Path) -> None:
+    assert "not marked as finished" in describe_failure(run_dir, exit_code=0).problem
