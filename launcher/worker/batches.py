@@ -1,0 +1,86 @@
+"""Batches: synthetic sequences, padding, and the order of examples."""
+
+# Shape suffixes: b = sequences, s = tokens of the longest one.
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from launcher.worker.tokenization import IGNORE_INDEX
+
+
+class RandomTokens(Dataset[dict[str, Any]]):
+    """Sequences of exactly ``max_seq_len`` random tokens: for measuring, never for results."""
+
+    def __init__(self, *, num_examples: int, max_seq_len: int, vocab_size: int, seed: int) -> None:
+        self._num_examples = num_examples
+        self._max_seq_len = max_seq_len
+        self._vocab_size = vocab_size
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return self._num_examples
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(self._seed + index)
+        tokens = torch.randint(self._vocab_size, (self._max_seq_len,), generator=generator)
+        return {"input_ids": tokens, "labels": tokens}
+
+
+class RightPadding:
+    """Pad examples on the right to the longest of the batch, without an attention mask.
+
+    None is needed: a causal model's real tokens never look at what stands to their right, and
+    padding carries no label. Without a mask, attention takes the kernels that build none (torch
+    SDPA with ``is_causal``, FlashAttention without unpadding); with one, SDPA leaves the
+    FlashAttention kernel and needs a mask of s x s.
+    """
+
+    def __init__(self, *, pad_token_id: int) -> None:
+        self._pad_token_id = pad_token_id
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return ``input_ids`` and ``labels``, int64 [b, s]."""
+        longest = max(len(example["input_ids"]) for example in examples)
+        tokens_bs = torch.full((len(examples), longest), self._pad_token_id)
+        labels_bs = torch.full((len(examples), longest), IGNORE_INDEX)
+        for row, example in enumerate(examples):
+            length = len(example["input_ids"])
+            tokens_bs[row, :length] = torch.as_tensor(example["input_ids"])
+            labels_bs[row, :length] = torch.as_tensor(example["labels"])
+        return {"input_ids": tokens_bs, "labels": labels_bs}
+
+
+class LongestFirst(Sampler[int]):
+    """Batches of like length in random order, the longest example in the first batch.
+
+    What does not fit in memory fails in step 1, and little of a batch is padding. Unlike
+    transformers' sampler, whose permutation (``get_length_grouped_indices``) it uses, the order
+    depends on the seed and the epoch alone: every rank computes the same one, and a resumed
+    run continues it.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, group_size: int, seed: int) -> None:
+        self._lengths = list(lengths)
+        self._group_size = group_size
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        return iter(
+            get_length_grouped_indices(self._lengths, self._group_size, generator=generator)
+        )

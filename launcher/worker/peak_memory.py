@@ -1,0 +1,358 @@
+"""What one rank needs, phase by phase, and the file that says so even after a kill."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher import run_dir
+from launcher.memory import PHASES, Phase
+from launcher.peaks import PhasePeaks, RankFailure, RankPeaks, RankState, peaks_to_json
+from launcher.worker.process_memory import HostPeak, Sampler, device_memory_reader
+from launcher.worker.storage_tracker import StorageTracker
+
+TRACKED_STEPS = 3
+"""Optimizer steps during which tensors are counted on CPU: Adam's states appear in the first,
+the second is the first complete one; counting every operation for longer only costs time."""
+WRITE_INTERVAL_SECONDS = 5.0
+SAMPLE_INTERVAL_SECONDS = 0.1
+
+_OUT_OF_MEMORY_MESSAGES = (
+    "out of memory",  # CUDA driver, cuBLAS, NCCL
+    "can't allocate memory",  # torch CPU allocator
+    "failed to allocate memory",  # cudnn
+)
+
+
+@dataclass(slots=True)
+class _Peak:
+    """A phase's running maxima; the fields are those of :class:`PhasePeaks`."""
+
+    allocated_bytes: int = 0
+    reserved_bytes: int = 0
+    device_used_bytes: int | None = None
+    host_rss_bytes: int = 0
+    seconds: float = 0.0
+    count: int = 0
+
+    def frozen(self) -> PhasePeaks:
+        return PhasePeaks(
+            peak_allocated_bytes=self.allocated_bytes,
+            peak_reserved_bytes=self.reserved_bytes,
+            device_used_bytes=self.device_used_bytes,
+            host_rss_bytes=self.host_rss_bytes,
+            seconds=round(self.seconds, 6),
+            count=self.count,
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that device or host memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(m in message for m in _OUT_OF_MEMORY_MESSAGES)
+
+
+class PeakRecorder:
+    """Attribute this rank's memory and time to phases and keep its file up to date.
+
+    At every border between phases the peak counters are read and reset. Nothing synchronises
+    with the GPU: torch's allocator counts when the host asks for memory, in program order.
+    On CPU, a :class:`StorageTracker` counts tensors until ``TRACKED_STEPS`` steps are done.
+
+    Call :meth:`start` before the model is made and :meth:`finish`, :meth:`fail` or
+    :meth:`interrupt` at the end. The file is written when a phase begins for the first time,
+    and otherwise at most every ``WRITE_INTERVAL_SECONDS``.
+    """
+
+    def __init__(
+        self, folder: Path, *, rank: int, local_rank: int, world_size: int, device: torch.device
+    ) -> None:
+        self._path = run_dir.rank_file(folder, rank)
+        self._rank, self._local_rank, self._world_size = rank, local_rank, world_size
+        self._device = device
+        self._state: RankState = "running"
+        self._failure: RankFailure | None = None
+        self._peaks: dict[Phase, _Peak] = {}
+        self._phase: Phase | None = None
+        self._phase_started = 0.0
+        self._last_phase: Phase | None = None
+        self._written = 0.0
+        self._step_seconds: list[float] = []
+        self._step_border: float | None = None
+        self._outside_step_seconds = 0.0
+        self._num_tokens = 0
+        self._host = HostPeak()
+        self._device_used = device_memory_reader(device)
+        self._device_used_bytes: int | None = None
+        self._sampler: Sampler | None = None
+        self._tracker: StorageTracker | None = None
+        self._is_tracking = False
+
+    @property
+    def phase(self) -> Phase | None:
+        """The phase that is running, if any."""
+        return self._phase
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps that ended."""
+        return len(self._step_seconds)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that this rank has put through training forwards, padding included."""
+        return self._num_tokens
+
+    def start(self) -> None:
+        """Begin to measure, and write the file for the first time."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._device.type == "cpu":
+            self._tracker = StorageTracker()
+            self._start_tracker()
+        self._sampler = Sampler(self._sample, interval_seconds=SAMPLE_INTERVAL_SECONDS)
+        self.write()
+
+    def switch(self, phase: Phase | None) -> None:
+        """End the running phase, if any, and begin another, or none."""
+        self._close_phase()
+        self._phase = phase
+        if phase is not None:
+            self._last_phase = phase
+            self._phase_started = time.perf_counter()
+            self._reset_counters()
+        is_due = time.monotonic() - self._written > WRITE_INTERVAL_SECONDS
+        # The first time each phase begins, too: it is the likeliest moment of a kill.
+        if is_due or (phase is not None and phase not in self._peaks):
+            self.write()
+
+    @contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """Run a block as one phase; what ran before goes on afterwards.
+
+        A phase inside the same phase is one phase. After an error the phase stays open, so
+        that :meth:`fail` can name it.
+        """
+        before = self._phase
+        if before == phase:
+            yield
+            return
+        started = time.perf_counter()
+        # Saving and evaluating at the end count their tensors once more, the first time.
+        resumes = self._tracker is not None and not self._is_tracking and phase not in self._peaks
+        if resumes:
+            self._start_tracker()
+        self.switch(phase)
+        yield
+        self.switch(before)
+        if resumes:
+            self._stop_tracker()
+        self._outside_step_seconds += time.perf_counter() - started
+
+    def count_model(self, model: torch.nn.Module) -> None:
+        """Count weights that were made out of the tracker's sight, such as by loader threads."""
+        if self._tracker is not None:
+            self._tracker.add_external_all(model.parameters(), op="parameter")
+            self._tracker.add_external_all(model.buffers(), op="buffer")
+
+    def begin_training(self) -> None:
+        """Mark the moment from which the first step counts."""
+        self._step_border = time.perf_counter()
+        self._outside_step_seconds = 0.0
+
+    def end_step(self) -> None:
+        """Count an optimizer step: the time since the last one, saving and evaluating left out."""
+        self.switch(None)
+        assert self._step_border is not None
+        now = time.perf_counter()
+        self._step_seconds.append(round(now - self._step_border - self._outside_step_seconds, 6))
+        self._step_border, self._outside_step_seconds = now, 0.0
+        if self.steps_done == TRACKED_STEPS:
+            self._stop_tracker()
+
+    def watch_engine(self, engine: Any) -> None:
+        """Tell forward, loss, backward and step of a DeepSpeed engine apart from now on."""
+        self._wrap_forward(engine)
+        plain_backward, plain_step = engine.backward, engine.step
+
+        def backward(*args: Any, **kwargs: Any) -> Any:
+            # Backward begins with the loss and the output layer; see _watch_hidden_state.
+            self.switch("loss")
+            result = plain_backward(*args, **kwargs)
+            self.switch(None)
+            return result
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self.switch("step")
+            result = plain_step(*args, **kwargs)
+            self.switch(None)
+            return result
+
+        engine.backward, engine.step = backward, step
+
+    def _wrap_forward(self, engine: Any) -> None:
+        plain_forward = engine.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not (engine.training and torch.is_grad_enabled()):
+                return plain_forward(*args, **kwargs)
+            self._num_tokens += kwargs["input_ids"].numel()
+            self.switch("forward")
+            result = plain_forward(*args, **kwargs)
+            self.switch(None)
+            return result
+
+        engine.forward = forward
+        decoder = _plain_model(engine.module).get_decoder()
+        decoder.register_forward_hook(self._watch_hidden_state)
+
+    def _watch_hidden_state(self, _module: Any, _args: Any, output: Any) -> None:
+        """Divide at the last hidden state: the loss begins there and, in backward, ends there."""
+        if self._phase != "forward":
+            return
+        hidden_bsh = output[0] if isinstance(output, tuple) else output.last_hidden_state
+
+        def loss_is_done(_gradient: torch.Tensor) -> None:
+            if self._phase == "loss":
+                self.switch("backward")
+
+        if hidden_bsh.requires_grad:
+            hidden_bsh.register_hook(loss_is_done)
+        self.switch("loss")
+
+    def finish(self) -> None:
+        """Write the file for the last time: this rank did all that it was asked to do."""
+        self._end("finished")
+
+    def fail(self, error: BaseException) -> None:
+        """Write the file for the last time: an error ended this rank."""
+        self._failure = RankFailure(
+            phase=self._phase or self._last_phase or "start",
+            type=type(error).__name__,
+            message=str(error),
+            traceback="".join(traceback.format_exception(error)),
+        )
+        self._end("out_of_memory" if is_out_of_memory(error) else "failed")
+
+    def interrupt(self) -> None:
+        """Write the file for the last time: a signal ended this rank.
+
+        Unlike the others, it may be called from another thread while a phase runs.
+        """
+        self._close_phase()
+        self._phase = None
+        self._state = "interrupted"
+        self.write()
+
+    def write(self) -> None:
+        """Replace this rank's file with what is known now."""
+        run_dir.write_json(self._path, peaks_to_json(self.snapshot()))
+        self._written = time.monotonic()
+
+    def snapshot(self) -> RankPeaks:
+        """Return what is known now; a phase counts when it ends."""
+        retries, ooms = self._allocator_counts()
+        phases: dict[str, PhasePeaks] = {
+            phase: self._peaks[phase].frozen() for phase in PHASES if phase in self._peaks
+        }
+        name = "cpu"
+        if self._device.type == "cuda":
+            name = torch.cuda.get_device_name(self._device)
+        return RankPeaks(
+            rank=self._rank,
+            local_rank=self._local_rank,
+            world_size=self._world_size,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=self._device.type,
+            device_name=name,
+            state=self._state,
+            steps_done=self.steps_done,
+            phases=phases,
+            step_seconds=tuple(self._step_seconds),
+            tokens_per_step=self._num_tokens // max(1, self.steps_done),
+            allocator_retries=retries,
+            allocator_ooms=ooms,
+            failure=self._failure,
+        )
+
+    def _end(self, state: RankState) -> None:
+        self._close_phase()
+        self._phase = None
+        if self._sampler is not None:
+            self._sampler.stop()
+        self._stop_tracker()
+        self._state = state
+        self.write()
+
+    def _close_phase(self) -> None:
+        if self._phase is None:
+            return
+        peak = self._peaks.setdefault(self._phase, _Peak())
+        allocated, reserved = self._allocator_peaks()
+        peak.allocated_bytes = max(peak.allocated_bytes, allocated)
+        peak.reserved_bytes = max(peak.reserved_bytes, reserved)
+        if self._device_used is not None:
+            if self._device_used_bytes is None and peak.device_used_bytes is None:
+                self._device_used_bytes = self._device_used()
+            seen = (peak.device_used_bytes, self._device_used_bytes)
+            peak.device_used_bytes = max(value for value in seen if value is not None)
+        peak.host_rss_bytes = max(peak.host_rss_bytes, self._host.peak_bytes())
+        peak.seconds += time.perf_counter() - self._phase_started
+        peak.count += 1
+
+    def _reset_counters(self) -> None:
+        self._device_used_bytes = None
+        self._host.restart()
+        if self._tracker is not None:
+            self._tracker.reset_peak()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def _allocator_peaks(self) -> tuple[int, int]:
+        if self._tracker is not None and self._is_tracking:
+            return self._tracker.peak_bytes, self._tracker.peak_bytes
+        if self._device.type != "cuda":
+            return 0, 0
+        stats = torch.cuda.memory.memory_stats_as_nested_dict(self._device)
+        if not stats:
+            return 0, 0
+        return stats["allocated_bytes"]["all"]["peak"], stats["reserved_bytes"]["all"]["peak"]
+
+    def _allocator_counts(self) -> tuple[int, int]:
+        if self._device.type != "cuda":
+            return 0, 0
+        stats = torch.cuda.memory.memory_stats_as_nested_dict(self._device)
+        return stats.get("num_alloc_retries", 0), stats.get("num_ooms", 0)
+
+    def _sample(self) -> None:
+        self._host.sample()
+        if self._device_used is not None:
+            used = self._device_used()
+            known = self._device_used_bytes
+            self._device_used_bytes = used if known is None else max(known, used)
+
+    def _start_tracker(self) -> None:
+        assert self._tracker is not None
+        self._tracker.__enter__()
+        self._is_tracking = True
+
+    def _stop_tracker(self) -> None:
+        if self._tracker is not None and self._is_tracking:
+            self._tracker.__exit__(None, None, None)
+            self._is_tracking = False
+
+
+def _plain_model(module: Any) -> Any:
+    """Return the transformers model inside a PEFT wrapper, or the model itself."""
+    return module.get_base_model() if hasattr(module, "get_base_model") else module

@@ -1,0 +1,110 @@
+"""Which process this is, on which device, and how it reaches the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from launcher.errors import SetupError
+from launcher.strategy import Precision
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """Which process this is, as its launcher says."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def ranks_from_environment(environment: Mapping[str, str]) -> Ranks:
+    """Return this process's place among the ranks.
+
+    Launchers of DeepSpeed and torch set RANK; under ``srun`` Slurm's variables say it; a
+    process started by hand is the only one.
+    """
+    if "RANK" in environment:
+        return Ranks(
+            rank=int(environment["RANK"]),
+            local_rank=int(environment.get("LOCAL_RANK", "0")),
+            world_size=int(environment.get("WORLD_SIZE", "1")),
+        )
+    if "SLURM_PROCID" in environment and "MASTER_ADDR" in environment:
+        return Ranks(
+            rank=int(environment["SLURM_PROCID"]),
+            local_rank=int(environment.get("SLURM_LOCALID", "0")),
+            world_size=int(environment["SLURM_NTASKS"]),
+        )
+    return Ranks(rank=0, local_rank=0, world_size=1)
+
+
+def prepare_environment(ranks: Ranks) -> None:
+    """Set what the training stack reads when it is imported."""
+    quiet = {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "DS_DISABLE_CONFIG_PRINT": "1",
+    }
+    places = {
+        "RANK": str(ranks.rank),
+        "LOCAL_RANK": str(ranks.local_rank),
+        "WORLD_SIZE": str(ranks.world_size),
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    for name, value in {**quiet, **places}.items():
+        os.environ.setdefault(name, value)
+    if ranks.world_size == 1:
+        os.environ.setdefault("MASTER_PORT", "0")
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def choose_device(ranks: Ranks, precision: Precision) -> torch.device:
+    """Return this rank's device and make it the process's own.
+
+    Raises:
+        SetupError: the precision needs a GPU, or there are fewer GPUs than ranks here.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        if precision is Precision.fp16:
+            raise SetupError(
+                "fp16 needs a GPU, and there is none",
+                where="this machine",
+                fix="set model.precision to fp32 or bf16",
+            )
+        return torch.device("cpu")
+    if ranks.local_rank >= torch.cuda.device_count():
+        raise SetupError(
+            f"local rank {ranks.local_rank} has no GPU: {torch.cuda.device_count()} are visible",
+            where=f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '(unset)')}",
+            fix="start as many ranks on a host as it has GPUs",
+        )
+    torch.cuda.set_device(ranks.local_rank)
+    # Now, so that the allocator can be asked for its counters from here on.
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    return torch.device("cuda", ranks.local_rank)
+
+
+def start_process_group(device: torch.device) -> None:
+    """Connect the ranks, before ZeRO-3 partitions the first weight.
+
+    accelerate would do it too, but on CPU in a way that DeepSpeed does not see: its
+    ``zero.Init`` then believes that this rank is alone (deepspeed 0.19 ``runtime/config.py``).
+    """
+    import deepspeed
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)

@@ -1,0 +1,58 @@
+"""One answer of the model before and after training, for people to compare."""
+
+# Shape suffixes: b = sequences (one), s = tokens.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from launcher.worker.data import SAMPLE_NEW_TOKENS, DataSummary
+from launcher.worker.peak_memory import PeakRecorder
+
+SAMPLE_SECONDS = 120.0
+"""Longest time for one sample answer; a model offloaded to the host may be slow."""
+
+
+class Sample(TrainerCallback):  # type: ignore[misc]
+    """The model's answer to the first held-out prompt: as a callback, before the first step."""
+
+    def __init__(self, trainer: Any, recorder: PeakRecorder, summary: DataSummary | None) -> None:
+        self._trainer = trainer
+        self._recorder = recorder
+        self._summary = summary
+        self._before: str | None = None
+
+    def on_train_begin(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        """Ask when the engine exists and no step was taken."""
+        self._before = self.answer()
+
+    def answer(self) -> str | None:
+        """Return the model's greedy answer; under ZeRO-3 all ranks must ask together."""
+        if self._summary is None or self._summary.sample_prompt_ids is None:
+            return None
+        model, tokenizer = self._trainer.model, self._trainer.processing_class
+        prompt_bs = torch.tensor(
+            [self._summary.sample_prompt_ids], device=self._trainer.args.device
+        )
+        model.eval()
+        with self._recorder.during("eval"), torch.no_grad():
+            output_bs = model.generate(
+                input_ids=prompt_bs,
+                attention_mask=torch.ones_like(prompt_bs),
+                do_sample=False,
+                max_new_tokens=SAMPLE_NEW_TOKENS,
+                max_time=SAMPLE_SECONDS,
+                use_cache=True,
+                pad_token_id=self._summary.pad_token_id,
+            )
+        answer = output_bs[0, prompt_bs.shape[1] :]
+        return str(tokenizer.decode(answer, skip_special_tokens=True))
+
+    def result(self, after: str | None) -> dict[str, str | None] | None:
+        """Return the ``sample`` of results.json."""
+        if self._summary is None or after is None:
+            return None
+        return {"prompt": self._summary.sample_prompt, "before": self._before, "after": after}

@@ -1,0 +1,341 @@
+"""The process that every rank runs: ``python -m launcher.worker.train --run-dir DIR``.
+
+Its only input is the run directory: recipe.yaml, plan.json, ds_config.json and, where the
+recipe names data, the folder that ``launcher.worker.data`` wrote. It leaves there one file per
+rank with what was measured, the trainer's log, checkpoints, results.json and, last of all,
+status.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher import run_dir
+from launcher.errors import LauncherError, RunDirError
+from launcher.planning.plan import strategy_from_json
+from launcher.recipe import Recipe, parse_recipe
+from launcher.strategy import Method, Precision, Strategy
+from launcher.worker.ranks import (
+    Ranks,
+    choose_device,
+    prepare_environment,
+    ranks_from_environment,
+    start_process_group,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from launcher.worker.data import DataSummary
+    from launcher.worker.peak_memory import PeakRecorder
+
+# Not __name__, which is "__main__" in a rank.
+logger = logging.getLogger("launcher.worker.train")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What the run directory says."""
+
+    folder: Path
+    recipe: Recipe
+    strategy: Strategy
+    precision: Precision
+    ds_config: Mapping[str, Any]
+
+
+def read_inputs(folder: Path) -> Inputs:
+    """Read what the launcher left in the run directory.
+
+    Raises:
+        RunDirError: a file is missing or not what it should be.
+    """
+    recipe_path = folder / run_dir.RECIPE
+    plan = _read_json(folder / run_dir.PLAN)
+    try:
+        strategy, precision = plan["strategy"], Precision(plan["precision"])
+    except (KeyError, ValueError) as error:
+        raise RunDirError(
+            f"no usable {error}",
+            where=str(folder / run_dir.PLAN),
+            fix="write the plan anew with the same version of zerofit",
+        ) from None
+    return Inputs(
+        folder=folder,
+        recipe=parse_recipe(_read_text(recipe_path), source=str(recipe_path)),
+        strategy=strategy_from_json(strategy),
+        precision=precision,
+        ds_config=_read_json(folder / run_dir.DS_CONFIG),
+    )
+
+
+def run(inputs: Inputs, ranks: Ranks, device: torch.device, recorder: PeakRecorder) -> None:
+    """Train from start to end on this rank.
+
+    Raises:
+        LauncherError: something that the user can mend.
+    """
+    from transformers import set_seed
+
+    from launcher.worker.model import load_model
+    from launcher.worker.trainer import MeasuredTrainer, training_arguments
+
+    recipe, strategy = inputs.recipe, inputs.strategy
+    with recorder.during("load"):
+        start_process_group(device)
+        arguments = training_arguments(
+            recipe,
+            strategy,
+            inputs.ds_config,
+            folder=inputs.folder,
+            precision=inputs.precision,
+            device=device,
+        )
+        set_seed(recipe.optim.seed)
+        model = load_model(
+            recipe, strategy, precision=inputs.precision, device=device, run_dir=inputs.folder
+        )
+        recorder.count_model(model)
+    options, summary, tokenizer = _data_options(inputs, ranks, model)
+    trainer = MeasuredTrainer(
+        recorder=recorder,
+        zero_stage=strategy.zero_stage,
+        model=model,
+        args=arguments,
+        optimizer_cls_and_kwargs=_optimizer(inputs),
+        processing_class=tokenizer,
+        **options,
+    )
+    _train(trainer, inputs, ranks, recorder, summary)
+
+
+def _train(
+    trainer: Any,
+    inputs: Inputs,
+    ranks: Ranks,
+    recorder: PeakRecorder,
+    summary: DataSummary | None,
+) -> None:
+    import torch.distributed as dist
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from launcher.worker.sample import Sample
+    from launcher.worker.trainer import FINAL, Progress, StepClock, without_built_in_progress
+
+    progress = Progress(recorder, folder=inputs.folder, world_size=ranks.world_size)
+    sample = Sample(trainer, recorder, summary)
+    without_built_in_progress(trainer)
+    for callback in (sample, StepClock(recorder), progress):
+        trainer.add_callback(callback)
+    checkpoints = inputs.folder / run_dir.CHECKPOINTS
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if last is not None:
+        logger.info("continuing from %s", last)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=last)
+    train_seconds = time.perf_counter() - started
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
+    answer_after = sample.answer()
+    if inputs.recipe.model.random_weights and inputs.recipe.method is Method.full:
+        logger.info("random weights are not saved")
+    else:
+        trainer.save_model(str(checkpoints / FINAL))
+    tokens_seen = _sum_over_ranks(recorder.num_tokens, trainer.args.device)
+    recorder.finish()
+    if ranks.rank == 0:
+        results = {
+            "eval_loss_before": progress.eval_losses[0] if progress.eval_losses else None,
+            "eval_loss_after": progress.eval_losses[-1] if progress.eval_losses else None,
+            "sample": sample.result(answer_after),
+            "train_loss_first": progress.losses[0] if progress.losses else None,
+            "train_loss_last": progress.losses[-1] if progress.losses else None,
+            "tokens_seen": tokens_seen,
+            "train_seconds": round(train_seconds, 3),
+        }
+        run_dir.write_json(inputs.folder / run_dir.RESULTS, results)
+    dist.barrier()
+    if ranks.rank == 0:
+        _log_fullest_rank(inputs.folder)
+        # Last of all: DeepSpeed's launcher can exit with 0 although a rank was killed.
+        run_dir.write_json(inputs.folder / run_dir.STATUS, {"state": "finished"})
+    dist.destroy_process_group()
+
+
+def _data_options(
+    inputs: Inputs, ranks: Ranks, model: Any
+) -> tuple[dict[str, Any], DataSummary | None, Any]:
+    """Return the trainer's data arguments, the data's summary and the tokenizer."""
+    from launcher.worker.batches import RandomTokens, RightPadding
+    from launcher.worker.data import DATA, load_summary, load_tokenizer
+    from launcher.worker.trainer import SYNTHETIC_STEPS
+
+    recipe, strategy = inputs.recipe, inputs.strategy
+    if recipe.data.path is None:
+        batch = strategy.micro_batch_size_per_gpu * strategy.gradient_accumulation_steps
+        tokens = RandomTokens(
+            num_examples=batch * ranks.world_size * (recipe.optim.max_steps or SYNTHETIC_STEPS),
+            max_seq_len=recipe.max_seq_len,
+            vocab_size=model.config.get_text_config().vocab_size,
+            seed=recipe.optim.seed,
+        )
+        options = {
+            "train_dataset": tokens,
+            "data_collator": RightPadding(pad_token_id=0),
+            "lengths": None,
+        }
+        return options, None, None
+    from datasets import load_from_disk
+
+    folder = inputs.folder / DATA
+    summary = load_summary(folder)
+    train = load_from_disk(str(folder / "train")).with_format("numpy")
+    held_out = None
+    if summary.eval is not None:
+        held_out = load_from_disk(str(folder / "eval")).with_format("numpy")
+    options = {
+        "train_dataset": train,
+        "eval_dataset": held_out,
+        "data_collator": RightPadding(pad_token_id=summary.pad_token_id),
+        "lengths": [int(length) for length in train["length"]],
+    }
+    return options, summary, load_tokenizer(recipe)
+
+
+def _optimizer(inputs: Inputs) -> tuple[Any, dict[str, Any]]:
+    from launcher.worker.model import optimizer_class
+
+    optim = inputs.recipe.optim
+    chosen, variant = optimizer_class(inputs.strategy)
+    return chosen, {
+        "lr": optim.learning_rate,
+        "betas": (optim.adam_beta1, optim.adam_beta2),
+        "eps": 1e-8,  # Kingma & Ba, arXiv:1412.6980, and torch's default
+        **variant,
+    }
+
+
+def _sum_over_ranks(value: int, device: torch.device) -> int:
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return int(total.item())
+
+
+def _log_fullest_rank(folder: Path) -> None:
+    """Say which rank needed most; the ranks' files are complete when this runs."""
+    from launcher.peaks import peaks_from_json
+    from launcher.units import format_bytes
+
+    peaks = [
+        peaks_from_json(_read_json(path))
+        for path in sorted((folder / run_dir.RANKS).glob("*.json"))
+    ]
+    allocated = {
+        (peak.rank, phase): measured.peak_allocated_bytes
+        for peak in peaks
+        for phase, measured in peak.phases.items()
+    }
+    rank, phase = max(allocated, key=lambda key: allocated[key])
+    logger.info(
+        "fullest rank: %d of %d, %s allocated in phase %s",
+        rank,
+        len(peaks),
+        format_bytes(allocated[rank, phase]),
+        phase,
+    )
+
+
+def _quiet_libraries(ranks: Ranks) -> None:
+    """Let rank 0 speak, other ranks only on error, and libraries only of what matters."""
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("launcher").setLevel(logging.INFO if ranks.rank == 0 else logging.ERROR)
+    # Warnings of libraries about each other; nothing in them is the user's to mend.
+    warnings.filterwarnings("ignore")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run this rank and return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m launcher.worker.train", allow_abbrev=False)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
+    options = parser.parse_args(arguments)
+    ranks = ranks_from_environment(os.environ)
+    prepare_environment(ranks)
+    _quiet_libraries(ranks)
+    recorder = None
+    try:
+        inputs = read_inputs(options.run_dir)
+        if inputs.recipe.model.random_weights or Path(inputs.recipe.model.name_or_path).is_dir():
+            # Read when the training stack is imported, below: nothing there asks the hub then.
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        device = choose_device(ranks, inputs.precision)
+        from launcher.worker.interruption import exit_on_signal
+        from launcher.worker.peak_memory import PeakRecorder
+
+        recorder = PeakRecorder(
+            options.run_dir,
+            rank=ranks.rank,
+            local_rank=ranks.local_rank,
+            world_size=ranks.world_size,
+            device=device,
+        )
+        exit_on_signal(recorder.interrupt)
+        recorder.start()
+        run(inputs, ranks, device, recorder)
+    except BaseException as error:  # noqa: BLE001 - whatever ends a rank belongs into its file
+        _report_failure(error, ranks, recorder)
+        return 1
+    return 0
+
+
+def _report_failure(error: BaseException, ranks: Ranks, recorder: PeakRecorder | None) -> None:
+    if recorder is not None:
+        recorder.fail(error)
+    if isinstance(error, LauncherError):
+        text = f"error: {error}"
+    else:
+        text = "".join(traceback.format_exception(error)).rstrip()
+    prefix = f"[rank {ranks.rank}] "
+    sys.stderr.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
+    sys.stderr.flush()
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RunDirError(
+            f"cannot be read: {error.strerror}",
+            where=str(path),
+            fix="start the run with zerofit, which writes this file",
+        ) from None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise RunDirError(f"not JSON: {error}", where=str(path), fix="start the run anew") from None
+
+
+if __name__ == "__main__":
+    status = main()
+    if status:
+        # Not sys.exit: threads of NCCL and of loaders can keep a failed process from ending.
+        os._exit(status)
+    raise SystemExit(0)

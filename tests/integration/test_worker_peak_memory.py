@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from worker_runs import environment
+
+from launcher.peaks import RankPeaks, peaks_from_json
+from launcher.units import MIB
+from launcher.worker.peak_memory import TRACKED_STEPS, PeakRecorder, is_out_of_memory
+from launcher.worker.process_memory import HostPeak
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> Iterator[PeakRecorder]:
+    made = PeakRecorder(tmp_path, rank=3, local_rank=1, world_size=4, device=torch.device("cpu"))
+    made.start()
+    yield made
+    if made.snapshot().state == "running":
+        made.finish()
+
+
+def written(folder: Path) -> RankPeaks:
+    return peaks_from_json(json.loads((folder / "ranks" / "00003.json").read_text()))
+
+
+class TinyLanguageModel(torch.nn.Module):
+    """A decoder and an output layer, named as transformers names them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(100, 16)
+        self.decoder = torch.nn.Linear(16, 16)
+        self.head = torch.nn.Linear(16, 100)
+        self.decoder.register_forward_hook(
+            lambda _module, _args, output: SimpleNamespace(last_hidden_state=output)
+        )
+
+    def get_decoder(self) -> torch.nn.Module:
+        return self.decoder
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.decoder(self.embedding(input_ids)).last_hidden_state
+        return self.head(hidden).square().mean()
+
+
+class Engine(torch.nn.Module):
+    """What the recorder wraps of a DeepSpeed engine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = TinyLanguageModel()
+        self.steps = 0
+
+    def forward(self, **inputs: Any) -> torch.Tensor:
+        return self.module(**inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.steps += 1
+
+
+def take_step(engine: Engine, recorder: PeakRecorder, *, micro_steps: int = 1) -> None:
+    for _ in range(micro_steps):
+        engine.backward(engine(input_ids=torch.zeros(2, 5, dtype=torch.long)))
+    engine.step()
+    recorder.end_step()
+
+
+def test_a_phases_peak_is_what_was_alive_together(recorder: PeakRecorder) -> None:
+    with recorder.during("load"):
+        kept = torch.zeros(1000)
+        torch.zeros(4000)
+    with recorder.during("init"):
+        more = torch.zeros(500)
+    phases = recorder.snapshot().phases
+    # fp32: 1000 + 4000 numbers at once, then 1000 + 500.
+    assert phases["load"].peak_allocated_bytes == 20_000
+    assert phases["init"].peak_allocated_bytes == 6_000
+    assert len(kept) + len(more) == 1500
+
+
+def test_weights_from_elsewhere_are_counted_once(recorder: PeakRecorder) -> None:
+    layer = torch.nn.Linear(10, 10, bias=False)
+    with recorder.during("load"):
+        recorder.count_model(layer)
+        recorder.count_model(layer)
+    assert recorder.snapshot().phases["load"].peak_allocated_bytes == 400
+
+
+def test_an_engines_step_is_divided_into_its_phases(recorder: PeakRecorder) -> None:
+    engine = Engine()
+    recorder.watch_engine(engine)
+    recorder.begin_training()
+    take_step(engine, recorder, micro_steps=2)
+    phases = recorder.snapshot().phases
+    # The loss has two parts: after the decoder in forward, before it in backward.
+    counts = {name: phase.count for name, phase in phases.items()}
+    assert counts == {"forward": 2, "loss": 4, "backward": 2, "step": 1}
+    assert engine.steps == 1
+    assert recorder.steps_done == 1
+    assert recorder.snapshot().tokens_per_step == 2 * 2 * 5
+
+
+def test_evaluation_is_no_training_forward(recorder: PeakRecorder) -> None:
+    engine = Engine().eval()
+    recorder.watch_engine(engine)
+    with torch.no_grad(), recorder.during("eval"):
+        engine(input_ids=torch.zeros(2, 5, dtype=torch.long))
+    assert set(recorder.snapshot().phases) == {"eval"}
+    assert recorder.num_tokens == 0
+
+
+def test_time_for_saving_does_not_count_as_a_step(recorder: PeakRecorder) -> None:
+    engine = Engine()
+    recorder.watch_engine(engine)
+    recorder.begin_training()
+    with recorder.during("save"):
+        time.sleep(0.3)
+    take_step(engine, recorder)
+    assert recorder.snapshot().step_seconds[0] < 0.2
+
+
+def test_tensors_are_not_counted_after_the_first_steps(recorder: PeakRecorder) -> None:
+    engine = Engine()
+    recorder.watch_engine(engine)
+    recorder.begin_training()
+    for _ in range(TRACKED_STEPS):
+        take_step(engine, recorder)
+    before = recorder.snapshot().phases["forward"].peak_allocated_bytes
+    engine(input_ids=torch.zeros(200, 50, dtype=torch.long))
+    assert recorder.snapshot().phases["forward"].peak_allocated_bytes == before > 0
+
+
+def test_the_file_names_the_phase_that_an_error_ended(
+    recorder: PeakRecorder, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="bad weight") as caught, recorder.during("load"):
+        raise ValueError("bad weight")
+    recorder.fail(caught.value)
+    peaks = written(tmp_path)
+    assert peaks.state == "failed"
+    assert peaks.failure is not None
+    assert (peaks.failure.phase, peaks.failure.type) == ("load", "ValueError")
+    assert "bad weight" in peaks.failure.traceback
+    assert peaks.phases["load"].count == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_every_way_to_run_out_of_memory_is_known(error: BaseException) -> None:
+    assert is_out_of_memory(error)
+
+
+def test_another_error_is_not_taken_for_lack_of_memory() -> None:
+    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+
+
+def test_out_of_memory_is_a_state_of_its_own(recorder: PeakRecorder, tmp_path: Path) -> None:
+    recorder.switch("backward")
+    recorder.fail(torch.OutOfMemoryError("CUDA out of memory"))
+    peaks = written(tmp_path)
+    assert peaks.state == "out_of_memory"
+    assert peaks.failure is not None
+    assert peaks.failure.phase == "backward"
+
+
+def test_a_reader_finds_a_running_file_before_any_phase_ended(
+    recorder: PeakRecorder, tmp_path: Path
+) -> None:
+    assert written(tmp_path).state == "running"
+    assert written(tmp_path).rank == 3
+
+
+def test_the_hosts_peak_is_that_of_the_phase() -> None:
+    host = HostPeak()
+    host.restart()
+    before = host.peak_bytes()
+    block = bytearray(b"x") * (64 * MIB)
+    assert host.peak_bytes() - before >= 60 * MIB
+    del block
+    host.restart()
+    assert host.peak_bytes() - before < 30 * MIB
+
+
+def test_a_kernel_that_refuses_to_reset_its_counter_is_sampled_instead(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    missing = tmp_path / "no" / "clear_refs"
+    monkeypatch.setattr("launcher.worker.process_memory._CLEAR_REFS", missing)
+    host = HostPeak()
+    assert not host.is_exact
+    host.restart()
+    before = host.peak_bytes()
+    block = bytearray(b"x") * (64 * MIB)
+    host.sample()
+    del block
+    assert host.peak_bytes() - before >= 60 * MIB
+
+
+WAITING = """
+import ctypes, sys
+from pathlib import Path
+import torch
+from launcher.worker.interruption import exit_on_signal
+from launcher.worker.peak_memory import PeakRecorder
+
+recorder = PeakRecorder(
+    Path(sys.argv[1]), rank=3, local_rank=0, world_size=1, device=torch.device("cpu")
+)
+exit_on_signal(recorder.interrupt)
+recorder.start()
+recorder.switch("backward")
+print("ready", flush=True)
+# Like a rank inside a collective: in C, where Python runs no handlers, and not woken.
+library = ctypes.CDLL(None)
+while True:
+    library.usleep(50_000_000)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "state", "status"),
+    [(signal.SIGTERM, "interrupted", 143), (signal.SIGINT, "interrupted", 130)],
+)
+def test_a_signal_is_acted_on_at_once(
+    tmp_path: Path, number: signal.Signals, state: str, status: int
+) -> None:
+    peaks, returncode = _signalled(tmp_path, number)
+    assert (peaks.state, returncode) == (state, status)
+    assert peaks.phases["backward"].count == 1
+
+
+def test_the_file_is_readable_after_a_kill(tmp_path: Path) -> None:
+    peaks, returncode = _signalled(tmp_path, signal.SIGKILL)
+    assert (peaks.state, returncode) == ("running", -9)
+    assert peaks.pid != os.getpid()
+
+
+def _signalled(folder: Path, number: signal.Signals) -> tuple[RankPeaks, int]:
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING, str(folder)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        process.wait(timeout=20)
+    return written(folder), process.returncode
