@@ -1,0 +1,38 @@
+"""The text of a new recipe: what was asked for, and where to change the rest."""
+
+from __future__ import annotations
+
+from launcher.planning.explain import label
+from launcher.planning.plan import Plan
+from launcher.recipe import Recipe, render_recipe
+from launcher.units import format_gib, format_seconds
+
+
+def new_recipe_text(recipe: Recipe, plan: Plan) -> str:
+    """Return a recipe in YAML with comments that lead a newcomer through it."""
+    fits = "fits" if plan.fits else "DOES NOT FIT"
+    used = format_gib(plan.memory.device_used_bytes)
+    pace = f"{format_seconds(plan.time.step_seconds)} per optimizer step"
+    lines = [
+        f"# {plan.workload.model.name} on {plan.cluster.world_size} x {plan.cluster.gpu.name}",
+        f"# Planned: {label(plan.strategy)}",
+        f"#   {fits}: {used} of {format_gib(plan.limit_bytes)} per GPU, {pace}",
+        "# Whatever is left out has a default or is chosen anew by `zerofit plan`.",
+        "",
+        render_recipe(recipe).rstrip(),
+    ]
+    if recipe.data.path is None:
+        lines += [
+            "",
+            "# data:",
+            "#   path: train.jsonl        # messages, sharegpt, alpaca, prompt/completion or text",
+            "#   eval_path: heldout.jsonl",
+        ]
+    lines += [
+        "",
+        "# optim: {learning_rate: 2e-4, num_train_epochs: 1, global_batch_size: 8}",
+        "# lora: {r: 16, alpha: 32, dropout: 0.0, target_modules: [all-linear]}",
+        "# strategy: {zero_stage: 2, micro_batch_size_per_gpu: 4}   # to decide it yourself",
+        "# deepspeed: {zero_optimization: {reduce_bucket_size: 50000000}}   # raw DeepSpeed keys",
+    ]
+    return "\n".join(lines) + "\n"

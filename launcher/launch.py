@@ -1,0 +1,195 @@
+"""From a plan to a run: write the run directory, prepare the data, start the ranks."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from launcher import run_dir as rd
+from launcher.dispatch.base import Backend, run_to_end, write_files
+from launcher.dispatch.deepspeed import HostfileBackend, is_only_this_machine, read_hostfile
+from launcher.dispatch.local import LocalBackend
+from launcher.dispatch.worker_command import run_worker
+from launcher.ds_config import build_ds_config
+from launcher.errors import RecipeError, SetupError
+from launcher.job_script import JobRequest
+from launcher.model_source import weights_source
+from launcher.planning.plan import plan_to_json
+from launcher.prepare import Prepared
+from launcher.recipe import Recipe, render_recipe
+from launcher.units import format_bytes
+
+DEFAULT_PARENT = Path("runs")
+# What a run depends on; recorded with it, so that a result can be traced to versions.
+_STACK = (
+    "zerofit", "torch", "deepspeed", "transformers", "accelerate", "peft", "datasets",
+    "bitsandbytes", "flash-attn", "liger-kernel",
+)  # fmt: skip
+
+
+def create_run(prepared: Prepared, output_dir: Path | None) -> tuple[Path, Backend, JobRequest]:
+    """Make the run directory with all files of the job in it; start nothing.
+
+    Raises:
+        LauncherError: the directory exists or cannot be written, the data is missing, or the
+            job cannot be rendered for this place. Nothing is left behind then.
+    """
+    recipe = _resolved(prepared.recipe)
+    backend = _backend(recipe)
+    target = output_dir or (Path(recipe.output_dir) if recipe.output_dir else None)
+    # Room for the checkpoints that are kept, and one more while it is being written.
+    kept = (recipe.optim.save_total_limit or 1) + 1
+    needed_bytes = kept * prepared.plan.memory.checkpoint_bytes
+    if target is not None:
+        run_dir = rd.create(target, needed_bytes=needed_bytes)
+    else:
+        run_dir = rd.create_default(
+            DEFAULT_PARENT,
+            model=prepared.plan.workload.model.name,
+            method=prepared.plan.workload.method.value,
+            when=datetime.now(UTC).astimezone(),
+            needed_bytes=needed_bytes,
+        )
+    try:
+        request = backend.render(prepared.plan, run_dir=run_dir, files=_files(prepared, recipe))
+        write_files(request, run_dir)
+        if recipe.model.random_weights:
+            config_dir = run_dir / rd.MODEL_CONFIG
+            config_dir.mkdir()
+            rd.write_json(config_dir / "config.json", dict(prepared.model_config))
+    except BaseException:
+        shutil.rmtree(run_dir)  # made by us a moment ago, and nothing has run in it
+        raise
+    return run_dir, backend, request
+
+
+def describe_job(prepared: Prepared, output_dir: Path | None) -> str:
+    """Return what :func:`create_run` would write and run, as text."""
+    recipe = _resolved(prepared.recipe)
+    target = output_dir or Path(recipe.output_dir or DEFAULT_PARENT / "<model>-<method>-<time>")
+    run_dir = target if target.is_absolute() else Path.cwd() / target
+    request = _backend(recipe).render(
+        prepared.plan, run_dir=run_dir, files=_files(prepared, recipe)
+    )
+    parts = [f"would write {len(request.files)} files into {run_dir}:"]
+    for name, text in request.files.items():
+        shown = text if name != rd.PLAN else f"({format_bytes(len(text))}; see zerofit plan)\n"
+        parts.append(f"--- {name}\n{shown.rstrip()}")
+    parts.append(f"and run there: {' '.join(request.argv)}")
+    return "\n".join(parts)
+
+
+def start_run(
+    run_dir: Path, backend: Backend, request: JobRequest, *, say: Callable[[str], None]
+) -> None:
+    """Tokenise the data, run the job to its end, with its output on the terminal.
+
+    Raises:
+        LauncherError: the data cannot be used (exit status 2), or the job failed (4).
+    """
+    if _has_data(request):
+        try:
+            summary = run_worker("launcher.worker.data", ["--run-dir", str(run_dir)])
+        except Exception as error:
+            rd.write_status(run_dir, "failed", reason=f"data: {error}")
+            raise
+        say(_data_line(summary))
+    sys.stdout.flush()
+    run_to_end(backend, request, run_dir=run_dir, console=sys.stdout.buffer)
+
+
+def _has_data(request: JobRequest) -> bool:
+    import yaml
+
+    return bool(yaml.safe_load(request.files[rd.RECIPE]).get("data", {}).get("path"))
+
+
+def _data_line(summary: dict[str, object]) -> str:
+    shown = ", ".join(f"{key} {value}" for key, value in summary.items() if value is not None)
+    return f"data: {shown}"
+
+
+def _resolved(recipe: Recipe) -> Recipe:
+    """Return the recipe with paths that hold on every node and from every folder.
+
+    Raises:
+        RecipeError: there is nothing to train on.
+    """
+    if recipe.data.path is None and not recipe.model.random_weights:
+        raise RecipeError(
+            "no training data is named",
+            where="data.path",
+            fix="set data.path to a JSON Lines file (or model.random_weights for a benchmark)",
+        )
+    source = weights_source(recipe.model.name_or_path)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        source = str(folder.resolve())
+
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).expanduser().resolve()) if path else path
+
+    data = replace(
+        recipe.data, path=absolute(recipe.data.path), eval_path=absolute(recipe.data.eval_path)
+    )
+    return replace(recipe, model=replace(recipe.model, name_or_path=source), data=data)
+
+
+def _backend(recipe: Recipe) -> Backend:
+    if recipe.cluster.backend == "slurm":
+        raise SetupError(
+            "zerofit cannot submit to Slurm yet",
+            where="cluster.backend",
+            fix="start `zerofit train` with backend local or deepspeed inside an allocation",
+        )
+    if recipe.cluster.hostfile is None:
+        if recipe.cluster.backend == "deepspeed":
+            raise RecipeError(
+                "the deepspeed backend needs to know its hosts",
+                where="cluster.hostfile",
+                fix="name a hostfile with lines like 'node1 slots=8', or use the local backend",
+            )
+        return LocalBackend.here()
+    hosts = read_hostfile(Path(recipe.cluster.hostfile))
+    if recipe.cluster.backend == "local" and not is_only_this_machine(hosts):
+        raise RecipeError(
+            "the hostfile names other hosts than this machine",
+            where="cluster.backend",
+            fix="use backend deepspeed, or leave the hostfile out",
+        )
+    if is_only_this_machine(hosts):
+        return LocalBackend.here()
+    return HostfileBackend.for_hosts(hosts)
+
+
+def _files(prepared: Prepared, recipe: Recipe) -> dict[str, str]:
+    plan = prepared.plan
+    ds_config = build_ds_config(
+        recipe, plan.workload, plan.strategy, world_size=plan.cluster.world_size
+    )
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "packages": {name: _version(name) for name in _STACK},
+    }
+    return {
+        rd.RECIPE: render_recipe(recipe),
+        rd.PLAN: json.dumps(plan_to_json(plan), indent=1) + "\n",
+        rd.DS_CONFIG: json.dumps(ds_config, indent=2) + "\n",
+        rd.ENVIRONMENT: json.dumps(environment, indent=1) + "\n",
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

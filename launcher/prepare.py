@@ -1,0 +1,129 @@
+"""From a command line to a plan: recipe, model and cluster brought together."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.dispatch.probe import cluster_of, probe_machine
+from launcher.errors import RecipeError
+from launcher.hardware import ClusterSpec, GpuSpec, default_cluster, find_gpu, gpu_names
+from launcher.hostfile import equal_slots, parse_hostfile
+from launcher.model_source import resolve_model
+from launcher.planning.advice import suggest_changes
+from launcher.planning.plan import Plan
+from launcher.planning.planner import make_plan
+from launcher.recipe import ClusterSection, Recipe, parse_recipe
+from launcher.resolve import resolve_workload
+from launcher.run_dir import read_text
+from launcher.units import GIB
+from launcher.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A recipe with everything that it was resolved to."""
+
+    recipe: Recipe
+    plan: Plan
+    model_config: Mapping[str, Any]
+    """The model's Hugging Face configuration."""
+
+
+def read_recipe(args: Sequence[str], options: Mapping[str, str | None]) -> tuple[Recipe, str]:
+    """Return the recipe that the arguments and flags describe, and what to call its source.
+
+    Args:
+        args: at most one recipe file, and ``key=value`` overrides, in any order.
+        options: values given by options of their own, by dotted recipe key; ``None`` is none.
+
+    Raises:
+        RecipeError: the file or a value cannot be used.
+    """
+    files = [arg for arg in args if "=" not in arg or Path(arg).is_file()]
+    if len(files) > 1:
+        raise RecipeError(
+            f"{len(files)} recipe files are named: {', '.join(files)}",
+            where="command line",
+            fix="name one recipe, and overrides as key=value",
+        )
+    overrides = [arg for arg in args if arg not in files]
+    given = {key: value for key, value in options.items() if value is not None}
+    if not files:
+        source = "command line"
+        return parse_recipe("", source=source, options=given, overrides=overrides), source
+    path = Path(files[0])
+    if not path.is_file():
+        raise RecipeError(
+            "there is no such recipe" if not path.exists() else "this is not a file",
+            where=str(path),
+            fix="name a recipe file, or describe the run by flags: --model NAME --method lora",
+        )
+    text = read_text(path)
+    return parse_recipe(text, source=str(path), options=given, overrides=overrides), str(path)
+
+
+def prepare(recipe: Recipe, *, source: str) -> Prepared:
+    """Resolve the recipe's model and cluster, and plan it.
+
+    Raises:
+        LauncherError: the model, the GPU or a value cannot be used.
+    """
+    model, model_config = resolve_model(recipe.model.name_or_path, revision=recipe.model.revision)
+    cluster = resolve_cluster(recipe.cluster)
+    workload = resolve_workload(recipe, model, cluster.gpu, source=source)
+
+    def planner(other_workload: Workload, other_cluster: ClusterSpec) -> Plan:
+        return make_plan(
+            other_workload,
+            other_cluster,
+            fixed=recipe.strategy,
+            raw_deepspeed=recipe.deepspeed,
+            has_liger=_may_use_liger(recipe),
+        )
+
+    plan = planner(workload, cluster)
+    if not plan.fits:
+        larger = tuple(replace(cluster, gpu=gpu) for gpu in _larger_gpus(cluster.gpu))
+        plan = replace(plan, suggestions=tuple(suggest_changes(plan, larger, planner)))
+    return Prepared(recipe=recipe, plan=plan, model_config=model_config)
+
+
+def resolve_cluster(section: ClusterSection) -> ClusterSpec:
+    """Return the cluster that the recipe names, or this machine where it names none.
+
+    Raises:
+        LauncherError: the GPU is unknown, or the hostfile cannot be used.
+    """
+    num_nodes, gpus_per_node = section.num_nodes, section.gpus_per_node
+    if section.hostfile is not None:
+        hosts = parse_hostfile(read_text(Path(section.hostfile)), source=section.hostfile)
+        num_nodes = num_nodes or len(hosts)
+        gpus_per_node = gpus_per_node or equal_slots(hosts, source=section.hostfile)
+    if section.gpu is None:
+        cluster = cluster_of(probe_machine(), num_nodes=num_nodes, gpus_per_node=gpus_per_node)
+    else:
+        cluster = default_cluster(
+            find_gpu(section.gpu), num_nodes=num_nodes or 1, gpus_per_node=gpus_per_node or 1
+        )
+    if section.host_memory_gib is not None:
+        cluster = replace(cluster, host_memory_bytes=int(section.host_memory_gib * GIB))
+    if section.inter_node_gbit_per_s is not None:
+        cluster = replace(cluster, inter_node_bytes_per_s=section.inter_node_gbit_per_s * 1e9 / 8)
+    return cluster
+
+
+def _larger_gpus(gpu: GpuSpec) -> list[GpuSpec]:
+    """Return the known GPUs with more memory, smallest first."""
+    known = [find_gpu(name) for name in gpu_names()]
+    larger = [other for other in known if other.memory_bytes > 1.05 * gpu.memory_bytes]
+    return sorted(larger, key=lambda other: other.memory_bytes)
+
+
+def _may_use_liger(recipe: Recipe) -> bool:
+    """Liger is optional: on this machine it must be installed, elsewhere it is assumed."""
+    is_elsewhere = recipe.cluster.gpu is not None
+    return is_elsewhere or importlib.util.find_spec("liger_kernel") is not None

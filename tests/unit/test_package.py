@@ -1,0 +1,45 @@
+"""Rules that hold for the whole package, however it grows."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = sorted((ROOT / "launcher").rglob("*.py"))
+HEAVY = ["torch", "transformers", "deepspeed", "peft", "datasets", "numpy", "matplotlib"]
+
+
+def test_the_modules_were_found() -> None:
+    assert len(MODULES) > 20
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_has_at_most_400_lines_and_its_functions_60(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    long = [
+        f"{node.name}: {length} lines"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (length := (node.end_lineno or 0) - node.lineno + 1) > 60
+    ]
+    assert long == []
+
+
+def test_no_module_has_a_name_that_says_nothing() -> None:
+    banned = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "handler"}
+    assert [path.name for path in MODULES if path.stem in banned] == []
+
+
+@pytest.mark.parametrize("module", ["launcher.cli", "launcher.prepare", "launcher.planning.view"])
+def test_planning_imports_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "[]"
