@@ -88,6 +88,9 @@ def attention_kernel(workload: Workload, strategy: Strategy, gpu: GpuSpec) -> At
         return "eager"
     if strategy.attention is Attention.flash_attention_2:
         return "flash"
+    if workload.model.model_type == "falcon":
+        # Falcon builds its mask always; with one key/value head only torch's math remains.
+        return "math" if workload.model.num_key_value_heads == 1 else "efficient_masked"
     if workload.has_padding:
         return "efficient_masked"
     return "flash" if gpu.has_flash_attention_2 else "efficient"
@@ -273,7 +276,7 @@ def _inputs_bytes(
     """Return ids, labels and mask of the batch (8 B each), cos and sin, and the 2-D mask."""
     width = workload.precision.bytes_per_element
     positions = 2 * width * workload.max_seq_len * workload.model.head_dim
-    mask = scores * {"eager": width, "efficient_masked": 1}.get(kernel, 0)
+    mask = scores * {"eager": width, "math": width, "efficient_masked": 1}.get(kernel, 0)
     return 24 * tokens + positions + mask
 
 
@@ -303,7 +306,8 @@ def _backward(
     """Return the layer's backward moments; of those with the same gradients, the fullest."""
     less = profile.saved_input.at(tokens, scores) if is_recomputed else 0.0
     fullest: dict[tuple[int, int, bool], LayerMoment] = {}
-    for moment in profile.backward:
+    # Recomputing runs the layer's forward once more, with its graph.
+    for moment in (*(profile.forward if is_recomputed else ()), *profile.backward):
         found = _in_bytes(moment, tokens, scores, less=less)
         key = (
             found.new_gradient_elements,

@@ -238,6 +238,28 @@ def export(
 
 
 @app.command()
+def trace(
+    args: RecipeArgs = None,
+    rank: Annotated[int, typer.Option(help="Which rank of the planned job.", min=0)] = 0,
+    scale: Annotated[
+        int, typer.Option(help="Divide the model's widths by this; bytes are scaled back.", min=1)
+    ] = 16,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the real DeepSpeed engine as one rank of the job, on this processor, and count bytes.
+
+    No GPU is needed. It shows how far the closed form of `plan` is from the engine itself.
+    """
+    from launcher.engine_trace import render_comparison, trace_engine_of
+
+    comparison = trace_engine_of(_prepare(args), rank=rank, scale=scale)
+    if as_json:
+        print(json.dumps(comparison.to_json(), indent=1))
+    else:
+        _out.print(render_comparison(comparison))
+
+
+@app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Check this machine: GPUs, driver, versions, compilers, memory, disk, limits."""
     from launcher.dispatch.doctor import render_checks, run_checks

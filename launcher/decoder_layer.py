@@ -16,14 +16,16 @@ from typing import Literal
 from launcher.autograd_tape import NOTHING, Extra, Size, Tape, Weight
 from launcher.model_spec import ModelSpec, WeightSpec
 
-AttentionKernel = Literal["flash", "efficient", "efficient_masked", "eager"]
+AttentionKernel = Literal["flash", "efficient", "efficient_masked", "eager", "math"]
 """``flash`` is FlashAttention-2, torch's or the package; ``efficient`` is the memory-efficient
-kernel (compute capability below 8.0, or with a mask) and the CPU's."""
+kernel (compute capability below 8.0, or with a mask) and the CPU's; ``eager`` is the model's own
+code; ``math`` is what torch's SDPA falls back to, eager in fp32."""
 
 _ATTENTION_OUTPUTS = frozenset({"o_proj", "dense", "out_proj"})
-# RoPE that ends in a concatenation leaves q ordered by head, and the flash kernel's output takes
-# q's order: transposing it back to tokens is a copy that the output projection keeps.
-_ROPE_BY_HEAD = frozenset({"falcon", "gpt_neox", "phi", "phi3"})
+# RoPE that ends in a concatenation leaves q ordered by head. The flash kernels of CUDA and the
+# CPU give their output q's order: bringing it back to tokens is a copy that the output
+# projection keeps. The memory-efficient kernel always orders by token.
+_ROPE_BY_HEAD = frozenset({"gpt_neox", "phi", "phi3"})
 _MLP_OUTPUTS = frozenset({"down_proj", "fc2", "dense_4h_to_h"})
 
 
@@ -127,10 +129,10 @@ class _Writer:
         tape, fp32 = self.tape, self.per_token(elements, 4)
         is_gemma = self.model.model_type.startswith("gemma")
         wide = value if self.width == 4 else tape.record("RMS norm upcast", (value,), fp32)
-        # Backward of mean and pow(2): an expanded gradient, x**1 and 2 * x**1, all fp32.
+        # Backward of mean and pow(2) holds an expanded gradient, x**1 and 2 * x**1, all fp32.
         scale = tape.record(
             "RMS norm mean", (wide,), Size(token=4 * rows), saves=(wide,), saves_output=True,
-            extra=Extra(forward=fp32, backward=fp32 * 2),
+            extra=Extra(forward=fp32, backward=fp32 * 3),
         )  # fmt: skip
         # The gradient of the factor is full size before it is summed to one per row.
         normal = tape.record(
@@ -214,8 +216,10 @@ class _Writer:
         inputs = [w for w in self.attention_linears if w.module not in _ATTENTION_OUTPUTS]
         (output,) = [w for w in self.attention_linears if w.module in _ATTENTION_OUTPUTS]
         query, key, content, kept = self._query_key_value(value, inputs)
-        if self.setting.attention == "eager":
-            attended = self._eager(query, key, content)
+        if self.setting.attention == "math":
+            attended = self._math(query, key, content)
+        elif self.setting.attention == "eager":
+            attended = self._eager(query, key, content, kept)
         else:
             attended = self._fused(query, key, content, kept)
         return self.linear(attended, output)
@@ -292,13 +296,15 @@ class _Writer:
                 backward=backward,
             ),
         )  # fmt: skip
-        if self.setting.attention == "flash" and model.model_type in _ROPE_BY_HEAD:
+        keeps_order = self.setting.attention == "flash" or not self.setting.is_cuda
+        if keeps_order and not is_masked and model.model_type in _ROPE_BY_HEAD:
             attended = self.tape.record("attention output copy", (attended,), whole)
         return attended
 
-    def _eager(self, query: int, key: int, content: int) -> int:
+    def _eager(self, query: int, key: int, content: int, kept: tuple[int, ...]) -> int:
         model, tape, heads = self.model, self.tape, self.model.num_attention_heads
-        key, content = self._repeat(key), self._repeat(content)
+        key, repeated = self._repeat(key), self._repeat(content)
+        kept, content = (kept if repeated == content else (repeated,)), repeated
         low, wide = Size(score=heads * self.width), Size(score=4 * heads)
         whole = self.per_token(heads * model.head_dim)
         scores = tape.record("scores", (query, key), low, saves=(query, key))
@@ -315,8 +321,23 @@ class _Writer:
         scores = tape.record("softmax", (scores,), kind, saves_output=True)
         if has_fp32 and self.width != 4:
             scores = tape.record("softmax downcast", (scores,), low)
-        attended = tape.record("values", (scores, content), whole, saves=(scores, content))
+        attended = tape.record("values", (scores, content), whole, saves=(scores, *kept))
         return tape.record("attention output copy", (attended,), whole)
+
+    def _math(self, query: int, key: int, content: int) -> int:
+        """Write SDPA's fallback: q, k, v in fp32 and fp32 scores (sdp_utils_cpp.cpp)."""
+        model, tape, heads = self.model, self.tape, self.model.num_attention_heads
+        wide = Size(score=4 * heads)
+        whole = self.per_token(heads * model.head_dim, 4)
+        inner = self.per_token(model.num_key_value_heads * model.head_dim, 4)
+        query = tape.record("query upcast", (query,), whole)
+        key = tape.record("key upcast", (key,), inner)
+        content = tape.record("value upcast", (content,), inner)
+        scores = tape.record("scores", (query, key), wide, saves=(query, key))
+        scores = tape.record("score mask", (scores,), wide, gradient="shared")
+        scores = tape.record("softmax", (scores,), wide, saves_output=True)
+        attended = tape.record("values", (scores, content), whole, saves=(scores, content))
+        return tape.record("attention output", (attended,), self.per_token(heads * model.head_dim))
 
     # --- feed-forward ----------------------------------------------------------------------
 
@@ -353,7 +374,7 @@ class _Writer:
             # tanh and 1 + tanh.
             return self.tape.record(
                 "activation", (value,), size, saves=(saves,),
-                extra=Extra(saved=size * 3, backward=size * 2),
+                extra=Extra(saved=size * 3, backward=size),
             )  # fmt: skip
         return self.tape.record("activation", (value,), size, saves=(saves,))
 
@@ -386,7 +407,12 @@ class _Writer:
             "expert down", (product,), hidden,
             saves=(product,) if is_trained else (), weight=Weight(gradient_elements=sizes[1]),
         )  # fmt: skip
-        weighted = tape.record("routing weights", (lowered,), hidden, saves=(lowered,),
-                               extra=Extra(backward=hidden))  # fmt: skip
-        ordered = tape.record("restore order", (weighted,), hidden)
+        # Mixtral's routing weights are fp32 (softmax in fp32, never cast back).
+        is_fp32 = model.model_type == "mixtral"
+        product = self.per_token(routed * model.hidden_size, 4) if is_fp32 else hidden
+        weighted = tape.record(
+            "routing weights", (lowered,), product, saves=(lowered,),
+            extra=Extra(backward=product),
+        )  # fmt: skip
+        ordered = tape.record("restore order", (weighted,), product)
         return tape.record("sum experts", (ordered,), self.per_token(model.hidden_size))

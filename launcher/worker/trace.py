@@ -158,6 +158,8 @@ def main(argv: list[str] | None = None) -> int:
             if not line.strip():
                 continue
             answer = run_in_child(json.loads(line))
+            if "error" in answer:
+                sys.stderr.write(f"error: {answer['error']}\n")
             results.write(json.dumps(answer) + "\n")
             results.flush()
             exit_code = max(exit_code, int(answer.get("exit_code", 0)))
