@@ -1,0 +1,141 @@
+"""Hold today's predictions against every measured run and print the errors.
+
+    python benchmarks/accuracy.py [RESULTS.jsonl ...] [--markdown]
+
+The predictions are made anew from each run's recipe, so a change to a formula shows at once.
+Constants were fitted on the runs at even positions only ("fit"); the others are "held out".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.hardware import default_cluster, find_gpu, match_device_name
+from launcher.model_source import resolve_model
+from launcher.planning.planner import make_plan
+from launcher.recipe import parse_recipe
+from launcher.resolve import resolve_workload
+
+RESULTS = Path(__file__).parent / "results"
+QUANTITIES = {
+    "peak_allocated_bytes": "allocated",
+    "peak_reserved_bytes": "reserved",
+    "device_used_bytes": "in use",
+    "step_seconds": "step",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measured run; values are (predicted, measured) by quantity."""
+
+    case: str
+    is_held_out: bool
+    values: dict[str, tuple[float, float]]
+    phases: dict[str, tuple[int, int]]
+
+    def error(self, quantity: str) -> float | None:
+        """Return (predicted - measured) / measured, ``None`` where nothing was measured."""
+        if quantity not in self.values:
+            return None
+        predicted, measured = self.values[quantity]
+        return (predicted - measured) / measured
+
+
+def read_rows(paths: Iterable[Path]) -> Iterator[Row]:
+    """Yield every finished run with the prediction of today."""
+    for path in paths:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        finished = [run for run in map(json.loads, lines) if run["state"] == "finished"]
+        for position, run in enumerate(finished):
+            yield _row(run, is_held_out=position % 2 == 1)
+
+
+def _row(run: dict[str, Any], *, is_held_out: bool) -> Row:
+    recipe = parse_recipe(yaml.safe_dump(run["recipe"]), source=run["case"])
+    model, _ = resolve_model(recipe.model.name_or_path)
+    name = match_device_name(run["device_name"])
+    gpu = find_gpu(name or run["device_name"])
+    cluster = default_cluster(gpu, gpus_per_node=len(run["measured"]))
+    workload = resolve_workload(recipe, model, gpu, source=run["case"])
+    plan = make_plan(
+        workload, cluster, fixed=recipe.strategy, raw_deepspeed=recipe.deepspeed, has_liger=True
+    )
+    fullest = max(run["measured"], key=lambda rank: rank["peak_allocated_bytes"])
+    guesses = {
+        "peak_allocated_bytes": plan.memory.peak_allocated_bytes,
+        "peak_reserved_bytes": plan.memory.peak_reserved_bytes,
+        "device_used_bytes": plan.memory.device_used_bytes,
+        "step_seconds": plan.time.step_seconds,
+    }
+    return Row(
+        case=run["case"],
+        is_held_out=is_held_out,
+        values={key: (guess, fullest[key]) for key, guess in guesses.items() if fullest[key]},
+        phases={
+            phase.phase: (phase.allocated_bytes, fullest["phases"][phase.phase])
+            for phase in plan.memory.phases
+            if fullest["phases"].get(phase.phase)
+        },
+    )
+
+
+def summary_lines(rows: list[Row]) -> Iterator[str]:
+    """Yield mean and worst absolute error of every quantity for each half of the runs."""
+    for title, chosen in (
+        ("fit", [row for row in rows if not row.is_held_out]),
+        ("held out", [row for row in rows if row.is_held_out]),
+        ("all", rows),
+    ):
+        parts = []
+        for quantity, name in QUANTITIES.items():
+            errors = [abs(e) for row in chosen if (e := row.error(quantity)) is not None]
+            parts.append(f"{name}: mean {statistics.mean(errors):.1%}, worst {max(errors):.1%}")
+        yield f"{title} ({len(chosen)} runs): " + "; ".join(parts)
+
+
+def table_lines(rows: list[Row]) -> Iterator[str]:
+    """Yield a Markdown table: predicted / measured and the error, by run and quantity."""
+    yield "| run | half | " + " | ".join(f"{name}" for name in QUANTITIES.values()) + " |"
+    yield "|---|---|" + "---|" * len(QUANTITIES)
+    for row in rows:
+        cells = []
+        for quantity in QUANTITIES:
+            if (error := row.error(quantity)) is None:
+                cells.append("")
+                continue
+            predicted, measured = row.values[quantity]
+            scale, digits = (1e9, 2) if quantity.endswith("bytes") else (1, 3)
+            cells.append(
+                f"{predicted / scale:.{digits}f} / {measured / scale:.{digits}f} ({error:+.1%})"
+            )
+        half = "held out" if row.is_held_out else "fit"
+        yield f"| {row.case} | {half} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Print the errors of the named result files, or of all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="*", type=Path)
+    parser.add_argument("--phases", action="store_true", help="print each phase's error too")
+    options = parser.parse_args()
+    rows = list(read_rows(options.results or sorted(RESULTS.glob("*.jsonl"))))
+    print("\n".join(table_lines(rows)))
+    if options.phases:
+        for row in rows:
+            parts = (f"{name} {p / m - 1:+.1%}" for name, (p, m) in row.phases.items())
+            print(f"{row.case}: {', '.join(parts)}")
+    print()
+    print("\n".join(summary_lines(rows)))
+
+
+if __name__ == "__main__":
+    main()
