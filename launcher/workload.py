@@ -52,10 +52,15 @@ class Workload:
 
     @property
     def lora_weights(self) -> tuple[WeightSpec, ...]:
-        """The linear weights that carry an adapter, empty for full fine-tuning."""
+        """The linear weights that carry an adapter, empty for full fine-tuning.
+
+        Routers and fused experts are parameters of their own classes, not ``nn.Linear``
+        (transformers 5.23 ``models/mixtral/modeling_mixtral.py``), and PEFT's all-linear
+        passes over them (peft 0.21 ``tuners/tuners_utils.py:_maybe_include_all_linear_layers``).
+        """
         if self.method is Method.full:
             return ()
-        linears = [w for w in self.model.weights if w.role in ("linear", "router")]
+        linears = [w for w in self.model.weights if w.role == "linear"]
         targets = self.lora.target_modules
         if targets == (ALL_LINEAR,):
             return tuple(linears)
@@ -79,7 +84,10 @@ class Workload:
 
     @property
     def num_quantized_params(self) -> int:
-        """Parameters that bitsandbytes stores quantized: the linear layers, not lm_head."""
+        """Parameters that bitsandbytes stores quantized: ``nn.Linear`` layers, not lm_head.
+
+        Source: transformers 5.23 ``integrations/bitsandbytes.py:replace_with_bnb_linear``.
+        """
         if self.method is not Method.qlora:
             return 0
-        return sum(w.num_params for w in self.model.weights if w.role in ("linear", "router"))
+        return sum(w.num_params for w in self.model.weights if w.role == "linear")

@@ -46,9 +46,11 @@ def _fill_parameters(module: torch.nn.Module, *, dtype: torch.dtype, device: tor
         if type(parameter) is torch.nn.Parameter:
             filled: torch.Tensor = torch.nn.Parameter(value, requires_grad=False)
         else:
-            # bitsandbytes quantizes when its parameter moves to a device; its constructor
-            # takes back the settings that transformers gave the empty one.
-            filled = type(parameter)(value, requires_grad=False, **parameter.__dict__).to(device)
+            # bitsandbytes quantizes when its parameter moves to a device, int8 only when it
+            # comes from the host (bitsandbytes 0.50 nn/modules.py:Int8Params.to); its
+            # constructor takes back the settings that transformers gave the empty one.
+            on_host = value.cpu()
+            filled = type(parameter)(on_host, requires_grad=False, **parameter.__dict__).to(device)
         setattr(module, name, filled)
 
 

@@ -81,11 +81,7 @@ def build_model(
 
 
 def add_adapters(model: Any, lora: LoraSpec, *, scale: int) -> Any:
-    """Wrap the model for LoRA, with the rank divided by ``scale``.
-
-    Call it outside ``deepspeed.zero.Init``, which would make the adapters bf16: PEFT keeps
-    them in fp32 and DeepSpeed casts them only under ZeRO-0, 1 and 2.
-    """
+    """Wrap the model for LoRA as the worker does, with the rank divided by ``scale``."""
     from peft import LoraConfig, get_peft_model
 
     targets: str | list[str] = list(lora.target_modules)
@@ -105,7 +101,7 @@ def add_adapters(model: Any, lora: LoraSpec, *, scale: int) -> Any:
     with warnings.catch_warnings():
         # peft 0.21 reads a property that transformers 5.23 renamed.
         warnings.simplefilter("ignore", FutureWarning)
-        adapted = get_peft_model(model, config)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     _replace_dropout(adapted)
     return adapted.train()
 
@@ -204,7 +200,7 @@ def register_fused_attention(*, scale: int) -> None:
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         if attention_mask is None:
-            return cast("torch.Tensor", FusedAttention.apply(query, key, value, scale)), None
+            return cast("torch.Tensor", FusedAttention.apply(query, key, value, scale)), None  # type: ignore[no-untyped-call]
         return _attend_with_mask(query, key, value, attention_mask, scale=scale), None
 
     ALL_ATTENTION_FUNCTIONS.register(FUSED_ATTENTION, attend)
@@ -257,7 +253,7 @@ def _attend_with_mask(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    return cast("torch.Tensor", MaskedAttention.apply(query, key, value, mask, scale))
+    return cast("torch.Tensor", MaskedAttention.apply(query, key, value, mask, scale))  # type: ignore[no-untyped-call]
 
 
 def token_ids(vocab_size: int, *, batch: int, tokens: int) -> torch.Tensor:

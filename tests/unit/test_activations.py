@@ -7,15 +7,20 @@ said, batch 1, 2,048 tokens), in MiB.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from launcher.activations import layer_profile
-from launcher.decoder_layer import AttentionKernel, LayerSetting
+from launcher.hardware import find_gpu
 from launcher.model_source import load_catalogue_entry
 from launcher.model_spec import ModelSpec, spec_from_config
-from launcher.output_layer import OutputLayer
-from launcher.strategy import Loss
+from launcher.predict.activations import layer_profile
+from launcher.predict.attention_kernel import attention_kernel
+from launcher.predict.layer_parts import AttentionKernel, LayerSetting
+from launcher.predict.output_layer import OutputLayer
+from launcher.strategy import Loss, Method, Precision, Strategy
 from launcher.units import MIB
+from launcher.workload import Workload
 
 TOKENS = 2048
 SCORES = TOKENS * TOKENS
@@ -177,6 +182,56 @@ def test_liger_kernels_keep_one_input_per_norm_and_no_activated_gate() -> None:
     per_token = 2 * (4096 * 2 + 4) + 2 * 2 * 4096 + 2 * (2 * 4096 + 2 * 1024) + 4 * 32
     per_token += 3 * 2 * 14336
     assert saved_mib(setting("llama3-8b", liger=True)) == pytest.approx(TOKENS * per_token / MIB)
+
+
+def kernel(name: str, *, tokens: int, gpu: str, precision: Precision) -> AttentionKernel:
+    workload = Workload(
+        model=model(name),
+        method=Method.lora,
+        max_seq_len=tokens,
+        global_batch_size=1,
+        precision=precision,
+    )
+    return attention_kernel(workload, Strategy(zero_stage=2), find_gpu(gpu))
+
+
+def test_a_full_sliding_window_brings_a_mask_into_every_layer() -> None:
+    # H100, Phi-3-mini-4k (window 2,047) at 2,048 tokens: 268.5 MB more than without a mask in
+    # 32 layers, one bf16 score for every pair of tokens each; the output copy stays.
+    bf16 = Precision.bf16
+    assert kernel("phi-3-mini-4k", tokens=2046, gpu="H100-80GB", precision=bf16) == "flash"
+    masked = kernel("phi-3-mini-4k", tokens=2048, gpu="H100-80GB", precision=bf16)
+    assert masked == "efficient_masked"
+    base = setting("phi-3-mini-4k", is_cuda=True)
+    changed = replace(base, attention=masked, has_cudnn_attention=True)
+    more = (saved_mib(changed) - saved_mib(base)) * MIB
+    assert 32 * more / 1e6 == pytest.approx(268.5, rel=0.005)
+
+
+def test_fp32_with_grouped_heads_falls_back_to_torchs_math() -> None:
+    # H100, Llama-3.2-1B in fp32 at 1,024 tokens: 2,346.7 MB more in 16 layers than with the
+    # memory-efficient kernel. Llama-2-7B has as many key heads as query heads.
+    fp32 = Precision.fp32
+    assert kernel("llama2-7b", tokens=1024, gpu="H100-80GB", precision=fp32) == "efficient"
+    assert kernel("llama3.2-1b", tokens=1024, gpu="H100-80GB", precision=fp32) == "math"
+    fused = replace(setting("llama3.2-1b", attention="efficient", is_cuda=True), element_bytes=4)
+    math = replace(fused, attention="math")
+    more = (saved_mib(math, 1024) - saved_mib(fused, 1024)) * MIB
+    assert 16 * more / 1e6 == pytest.approx(2346.7, rel=0.001)
+
+
+def test_a_sum_of_two_gradients_is_a_third_tensor() -> None:
+    # H100, Llama-3-8B with Liger at 4,096 tokens: one more tensor of 4,096 x 14,336 bf16 than
+    # if the adapter's gradient were added to in place.
+    linears = frozenset(w.name for w in model("llama3-8b").weights if w.role == "linear")
+    layer = setting("llama3-8b", targets=linears, liger=True, is_cuda=True)
+    sums = [m for m in layer_profile(layer).backward if "down_proj (gradient sum)" in m.name]
+    (moment,) = sums
+    # gate and up are still saved; the product's two gradients and their sum.
+    wide = 2 * 14336
+    saved_inside = layer_profile(layer).saved.token - 3 * wide  # without gate, up and product
+    assert moment.passing.token == pytest.approx(3 * wide + 2 * 4096)
+    assert moment.saved.token < saved_inside + 2 * wide
 
 
 def head(*, tokens: int = 2048, vocab_size: int = 32000, is_trained: bool = False) -> OutputLayer:

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from launcher.hardware import default_cluster, find_gpu
-from launcher.memory import estimate_memory
 from launcher.model_spec import spec_from_config
 from launcher.planning.plan import strategy_from_json
+from launcher.predict.memory import estimate_memory
 from launcher.strategy import Method, Precision
 from launcher.workload import LoraSpec, Workload
 

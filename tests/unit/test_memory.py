@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from launcher.hardware import ClusterSpec, cpu_spec, default_cluster, find_gpu
-from launcher.memory import PHASES, MemoryEstimate, estimate_memory
 from launcher.model_source import load_catalogue_entry
 from launcher.model_spec import ModelSpec, WeightSpec, spec_from_config
+from launcher.predict.memory import PHASES, MemoryEstimate, estimate_memory
+from launcher.predict.zero_runtime import zero_runtime
 from launcher.strategy import (
     Attention,
     Checkpointing,
@@ -24,7 +25,6 @@ from launcher.strategy import (
 )
 from launcher.units import GB, GIB
 from launcher.workload import LoraSpec, QuantizationSpec, Workload
-from launcher.zero_runtime import zero_runtime
 
 TRAINING = ("forward", "loss", "backward", "step")
 # What transformers' "auto" makes of hidden size 4096 (integrations/deepspeed.py).
@@ -244,7 +244,8 @@ def test_8_bit_adam_keeps_2_bytes_and_a_scale_instead_of_8_and_paged_keeps_none(
     }
     assert per_param[Optimizer.adamw] == pytest.approx(12)
     assert per_param[Optimizer.adamw_8bit] == pytest.approx(4 + 2.03, abs=0.01)
-    assert per_param[Optimizer.paged_adamw_8bit] == pytest.approx(4)
+    # The scales are ordinary tensors: 38.6 MB for Llama-3.2-1B on an H100.
+    assert per_param[Optimizer.paged_adamw_8bit] == pytest.approx(4 + 2 * 4 / 256)
 
 
 def test_buckets_far_larger_than_the_adapters_waste_their_whole_size() -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.calibration import CALIBRATION
-from launcher.hardware import ClusterSpec, default_cluster, find_gpu
-from launcher.host_memory import pinned_bytes
-from launcher.memory import MemoryEstimate, estimate_memory
+from launcher.hardware import ClusterSpec, cpu_spec, default_cluster, find_gpu
 from launcher.model_source import load_catalogue_entry
 from launcher.model_spec import spec_from_config
+from launcher.predict.calibration import CALIBRATION
+from launcher.predict.host_memory import pinned_bytes
+from launcher.predict.memory import MemoryEstimate, estimate_memory
 from launcher.strategy import Checkpointing, Method, Offload, Strategy, ZeroKnobs, ZeroStage
-from launcher.units import GB, GIB
-from launcher.workload import Workload
+from launcher.units import GB, GIB, MIB
+from launcher.workload import LoraSpec, Workload
 
 NUM_PARAMS = 6_738_415_616  # Llama-2-7B
 UNPINNED = ZeroKnobs(reduce_bucket_size=4096**2, pin_memory=False)
@@ -40,8 +40,10 @@ def estimate(
 
 
 def offloaded_per_rank_gb(found: MemoryEstimate) -> float:
-    processes = found.host_components["training processes"]
-    return (found.host_bytes_per_node - processes) / 8 / GB
+    # The engine alone: without the processes, and without the weights that are saved.
+    others = found.host_components["training processes"]
+    others += found.host_components.get("trained weights to save", 0)
+    return (found.host_bytes_per_node - others) / 8 / GB
 
 
 @pytest.mark.parametrize(
@@ -72,10 +74,25 @@ def test_pinning_the_offloaded_states_costs_its_rounding() -> None:
     assert extra == pytest.approx(2 * (4.295 - 3.369) + (2.147 - 1.685) + (0.268 - 0.262), rel=0.01)
 
 
-def test_without_offload_only_the_processes_are_there() -> None:
+def test_without_offload_each_rank_is_a_process_and_a_copy_of_what_it_saves() -> None:
     found = estimate(2, optimizer=Offload.none, zero=PINNED)
-    assert found.host_bytes_per_node == 8 * CALIBRATION.process_host_bytes
+    assert found.host_bytes_per_node == 8 * (CALIBRATION.process_host_bytes + 2 * NUM_PARAMS)
     assert found.nvme_bytes_per_node == 0
+
+
+def test_on_the_cpu_the_ranks_tensors_are_host_memory_too() -> None:
+    # Measured, each of two ranks: 1,866 MiB resident with 981 MiB of tensors.
+    entry = load_catalogue_entry("smollm2-135m")
+    work = Workload(
+        model=spec_from_config(entry.config, name="smollm2-135m"),
+        method=Method.lora,
+        max_seq_len=256,
+        global_batch_size=2,
+    )
+    ranks = default_cluster(cpu_spec(64 * GIB), gpus_per_node=2)
+    found = estimate_memory(work, Strategy(zero_stage=2), ranks)
+    rest = found.host_bytes_per_node / 2 - found.peak_allocated_bytes
+    assert rest / MIB == pytest.approx(1866 - 981, rel=0.01)
 
 
 def test_nvme_holds_16_bytes_per_parameter_and_the_host_4_buffers_per_rank() -> None:
@@ -86,9 +103,28 @@ def test_nvme_holds_16_bytes_per_parameter_and_the_host_4_buffers_per_rank() -> 
     assert found.host_components["NVMe optimizer buffers"] == 8 * 4 * 2**29
 
 
-def test_a_checkpoint_holds_parameters_master_and_both_moments() -> None:
-    found = estimate(3, optimizer=Offload.none, zero=PINNED)
-    assert found.checkpoint_bytes == 14 * NUM_PARAMS
+@pytest.mark.parametrize(("stage", "per_param"), [(2, 16), (3, 14)])
+def test_a_checkpoint_holds_weights_master_and_both_moments(
+    stage: ZeroStage, per_param: int
+) -> None:
+    # transformers' bf16 weights 2, DeepSpeed's fp32 master and moments 12, and below ZeRO-3
+    # its own bf16 weights 2.
+    found = estimate(stage, optimizer=Offload.none, zero=PINNED)
+    assert found.checkpoint_bytes == per_param * NUM_PARAMS
+
+
+def test_a_lora_checkpoint_leaves_out_the_frozen_base() -> None:
+    # r 16 on q and v of Llama-2-7B: 2 x 32 x 16 x 8,192 parameters, 16 B each.
+    entry = load_catalogue_entry("llama2-7b")
+    work = Workload(
+        model=spec_from_config(entry.config, name="llama2-7b"),
+        method=Method.lora,
+        max_seq_len=256,
+        global_batch_size=8,
+        lora=LoraSpec(r=16, target_modules=("q_proj", "v_proj")),
+    )
+    found = estimate_memory(work, Strategy(zero_stage=2), cluster())
+    assert found.checkpoint_bytes == 16 * 2 * 32 * 16 * 8192
 
 
 def test_checkpointed_inputs_move_to_pinned_host_memory() -> None:

@@ -11,9 +11,9 @@ import functools
 import pytest
 
 from launcher.hardware import ClusterSpec, default_cluster, find_gpu
-from launcher.memory import MemoryEstimate, estimate_memory
 from launcher.model_source import load_catalogue_entry
 from launcher.model_spec import ModelSpec, spec_from_config
+from launcher.predict.memory import MemoryEstimate, estimate_memory
 from launcher.strategy import (
     Attention,
     Checkpointing,

@@ -120,6 +120,12 @@ class OutputLayer:
                 hidden_bytes=named + gradient + hidden / chunks,
                 head_gradients=pending + head,
             ),
+            LossMoment(
+                name="sum of the chunks' output layer gradients",
+                logits_bytes=0,
+                hidden_bytes=named + gradient + hidden / chunks,
+                head_gradients=3 * pending,
+            ),
             # A slice's gradient is a tensor of zeros for the whole, then added.
             LossMoment(
                 name="chunk gradient",
@@ -147,7 +153,7 @@ class OutputLayer:
                 name="fused cross-entropy forward",
                 logits_bytes=chunk * self.vocab_size * width,
                 hidden_bytes=named + hidden + chunk * self.hidden_size * width * (1 - head),
-                head_gradients=2 * head,
+                head_gradients=head,  # each chunk's is added by the matrix product itself
             ),
             LossMoment(
                 name="output layer gradient hook",

@@ -7,17 +7,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from launcher.activations import timeline
-from launcher.allocator import outside_bytes, reserved_bytes, workspace_bytes
-from launcher.calibration import CALIBRATION
-from launcher.components import INPUTS, WORKSPACE, Candidate
 from launcher.hardware import ClusterSpec
-from launcher.host_memory import checkpoint_bytes, host_components, nvme_bytes
-from launcher.micro_step import MicroStep
-from launcher.run_phases import RunPhases
+from launcher.predict.activations import timeline
+from launcher.predict.allocator import outside_bytes, reserved_bytes, workspace_bytes
+from launcher.predict.calibration import CALIBRATION
+from launcher.predict.components import INPUTS, WORKSPACE, Candidate
+from launcher.predict.host_memory import checkpoint_bytes, host_components, nvme_bytes
+from launcher.predict.micro_step import MicroStep
+from launcher.predict.run_phases import RunPhases
+from launcher.predict.zero_runtime import zero_runtime
 from launcher.strategy import Strategy
 from launcher.workload import Workload
-from launcher.zero_runtime import zero_runtime
 
 Phase = Literal["load", "init", "forward", "loss", "backward", "step", "save", "eval"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -115,11 +115,16 @@ def estimate_memory(workload: Workload, strategy: Strategy, cluster: ClusterSpec
         calibration=calibration,
     )
     saved_inputs = acts.hidden_bytes * acts.num_layers
-    host = host_components(zero, cluster, calibration, saved_inputs_bytes=saved_inputs)
+    peak = max(phase.allocated_bytes for phase in phases)
+    host = host_components(
+        zero, cluster, calibration, saved_inputs_bytes=saved_inputs, peak_allocated_bytes=peak
+    )
     return MemoryEstimate(
         phases=phases,
         peak_reserved_bytes=reserved,
-        device_used_bytes=reserved + outside_bytes(gpu, calibration) + round(zero.paged_bytes()),
+        device_used_bytes=reserved
+        + outside_bytes(gpu, calibration, zero_stage=zero.stage)
+        + round(zero.paged_bytes()),
         host_bytes_per_node=sum(host.values()),
         host_components=host,
         nvme_bytes_per_node=nvme_bytes(zero, cluster),

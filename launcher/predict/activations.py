@@ -7,11 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from launcher.autograd_tape import Moment, Size
-from launcher.decoder_layer import AttentionKernel, LayerSetting, write_layer
 from launcher.hardware import GpuSpec
-from launcher.output_layer import LossMoment, OutputLayer
-from launcher.strategy import Attention, Checkpointing, Loss, Method, Precision, Strategy
+from launcher.predict.attention_kernel import attention_kernel, has_cudnn_attention
+from launcher.predict.attention_parts import ATTENTION_OUTPUTS
+from launcher.predict.autograd_tape import Moment, Size
+from launcher.predict.decoder_layer import MLP_OUTPUTS, write_final_norm, write_layer
+from launcher.predict.layer_parts import AttentionKernel, LayerSetting
+from launcher.predict.output_layer import LossMoment, OutputLayer
+from launcher.strategy import Checkpointing, Loss, Method, Precision, Strategy
 from launcher.workload import Workload
 
 
@@ -27,6 +30,8 @@ class LayerProfile:
     forward: tuple[Moment, ...]
     inference: tuple[Moment, ...]
     backward: tuple[Moment, ...]
+    final_norm_forward: tuple[Moment, ...]
+    final_norm_backward: tuple[Moment, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +64,15 @@ class ActivationTimeline:
     first_layer_discount_bytes: float
     num_layers: int
     is_recomputed: bool
+    is_on_host: bool
+    """Checkpointed layer inputs wait in host memory."""
+    kept_embeddings_bytes: float
+    """Embeddings made to require a gradient, a leaf that only the host's copy replaces."""
+    int8_inputs_bytes: float
+    """What int8 layers hold until the loss is gone: the step is over, checkpointing or not."""
     norm_saved_bytes: float
+    final_norm_forward: LayerMoment
+    final_norm_backward: LayerMoment
     forward: LayerMoment
     inference: LayerMoment
     loss: tuple[LossMoment, ...]
@@ -74,26 +87,6 @@ class ActivationTimeline:
     def saved_bytes(self) -> float:
         """What all layers keep when forward is over."""
         return self.layer_saved_bytes * self.num_layers - self.first_layer_discount_bytes
-
-
-def attention_kernel(workload: Workload, strategy: Strategy, gpu: GpuSpec) -> AttentionKernel:
-    """Return the kernel that runs: torch's SDPA picks by mask and compute capability.
-
-    Source: torch 2.13 ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``; a mask rules
-    out FlashAttention, compute capability below 8.0 too.
-    """
-    if strategy.attention is Attention.eager or (
-        strategy.attention is Attention.sdpa and workload.model.attention_softcap is not None
-    ):
-        return "eager"
-    if strategy.attention is Attention.flash_attention_2:
-        return "flash"
-    if workload.model.model_type == "falcon":
-        # Falcon builds its mask always; with one key/value head only torch's math remains.
-        return "math" if workload.model.num_key_value_heads == 1 else "efficient_masked"
-    if workload.has_padding:
-        return "efficient_masked"
-    return "flash" if gpu.has_flash_attention_2 else "efficient"
 
 
 def _undominated(moments: Iterable[Moment]) -> tuple[Moment, ...]:
@@ -125,18 +118,37 @@ def _exceeds(one: Moment, other: Moment) -> bool:
 @functools.lru_cache(maxsize=256)
 def layer_profile(setting: LayerSetting) -> LayerProfile:
     """Return a layer's moments, those that another moment always exceeds left out."""
-    tape = write_layer(setting)
+    tape, final_norm = write_layer(setting), write_final_norm(setting)
     saved = tape.saved()
     hidden = tape.size(0)
     keeps_input = tape.is_saved(0)
     return LayerProfile(
         saved=saved,
         saved_input=hidden if keeps_input else Size(),
-        unused_in_first_layer=tape.saved_by_prefix(("RMS norm", "layer norm")),
+        unused_in_first_layer=(
+            tape.saved_by_prefix(("RMS norm", "layer norm")) + _first_dropout_masks(setting)
+        ),
+        final_norm_forward=_undominated(final_norm.forward_moments()),
+        final_norm_backward=_undominated(final_norm.backward_moments()),
         forward=_undominated(tape.forward_moments()),
         inference=_undominated(tape.forward_moments(keeps_graph=False)),
         backward=_undominated(tape.backward_moments()),
     )
+
+
+def _first_dropout_masks(setting: LayerSetting) -> Size:
+    """Return the masks of adapters on the first norm's output: no gradient, no mask."""
+    if not setting.has_adapter_dropout:
+        return Size()
+    adapted = [
+        weight
+        for weight in setting.model.weights
+        if weight.name in setting.adapter_targets and weight.shape[1] == setting.model.hidden_size
+    ]
+    inputs = [w for w in adapted if "attn" in w.name or "attention" in w.name]
+    mask_bytes = 1 if setting.is_cuda else setting.adapter_bytes
+    count = sum(w.module not in ATTENTION_OUTPUTS for w in inputs)
+    return Size(token=count * mask_bytes * setting.model.hidden_size)
 
 
 def timeline(
@@ -151,7 +163,7 @@ def timeline(
         adapter_bytes: bytes per element of LoRA weights and of what flows through them.
 
     Source:
-        transformers 5.23 modules, operation by operation (``launcher/decoder_layer.py``).
+        transformers 5.23 modules, operation by operation (``launcher/predict/decoder_layer.py``).
     """
     return _timeline(
         workload,
@@ -165,6 +177,7 @@ def timeline(
             has_liger=strategy.liger_kernels and gpu.device_type == "cuda",
             has_zero3_linear=strategy.zero_stage == 3,
             is_cuda=gpu.device_type == "cuda",
+            has_cudnn_attention=has_cudnn_attention(gpu),
         ),
     )
 
@@ -181,6 +194,7 @@ class _Choices(NamedTuple):
     has_liger: bool
     has_zero3_linear: bool
     is_cuda: bool
+    has_cudnn_attention: bool
 
 
 @functools.lru_cache(maxsize=4096)
@@ -220,9 +234,16 @@ def _timeline(workload: Workload, choices: _Choices) -> ActivationTimeline:
         first_layer_discount_bytes=discount,
         num_layers=model.num_hidden_layers,
         is_recomputed=is_recomputed,
+        is_on_host=choices.checkpointing is Checkpointing.cpu_offload,
+        kept_embeddings_bytes=(
+            hidden if is_frozen and choices.checkpointing is Checkpointing.cpu_offload else 0.0
+        ),
+        int8_inputs_bytes=_int8_inputs_bytes(workload, tokens),
         norm_saved_bytes=output.final_norm_bytes(
             is_rms=model.norm == "rmsnorm", is_frozen=is_frozen, has_liger=choices.has_liger
         ),
+        final_norm_forward=_fullest(profile.final_norm_forward, tokens, scores),
+        final_norm_backward=_fullest(profile.final_norm_backward, tokens, scores),
         forward=_fullest(profile.inference if is_recomputed else profile.forward, tokens, scores),
         inference=_fullest(profile.inference, tokens, scores),
         loss=output.moments(choices.loss),
@@ -254,6 +275,7 @@ def _layer_setting(workload: Workload, choices: _Choices, *, is_moe: bool) -> La
         has_fp32_softmax_input=workload.precision is not Precision.fp32 and not is_fp16_kernel,
         has_liger=choices.has_liger,
         is_cuda=choices.is_cuda,
+        has_cudnn_attention=choices.has_cudnn_attention,
     )
 
 
@@ -268,6 +290,28 @@ def _output_layer(workload: Workload, choices: _Choices, tokens: float) -> Outpu
         keeps_hidden=workload.method is Method.full or choices.has_zero3_linear,
         has_softcap=model.logit_softcap is not None,
     )
+
+
+def _int8_inputs_bytes(workload: Workload, tokens: float) -> float:
+    """Return the inputs that all int8 layers hold in their autograd contexts.
+
+    As plain attributes, which neither checkpointing drops nor backward frees; and a copy of the
+    columns with an element above 6, which for an MLP's product are nearly all.
+
+    Source: bitsandbytes 0.50 ``autograd/_functions.py:MatMul8bitLt`` (``ctx.tensors``); H100,
+    Llama-2-7B with random weights: 95 % of the columns.
+    """
+    if workload.method is not Method.qlora or workload.quantization.kind != "int8":
+        return 0.0
+    linears = [w for w in workload.model.weights if w.in_layer and w.role == "linear"]
+    inputs: dict[tuple[bool, bool], int] = {}
+    for weight in linears:
+        is_attention = "attn" in weight.name or "attention" in weight.name
+        is_output = weight.module in ATTENTION_OUTPUTS | MLP_OUTPUTS
+        inputs[is_attention, is_output] = weight.shape[1]
+    elements = sum(inputs.values()) + inputs.get((False, True), 0)
+    width = workload.precision.bytes_per_element
+    return float(tokens * width * elements * workload.model.num_hidden_layers)
 
 
 def _inputs_bytes(
@@ -316,4 +360,28 @@ def _backward(
         )
         if key not in fullest or fullest[key].total_bytes < found.total_bytes:
             fullest[key] = found
-    return tuple(fullest.values())
+    return _rivals(tuple(fullest.values()))
+
+
+def _rivals(moments: tuple[LayerMoment, ...]) -> tuple[LayerMoment, ...]:
+    """Leave out moments that their own gradients cannot lift above the fullest one.
+
+    16 B per element bounds them: at most 4 while pending, 4 kept and 8 for a norm. Moments with
+    and without buckets, and those of gradient hooks, are compared among themselves.
+    """
+    kinds: dict[tuple[bool, bool], list[LayerMoment]] = {}
+    for moment in moments:
+        has_buckets = moment.is_parameter_done or moment.earlier_gradient_elements > 0
+        kinds.setdefault((moment.is_parameter_done, has_buckets), []).append(moment)
+    kept: list[LayerMoment] = []
+    for rivals in kinds.values():
+        most = max(moment.total_bytes for moment in rivals)
+        for moment in rivals:
+            elements = (
+                moment.new_gradient_elements
+                + moment.last_gradient_elements
+                + moment.earlier_gradient_elements
+            )
+            if moment.total_bytes + 16 * elements >= most:
+                kept.append(moment)
+    return tuple(kept)

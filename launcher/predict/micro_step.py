@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from launcher.activations import ActivationTimeline, LayerMoment
-from launcher.components import (
+from launcher.predict.activations import ActivationTimeline, LayerMoment
+from launcher.predict.components import (
     BUCKETS,
+    CARRIED,
     DEQUANTIZED,
     GATHERED,
     GRADIENTS,
+    INT8_INPUTS,
     LOGITS,
     NORM,
     OWNED,
@@ -22,8 +24,8 @@ from launcher.components import (
     Candidate,
     Components,
 )
-from launcher.output_layer import LossMoment
-from launcher.zero_runtime import ZeroRuntime
+from launcher.predict.output_layer import LossMoment
+from launcher.predict.zero_runtime import ZeroRuntime
 
 
 class MicroStep:
@@ -41,22 +43,34 @@ class MicroStep:
         self.resident = resident
         self.buckets = zero.bucket_bytes()
         self.reduces = zero.reduces_in_backward
+        self.carries = CARRIED in resident
 
     def _base(self) -> Components:
-        return dict(self.resident)
+        found = dict(self.resident)
+        if self.acts.is_recomputed:
+            found[INT8_INPUTS] = self.acts.int8_inputs_bytes
+        return found
 
     def forward(self) -> Iterator[Candidate]:
-        """Yield: the last layer's forward."""
+        """Yield: the last layer's forward, and the norm after it."""
         acts, found = self.acts, self._base()
         others = acts.num_layers if acts.is_recomputed else acts.num_layers - 1
         found[SAVED] = (
             max(0.0, acts.layer_saved_bytes * others - acts.first_layer_discount_bytes)
             + acts.forward.saved_bytes
         )
-        found[PASSING] = acts.forward.passing_bytes + acts.hidden_bytes
+        # The embeddings are named to the end; checkpointing saves them, as the first input.
+        is_saved = acts.is_recomputed and not acts.is_on_host
+        named = 0.0 if is_saved else acts.hidden_bytes
+        own = acts.hidden_bytes if acts.is_on_host else 0.0
+        found[PASSING] = acts.forward.passing_bytes + named + own
         found[DEQUANTIZED] = acts.forward.weight_bytes
         found[GATHERED] = self.zero.gathered_bytes("forward")
         yield f"last layer, {acts.forward.name}", found
+        norm = acts.final_norm_forward
+        found = {**found, DEQUANTIZED: 0.0, SAVED: acts.saved_bytes + norm.saved_bytes}
+        found[PASSING] = acts.hidden_bytes + norm.passing_bytes + named
+        yield f"final norm, {norm.name}", found
 
     def loss(self) -> Iterator[Candidate]:
         """Yield: logits, cross-entropy and the output layer's backward."""
@@ -66,7 +80,7 @@ class MicroStep:
     def _loss_components(self, moment: LossMoment) -> Components:
         acts, zero = self.acts, self.zero
         found = self._base()
-        found[SAVED] = acts.saved_bytes + acts.norm_saved_bytes
+        found[SAVED] = acts.saved_bytes + acts.norm_saved_bytes + acts.kept_embeddings_bytes
         found[LOGITS] = moment.logits_bytes
         found[PASSING] = moment.hidden_bytes
         found[GATHERED] = zero.gathered_bytes("loss")
@@ -84,6 +98,7 @@ class MicroStep:
         per_layer = counts.trainable - counts.head - counts.embedding
         per_layer = per_layer // layers
         yield from self._head_reduction()
+        yield from self._final_norm()
         kept = acts.layer_saved_bytes
         own_input = 1 if acts.is_recomputed else 0
         crossing = self._layers_to_first_crossing(per_layer)
@@ -94,6 +109,10 @@ class MicroStep:
         if crossing is not None and 1 < crossing < layers:
             done = counts.head + crossing * per_layer
             places.append((f"layer {crossing + 1} of backward", crossing, done, True))
+        filling = self._layers_to_first_full_bucket(per_layer)
+        if filling is not None and 1 < filling < layers - 1:
+            done = counts.head + filling * per_layer
+            places.append((f"layer {filling + 1} of backward", filling, done, False))
         if layers > 2:
             done = counts.trainable - counts.embedding - per_layer
             places.append(("last layer of backward", layers - 1, done, True))
@@ -101,14 +120,29 @@ class MicroStep:
             others = max(0, layers - 1 - index) + own_input
             saved = max(0.0, kept * others - acts.first_layer_discount_bytes)
             if acts.is_recomputed and kept == 0.0:
-                saved = acts.hidden_bytes  # fetched back from the host
-            remaining = 1 - index / layers
-            gathered = zero.gathered_bytes(remaining_fraction=remaining)
-            for moment in acts.backward:
-                found = self._layer_components(moment, saved=saved, gathered=gathered)
-                self._add_gradients(found, moment, done=done, is_first=index == 0, crosses=crosses)
-                yield f"{place}, {moment.name}", found
+                # Fetched back from the host.
+                saved = acts.hidden_bytes + acts.kept_embeddings_bytes
+            moment, gradients = self._fullest_moment(
+                done=done, is_first=index == 0, crosses=crosses
+            )
+            found = {**self._base(), SAVED: saved, **gradients}
+            name = RECOMPUTED if acts.is_recomputed else SAVED
+            found[name] = found.get(name, 0.0) + moment.saved_bytes
+            found[PASSING] = moment.passing_bytes
+            found[DEQUANTIZED] = moment.weight_bytes
+            found[GATHERED] = zero.gathered_bytes(remaining_fraction=1 - index / layers)
+            yield f"{place}, {moment.name}", found
         yield from self._ends()
+
+    def _final_norm(self) -> Iterator[Candidate]:
+        """Yield: the backward of the norm after the last layer; every layer is still saved."""
+        acts, zero, moment = self.acts, self.zero, self.acts.final_norm_backward
+        found = self._base()
+        found[SAVED] = acts.saved_bytes + moment.saved_bytes + acts.kept_embeddings_bytes
+        found[PASSING] = moment.passing_bytes
+        found[GATHERED] = zero.gathered_bytes("turn")
+        found |= self._gradients(moment, done=zero.counts.head, is_first=True, crosses=False)
+        yield f"final norm, {moment.name}", found
 
     def _layers_to_first_crossing(self, per_layer: int) -> int | None:
         """Return after how many layers a bucket first holds gradients of two owners."""
@@ -125,29 +159,38 @@ class MicroStep:
             return None
         return int(max(0.0, distance - zero.counts.head) // per_layer)
 
-    def _layer_components(
-        self, moment: LayerMoment, *, saved: float, gathered: float
-    ) -> Components:
-        found = self._base()
-        name = RECOMPUTED if self.acts.is_recomputed else SAVED
-        found[SAVED] = saved
-        found[name] = found.get(name, 0.0) + moment.saved_bytes
-        found[PASSING] = moment.passing_bytes
-        found[DEQUANTIZED] = moment.weight_bytes
-        found[GATHERED] = gathered
-        return found
-
-    def _add_gradients(
-        self,
-        found: Components,
-        moment: LayerMoment,
-        *,
-        done: int,
-        is_first: bool,
-        crosses: bool,
-    ) -> None:
-        """Add what parameter gradients occupy at a layer's moment."""
+    def _layers_to_first_full_bucket(self, per_layer: int) -> int | None:
+        """Return after how many layers ZeRO-1/2 first reduce, and make the own partition."""
         zero = self.zero
+        if not self.reduces or zero.stage > 2 or per_layer == 0 or zero.has_offloaded_optimizer:
+            return None
+        return int(max(0.0, zero.bucket - zero.counts.head) // per_layer)
+
+    def _fullest_moment(
+        self, *, done: int, is_first: bool, crosses: bool
+    ) -> tuple[LayerMoment, Components]:
+        """Return a layer's fullest moment, with what parameter gradients occupy in it."""
+        best: tuple[float, LayerMoment, Components] | None = None
+        for moment in self.acts.backward:
+            gradients = self._gradients(moment, done=done, is_first=is_first, crosses=crosses)
+            total = moment.total_bytes + sum(gradients.values())
+            if best is None or total > best[0]:
+                best = total, moment, gradients
+        assert best is not None
+        return best[1], best[2]
+
+    def _gradients(
+        self, moment: LayerMoment, *, done: int, is_first: bool, crosses: bool
+    ) -> Components:
+        """Return what parameter gradients occupy at a layer's moment.
+
+        Args:
+            moment: the instant, with the gradients that its own layer has made.
+            done: elements whose gradients came before this layer.
+            is_first: nothing but the output layer has run backward yet.
+            crosses: a bucket may hold gradients of two owners here.
+        """
+        zero, found = self.zero, Components()
         new, last = moment.new_gradient_elements, moment.last_gradient_elements
         so_far = done + moment.earlier_gradient_elements
         has_buckets = not is_first or so_far > 0 or moment.is_parameter_done
@@ -156,13 +199,25 @@ class MicroStep:
         if zero.counts.is_head_tied and zero.counts.embedding:
             found[PENDING] = float(zero.trained_width * zero.counts.embedding)
         if not self.reduces:
-            found[GRADIENTS] = float(zero.trained_width * (so_far + new))
-            return
-        found[PENDING] = found.get(PENDING, 0.0) + zero.pending_bytes(new, last)
+            # Gradients carried from an earlier micro-step are added to in place.
+            alive = new if self.carries else so_far + new
+            found[GRADIENTS] = float(zero.trained_width * alive)
+            return found
+        pending = zero.pending_bytes(new, last)
+        if pending:
+            found[PENDING] = found.get(PENDING, 0.0) + pending
         if zero.stage <= 2:
             self._add_partition(found, so_far)
-        fills = (so_far + new) // zero.bucket != so_far // zero.bucket
-        if not moment.is_parameter_done or not fills:
+        if moment.is_parameter_done:
+            self._add_reduction(found, new=new, last=last, so_far=so_far, crosses=crosses)
+        return found
+
+    def _add_reduction(
+        self, found: Components, *, new: int, last: int, so_far: int, crosses: bool
+    ) -> None:
+        """Add the copy and the norms of a bucket that this gradient no longer fits into."""
+        zero = self.zero
+        if (so_far + new) // zero.bucket == so_far // zero.bucket:
             return
         copy = norm = 0.0
         if crosses or zero.partition < zero.bucket:
@@ -185,7 +240,8 @@ class MicroStep:
             others = zero.counts.larger_than(zero.bucket) * (1 - 1 / zero.world_size)
             found[GRADIENTS] = zero.trained_width * others * so_far / zero.counts.trainable
         if zero.has_compact_gradients:
-            found[OWNED] = 4 * zero.partition
+            if not self.carries:  # later micro-steps add to the same buffer
+                found[OWNED] = 4 * zero.partition
             # Gradients that bypass the bucket stay their owner's until backward ends.
             large = zero.counts.larger_than(zero.bucket) / zero.world_size
             found[GRADIENTS] = zero.trained_width * large * min(1.0, so_far / zero.partition)
@@ -223,9 +279,15 @@ class MicroStep:
         found[PASSING] = acts.hidden_bytes if counts.embedding else 2 * acts.hidden_bytes
         embedding = zero.trained_width * counts.embedding
         if not self.reduces:
+            found.pop(CARRIED, None)
             found[GRADIENTS] = float(zero.trained_width * counts.trainable)
+            if embedding and self.carries:
+                yield "embedding backward", {**found, PENDING: float(embedding)}
             if embedding and counts.is_head_tied:
                 yield "embedding backward", {**found, PENDING: float(embedding)}
+                # Both gradients of the tied matrix and their sum; the layers' are done with.
+                summed = {**found, PASSING: 0.0, PENDING: 2.0 * embedding}
+                yield "sum of the tied gradients", summed
             yield from self._boundary(found)
             return
         if zero.stage <= 2:
@@ -234,6 +296,9 @@ class MicroStep:
             tied = 2 if counts.is_head_tied else 1
             yield "embedding backward", {**found, PENDING: float(embedding * tied)}
         del found[PASSING]
+        if embedding and counts.is_head_tied and zero.stage <= 2:
+            # H100: three whole tensors at once; ZeRO-3, whose linear layer is DeepSpeed's, two.
+            yield "sum of the tied gradients", {**found, PENDING: 3.0 * embedding}
         found[PENDING] = float(embedding if counts.embedding > zero.bucket else 0)
         if zero.has_offloaded_optimizer:
             if counts.embedding > zero.bucket and zero.stage <= 2:
@@ -245,6 +310,9 @@ class MicroStep:
                     counts.largest_in_layers if zero.is_full else counts.largest_trainable,
                 )
             )
+            if zero.stage == 3:
+                found[PENDING] += zero.trained_width * counts.embedding / zero.world_size
+                found[GATHERED] = float(zero.width * counts.embedding) if zero.gathers else 0.0
         crosses = zero.stage == 3 or counts.embedding == 0 or zero.partition < counts.embedding
         rest = counts.embedding if counts.embedding > zero.bucket else counts.trainable
         if crosses:
@@ -255,7 +323,6 @@ class MicroStep:
         """Yield: gradients kept to the accumulation boundary, and their reduction."""
         zero, counts = self.zero, self.zero.counts
         found.pop(PASSING, None)
-        found.pop("accumulated gradients", None)
         if zero.stage == 0:
             yield "gradient all-reduce", {**found, REDUCTION: zero.stage_0_reduction_bytes()}
             return

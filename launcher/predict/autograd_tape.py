@@ -3,8 +3,10 @@
 An operation is written down with what it reads, what it makes, what it saves for backward and
 what it needs for a moment. From that the tape finds the bytes that are alive at every
 operation, forward and backward, by the rules of torch's engine: a saved tensor dies when its
-node has run, a gradient dies when its consumer has run, two gradients of one tensor are added
-in place unless the first is shared (torch 2.13 ``csrc/autograd/input_buffer.cpp``).
+node has run, a gradient dies when its consumer has run, the sum of two gradients of one tensor
+is a third (H100, torch 2.11: measured for linear layers and tied weights; taken to hold for all,
+which no measured peak contradicts). The likely reason is that torch adds in place only to a
+gradient that is no view (``csrc/autograd/input_buffer.cpp``), as a linear layer's is.
 """
 
 from __future__ import annotations
@@ -58,6 +60,10 @@ class Weight:
 
 NO_EXTRA, NO_WEIGHT = Extra(), Weight()
 
+GradientKind = Literal["new", "shared", "saved"]
+"""Whose storage the inputs' gradients take: their own, the output gradient's, or that of the
+tensors that the operation saved (a kernel that writes them in place)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
@@ -88,7 +94,12 @@ class _Operation:
     saves: tuple[int, ...]
     extra: Extra
     weight: Weight
-    shares_gradient: bool
+    gradient: GradientKind
+
+
+# Tensor -> (owner of the gradient's storage, its bytes); operations own _OWNERS numbers each.
+_Pending = dict[int, tuple[int, Size]]
+_OWNERS = 100
 
 
 class Tape:
@@ -136,7 +147,7 @@ class Tape:
         saves_output: bool = False,
         extra: Extra = NO_EXTRA,
         weight: Weight = NO_WEIGHT,
-        gradient: Size | Literal["shared"] | None = None,
+        gradient: Size | GradientKind = "new",
     ) -> int:
         """Write down one operation and return its output tensor.
 
@@ -148,8 +159,8 @@ class Tape:
             saves_output: the output is kept too.
             extra: other bytes, kept or passing.
             weight: the parameter at work.
-            gradient: bytes of the output's gradient where the output is a view; ``shared``
-                when the inputs' gradients are the output's own tensor (addition, views).
+            gradient: bytes of the output's gradient where the output is a view; or where the
+                inputs' gradients are: ``shared`` is the output's own (addition, views).
         """
         index = len(self._operations)
         own = gradient if isinstance(gradient, Size) else None
@@ -163,7 +174,7 @@ class Tape:
                 saves=kept,
                 extra=extra,
                 weight=weight,
-                shares_gradient=gradient == "shared",
+                gradient="new" if isinstance(gradient, Size) else gradient,
             )
         )
         for value in (*reads, *saves, *(() if output is None else (output,))):
@@ -223,61 +234,72 @@ class Tape:
 
     def backward_moments(self) -> Iterator[Moment]:
         """Yield what is alive while, and just after, each operation runs backward."""
-        pending: dict[int, tuple[int, Size]] = {}
-        owner = 0
-        last_elements = earlier_elements = 0
+        pending: _Pending = {}
         final = self._operations[-1].makes
         if final is not None:
-            pending[final] = (owner, self._gradients[final])
+            pending[final] = (-1, self._gradients[final])
+        last = earlier = 0
         for index in range(len(self._operations) - 1, -1, -1):
             operation = self._operations[index]
-            saved = self._saved(index + 1)
-            incoming = pending.get(operation.makes) if operation.makes is not None else None
-            created, after = NOTHING, dict(pending)
-            if operation.makes is not None:
-                after.pop(operation.makes, None)
-            for value in operation.reads:
-                if operation.shares_gradient and incoming is not None:
-                    fresh = incoming
-                else:
-                    owner += 1
-                    fresh = (owner, self._gradients[value])
-                    created = created + fresh[1]
-                present = after.get(value)
-                if present is None:
-                    after[value] = fresh
-                elif sum(present[0] == other[0] for other in after.values()) > 1 or (
-                    incoming is not None and present[0] == incoming[0]
-                ):
-                    # A shared gradient cannot be added to in place: the sum is a new tensor.
-                    owner += 1
-                    after[value] = (owner, self._gradients[value])
-                    created = created + (
-                        self._gradients[value] if operation.shares_gradient else NOTHING
-                    )
-            alive = _total(pending.values())
+            made = self._made_gradients(operation, pending, owner=index * _OWNERS)
+            created = NOTHING if operation.gradient != "new" else _total(made.values())
+            new = operation.weight.gradient_elements
             yield Moment(
                 name=operation.name,
-                saved=saved,
-                passing=alive + created + operation.extra.backward,
+                saved=self._saved(index + 1),
+                passing=_total(pending.values()) + created + operation.extra.backward,
                 weight_bytes=operation.weight.dequantized_bytes,
-                new_gradient_elements=operation.weight.gradient_elements,
-                last_gradient_elements=last_elements,
-                earlier_gradient_elements=earlier_elements,
+                new_gradient_elements=new,
+                last_gradient_elements=last,
+                earlier_gradient_elements=earlier,
             )
-            pending = after
-            if operation.weight.gradient_elements:
+            if operation.makes is not None:
+                pending.pop(operation.makes, None)
+            sums = list(_distribute(pending, made, owner=index * _OWNERS + len(made)))
+            saved = self._saved(index)
+            if new:
                 yield Moment(
                     name=f"{operation.name} (gradient hook)",
-                    saved=self._saved(index),
+                    saved=saved,
                     passing=_total(pending.values()),
-                    new_gradient_elements=operation.weight.gradient_elements,
-                    last_gradient_elements=last_elements,
-                    earlier_gradient_elements=earlier_elements,
+                    new_gradient_elements=new,
+                    last_gradient_elements=last,
+                    earlier_gradient_elements=earlier,
                     is_parameter_done=True,
                 )
-                last_elements = operation.weight.gradient_elements
-                earlier_elements += operation.weight.gradient_elements
+                last, earlier = new, earlier + new
+            for passing in sums:
+                yield Moment(
+                    name=f"{operation.name} (gradient sum)",
+                    saved=saved,
+                    passing=passing,
+                    last_gradient_elements=last,
+                    earlier_gradient_elements=earlier,
+                )
+
+    def _made_gradients(self, operation: _Operation, pending: _Pending, *, owner: int) -> _Pending:
+        """Return the gradients of an operation's inputs and whose storage they take."""
+        incoming = None if operation.makes is None else pending.get(operation.makes)
+        if operation.gradient == "shared" and incoming is not None:
+            return dict.fromkeys(operation.reads, incoming)
+        return {
+            value: (owner + place, self._gradients[value])
+            for place, value in enumerate(operation.reads)
+        }
+
+
+def _distribute(pending: _Pending, made: _Pending, *, owner: int) -> Iterator[Size]:
+    """Hand gradients to their tensors; yield what is alive in each sum, a tensor of its own."""
+    rest = dict(made)
+    for value, gradient in made.items():
+        if value in pending:
+            size = gradient[1]
+            yield _total([*pending.values(), *rest.values()]) + size
+            pending[value] = owner, size
+            owner += 1
+        else:
+            pending[value] = gradient
+        del rest[value]
 
 
 def _total(gradients: Iterable[tuple[int, Size]]) -> Size:

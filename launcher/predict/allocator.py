@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from launcher.calibration import Calibration
-from launcher.components import GATHERED, REDUCTION
 from launcher.hardware import GpuSpec
+from launcher.predict.calibration import Calibration
+from launcher.predict.components import GATHERED, REDUCTION
 from launcher.strategy import Strategy
 
 _HOPPER = (9, 0)
@@ -21,9 +21,12 @@ def workspace_bytes(gpu: GpuSpec, calibration: Calibration) -> int:
     return calibration.cublas_workspace_bytes
 
 
-def outside_bytes(gpu: GpuSpec, calibration: Calibration) -> int:
+def outside_bytes(gpu: GpuSpec, calibration: Calibration, *, zero_stage: int) -> int:
     """Return device memory outside torch's allocator: CUDA context, kernels and NCCL."""
-    return gpu.context_bytes + calibration.nccl_bytes if gpu.device_type == "cuda" else 0
+    if gpu.device_type != "cuda":
+        return 0
+    reduces = calibration.all_reduce_bytes if zero_stage < 3 else 0
+    return gpu.context_bytes + calibration.nccl_bytes + reduces
 
 
 def reserved_bytes(

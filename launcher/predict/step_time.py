@@ -6,10 +6,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from launcher.compute_cost import MicroStepWork, WeightTotals, micro_step_work, weight_totals
 from launcher.hardware import ClusterSpec
+from launcher.predict.compute_cost import (
+    MicroStepWork,
+    WeightTotals,
+    micro_step_work,
+    weight_totals,
+)
+from launcher.predict.time_calibration import TimeCalibration
 from launcher.strategy import Checkpointing, Method, Offload, Optimizer, Strategy
-from launcher.time_calibration import TimeCalibration
 from launcher.workload import Workload
 
 _DEFAULT_CALIBRATION = TimeCalibration()
@@ -48,17 +53,19 @@ class _Transfers:
     boundary_seconds: float
 
 
-# Which part bounds a step, and what helps: shown to the user as they stand.
+# Which part bounds a step, and what helps: shown to the user as they stand, so they must also
+# be true where the device is a processor.
 _ADVICE: Mapping[str, str] = {
     "matmul": "matrix products: the hardware is busy with useful work",
     "recompute": "matrix products, a third of them recomputed: turn checkpointing off if it fits",
     "attention": "attention over long sequences: FlashAttention and sequence parallelism help",
     "memory_traffic": "memory traffic of small kernels: enable Liger kernels",
-    "host": "kernel launches: raise the micro-batch or pack sequences",
+    "fused_traffic": "memory traffic of small kernels: faster memory, or fewer LoRA modules",
+    "host": "launch overhead: raise the micro-batch or pack sequences",
     "zero3_hooks": "ZeRO-3's work on every module: use ZeRO-2 if it fits, or raise the micro-batch",
-    "communication": "the links between GPUs: raise gradient accumulation or use LoRA",
+    "communication": "the links between ranks: raise gradient accumulation or use LoRA",
     "network": "the network between nodes: use fewer nodes, LoRA, or more gradient accumulation",
-    "offload_copies": "copies between GPU and host: keep more on the GPU, or raise the micro-batch",
+    "offload_copies": "copies between GPU and host: offload less, or raise the micro-batch",
     "cpu_optimizer": "the optimizer on the CPU: raise gradient accumulation or keep it on the GPU",
     "optimizer": "the optimizer step: raise gradient accumulation",
 }
@@ -73,9 +80,10 @@ def estimate_time(
 ) -> TimeEstimate:
     """Predict one optimizer step.
 
-    A micro-step takes as long as the slower of the host (Python and kernel launches) and the
-    GPU (matrices, attention, memory traffic and what communication is not hidden); copies to
-    the host and the work at the accumulation boundary come on top.
+    A micro-step takes as long as the slower of the host (Python, kernel launches, DeepSpeed's
+    hooks) and the GPU (matrices, attention, memory traffic and what communication is not
+    hidden); copies to the host and the work at the accumulation boundary come on top. On a
+    processor both are the same cores and add up.
 
     Args:
         workload: model, method and sequence length; every sample counts as full length.
@@ -99,7 +107,8 @@ def estimate_time(
         links.micro_seconds,
         calibration.overlap_fraction if strategy.zero.overlaps(strategy.zero_stage) else 0.0,
     )
-    power = calibration.bottleneck_exponent
+    # On a processor the same cores start the operations and run them: the times add up.
+    power = 1.0 if gpu.device_type == "cpu" else calibration.bottleneck_exponent
     micro = ((host + hooks) ** power + device**power) ** (1 / power) + copies.micro_seconds
     optimizer = _optimizer_seconds(strategy, cluster, calibration, totals)
     steps = strategy.gradient_accumulation_steps
@@ -119,7 +128,7 @@ def estimate_time(
         components=components,
         tokens_per_second_per_gpu=steps * work.tokens / step_seconds,
         mfu=steps * work.model_flops / (step_seconds * gpu.matmul_flops_per_s),
-        bound_by=_ADVICE[_bottleneck(components, work, cluster)],
+        bound_by=_ADVICE[_bottleneck(components, work, strategy, cluster)],
     )
 
 
@@ -195,7 +204,7 @@ def _compute_seconds(
         "matmul": work.matmul_flops / (peak * reached.matmul_fraction)
         + work.weight_bytes / memory_rate,
         "attention": work.attention_flops / (peak * attention_fraction),
-        "memory_traffic": work.elementwise_bytes / memory_rate,
+        "memory_traffic": (work.elementwise_bytes + work.gradient_bytes) / memory_rate,
     }
 
 
@@ -204,8 +213,7 @@ def _host_seconds(
 ) -> tuple[float, float]:
     """Return the host's time for launches, and for ZeRO-3's hooks, in one micro-step."""
     launches = calibration.host_op_seconds * work.host_ops
-    if strategy.zero_stage > 0:
-        launches += calibration.gradient_hook_seconds * work.trainable_tensors
+    launches += calibration.gradient_hook_seconds * work.trainable_tensors
     if strategy.zero_stage < 3:
         return launches, 0.0
     return launches, calibration.zero3_module_seconds * work.modules_with_params
@@ -321,10 +329,11 @@ def _optimizer_seconds(
 ) -> dict[str, float]:
     """Return the optimizer's own time, on the GPU or on the node's processors."""
     trainable = totals.num_trainable_params
-    fixed = calibration.step_fixed_seconds
+    fixed = calibration.step_fixed_seconds + calibration.trainer_step_seconds
     if strategy.offload_optimizer is not Offload.none:
         per_node = trainable / cluster.num_nodes
-        seconds = calibration.cpu_adam_bytes_per_param * per_node / cluster.host_memory_bytes_per_s
+        rate = cluster.host_memory_bytes_per_s * calibration.host_memory_fraction
+        seconds = calibration.cpu_adam_bytes_per_param * per_node / rate
         if strategy.offload_optimizer is Offload.nvme:
             # fp32 weight, two moments and gradient read; the first three written back.
             seconds += 28 * per_node / cluster.nvme_bytes_per_s
@@ -334,14 +343,20 @@ def _optimizer_seconds(
     if strategy.optimizer in (Optimizer.adamw_foreach, Optimizer.adamw_single):
         # One pass per operation instead of one for all: twelve operations of 8-12 bytes.
         bytes_per_param += 90
+    memory_fraction = calibration.efficiency_of(cluster.gpu).memory_fraction
+    rate = cluster.gpu.memory_bytes_per_s * memory_fraction
     return {
         "cpu_optimizer": 0.0,
-        "optimizer": fixed + bytes_per_param * owned / cluster.gpu.memory_bytes_per_s,
+        "optimizer": fixed + bytes_per_param * owned / rate,
     }
 
 
-def _bottleneck(components: Mapping[str, float], work: MicroStepWork, cluster: ClusterSpec) -> str:
+def _bottleneck(
+    components: Mapping[str, float], work: MicroStepWork, strategy: Strategy, cluster: ClusterSpec
+) -> str:
     largest = max(components, key=lambda name: components[name])
     if largest == "communication" and cluster.num_nodes > 1:
         return "network"
+    if largest == "memory_traffic" and (strategy.liger_kernels or cluster.gpu.device_type == "cpu"):
+        return "fused_traffic"
     return "recompute" if largest == "matmul" and work.num_passes == 3 else largest

@@ -22,10 +22,10 @@ class KernelEfficiency:
     """Of the memory rate, in elementwise kernels."""
 
 
-# Fitted, with the constants of TimeCalibration below, on the 18 measured runs that
-# tests/unit/test_step_time.py lists (root mean square error 4 %). torch's SDPA picks cuDNN's
+# Fitted on the 18 plain runs that tests/unit/test_step_time.py lists; the long runs of
+# benchmarks/results/h100.jsonl confirm them (8k-16k tokens within 3 %). torch's SDPA picks cuDNN's
 # attention on Hopper, hence the high flash_fraction; the others scale the byte counts of
-# launcher/compute_cost.py.
+# launcher/predict/compute_cost.py.
 _HOPPER = KernelEfficiency(
     matmul_fraction=0.71, flash_fraction=0.59, masked_fraction=0.15, memory_fraction=0.72
 )
@@ -54,35 +54,51 @@ _PROCESSOR = KernelEfficiency(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeCalibration:
-    """Physical constants of a step; the fitted ones come from runs on one H100 host.
+    """Physical constants of a step.
 
-    ``host_op_seconds`` scales with the processor and is the one to measure on another host.
+    "Fitted" means: together, on the runs at even positions of benchmarks/results/h100.jsonl
+    (zerofit's own worker) and the plain runs of tests/unit/test_step_time.py, both on H100
+    hosts. What is the host's (operations, hooks) scales with its processor; on another host,
+    ``host_op_seconds`` is the one to measure.
     """
 
-    host_op_seconds: float = 42e-6
-    """Python, dispatch and kernel launch of one eager operation. Fitted."""
-    lora_linear_ops: float = 3.7
-    """Operations that an adapter adds to a linear layer, PEFT's modules included. Fitted."""
-    quantized_linear_ops: float = 2.3
-    """Operations that bitsandbytes adds to a linear layer in one pass. Fitted."""
-    triton_ops: float = 3.0
-    """Plain operations that one Triton launch costs on the host."""
-    checkpoint_hook_fraction: float = 0.86
-    """Added to a checkpointed forward by saved-tensor hooks and RNG bookkeeping. Fitted."""
-    zero3_module_seconds: float = 0.65e-3
-    """Hooks, gather and release of one module with parameters, per pass. Fitted."""
-    gradient_hook_seconds: float = 0.1e-3
-    """DeepSpeed's hook on one trainable tensor. Prior."""
+    host_op_seconds: float = 21e-6
+    """Python, dispatch and kernel launch of one eager operation. Fitted; pinned by 7B and 1B
+    steps of 256 to 1024 tokens."""
+    lora_linear_ops: float = 8.9
+    """Operations that an adapter adds to a linear layer in one direction: two products, scale
+    and sum, three module calls and PEFT's own Python. Fitted; pinned by all-linear against
+    q and v alone."""
+    quantized_linear_ops: float = 12.0
+    """Operations that bitsandbytes adds to a linear layer in one pass. Fitted; 7B QLoRA."""
+    triton_ops: float = 2.0
+    """Plain operations that one Triton launch costs on the host. Prior."""
+    checkpoint_hook_fraction: float = 1.05
+    """Added to a checkpointed forward by saved-tensor hooks and RNG bookkeeping. Fitted; 3B
+    and 7B with and without checkpointing."""
+    zero3_module_seconds: float = 0.66e-3
+    """Hooks, gather and release of one module with parameters, per pass. Fitted; ZeRO-3."""
+    gradient_hook_seconds: float = 0.3e-3
+    """DeepSpeed's Python on the gradient of one trainable tensor: hook, bucket, partition, norm,
+    flattening. Chosen between 0.25 and 0.35 ms, which fit equally well; pinned by the 1B full
+    fine-tune with four micro-steps."""
     step_fixed_seconds: float = 0.010
-    """Gradient norm, optimizer and scheduler calls of a step. Prior."""
+    """The rest of DeepSpeed's step and the scheduler's. Prior."""
+    trainer_step_seconds: float = 0.027
+    """transformers' Trainer and its callbacks, a log entry each step included. Fitted; what the
+    plain runs, which have no Trainer, do not pay."""
     bottleneck_exponent: float = 4.0
     """Host and GPU take turns as the bottleneck: (host^p + gpu^p)^(1/p). Prior."""
     overlap_fraction: float = 0.8
     """Part of the smaller of compute and communication hidden with overlap_comm. Prior."""
-    gpu_adam_bytes_per_param: float = 45.0
-    """Flatten (2+2), cast (2+4), norm (4), Adam (16 read, 12 written) and bf16 copy (2+2)."""
-    cpu_adam_bytes_per_param: float = 30.0
-    """fp32 master, moments and gradient read, master and moments and bf16 copy written."""
+    gpu_adam_bytes_per_param: float = 70.0
+    """Norm in fp64 (2+8+8), flatten (2+2), cast (2+4), clip (4+4), Adam (16 read, 12 written),
+    bf16 copy (4+2)."""
+    cpu_adam_bytes_per_param: float = 56.0
+    """Gradient clipped (4+4); master, moments and gradient read (16), master and moments written
+    (12, and as much read to fill the caches); bf16 copy (4+2+2)."""
+    host_memory_fraction: float = 0.8
+    """Of the host's memory rate, in CPU-Adam. Pinned by the 1B full fine-tune with offload."""
     collective_latency_seconds: float = 20e-6
     """Per collective and per doubling of the ranks. Prior."""
     efficiency: Mapping[str, KernelEfficiency] = field(default_factory=dict)

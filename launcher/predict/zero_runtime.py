@@ -12,14 +12,15 @@ import functools
 from dataclasses import dataclass
 from typing import Literal
 
-from launcher.components import (
+from launcher.predict.components import (
     ADAPTERS,
     BUCKETS,
+    CARRIED,
     OPTIMIZER,
     PARAMETERS,
     QUANTIZED,
 )
-from launcher.parameter_counts import ParameterCounts, count_parameters
+from launcher.predict.parameter_counts import ParameterCounts, count_parameters
 from launcher.strategy import Checkpointing, Method, Offload, Optimizer, Precision, Strategy
 from launcher.workload import Workload
 
@@ -45,9 +46,11 @@ class ZeroRuntime:
     width: int
     """Of the model's own precision."""
     trained_width: int
-    """Of a trained parameter and its gradient: 4 for fp32 adapters under ZeRO-3."""
+    """Of a trained parameter and its gradient."""
     accumulation_width: int
     precision: Precision
+    is_int8: bool = False
+    """The base weights are int8, which PEFT's adapters do not take over."""
 
     @functools.cached_property
     def stage(self) -> int:
@@ -143,15 +146,16 @@ class ZeroRuntime:
 
     def moment_bytes(self) -> float:
         """Return bytes per element of Adam's moments inside torch's allocator."""
+        # bitsandbytes: 1 B and one fp32 scale per 256; the scales are never paged.
         if self.strategy.optimizer is Optimizer.adamw_8bit:
-            return 2 * (1 + 4 / 256)  # bitsandbytes: 1 B and one fp32 scale per 256
-        return 0.0 if self.strategy.optimizer is Optimizer.paged_adamw_8bit else 8.0
+            return 2 * (1 + 4 / 256)
+        return 2 * 4 / 256 if self.strategy.optimizer is Optimizer.paged_adamw_8bit else 8.0
 
     def paged_bytes(self) -> float:
         """Return optimizer states in CUDA managed memory, which torch does not count."""
         if self.strategy.optimizer is not Optimizer.paged_adamw_8bit:
             return 0.0
-        return 0.0 if self.has_offloaded_optimizer else 2 * (1 + 4 / 256) * self.partition
+        return 0.0 if self.has_offloaded_optimizer else 2.0 * self.partition
 
     def static_bytes(self) -> dict[str, float]:
         """Return everything that is alive between two steps, by component."""
@@ -174,11 +178,11 @@ class ZeroRuntime:
         if self.strategy.gradient_accumulation_steps == 1 or self.stage == 3:
             return {}
         if self.stage <= 1 and not self.has_fp32_stage_1:
-            return {"accumulated gradients": self.trained_width * self.counts.trainable}
+            return {CARRIED: self.trained_width * self.counts.trainable}
         if self.stage == 2 and not self.has_offloaded_optimizer:
             if self.has_compact_gradients:
-                return {"accumulated gradients": 4 * self.partition}
-            return {"accumulated gradients": self.trained_width * self.owned}
+                return {CARRIED: 4 * self.partition}
+            return {CARRIED: self.trained_width * self.owned}
         return {}
 
     # --- gathered parameters ----------------------------------------------------------------
@@ -293,12 +297,12 @@ class ZeroRuntime:
 def zero_runtime(workload: Workload, strategy: Strategy, *, world_size: int) -> ZeroRuntime:
     """Return one rank's ZeRO bookkeeping for a workload and a strategy.
 
-    The engine casts every parameter to the model's precision at init, except under ZeRO-3,
-    where PEFT's fp32 adapters stay fp32 (``engine.py:_cast_module_mixed_precision``).
+    Adapters have the model's precision: the engine casts every parameter at init except under
+    ZeRO-3 (``engine.py:_cast_module_mixed_precision``), and there the worker makes them so
+    (``autocast_adapter_dtype=False``); PEFT's default would keep them fp32.
     """
     width = workload.precision.bytes_per_element
     is_full = workload.method is Method.full
-    trained_width = 4 if not is_full and strategy.zero_stage == 3 else width
     accumulation = strategy.grad_accum_dtype
     return ZeroRuntime(
         counts=count_parameters(workload),
@@ -306,7 +310,8 @@ def zero_runtime(workload: Workload, strategy: Strategy, *, world_size: int) -> 
         world_size=world_size,
         is_full=is_full,
         width=width,
-        trained_width=trained_width,
+        trained_width=width,
         accumulation_width=accumulation.bytes_per_element if accumulation else width,
         precision=workload.precision,
+        is_int8=workload.method is Method.qlora and workload.quantization.kind == "int8",
     )

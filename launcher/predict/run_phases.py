@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launcher.activations import ActivationTimeline
-from launcher.components import (
+from launcher.predict.activations import ActivationTimeline
+from launcher.predict.components import (
     ADAPTERS,
     BUCKETS,
     DEQUANTIZED,
@@ -13,6 +13,7 @@ from launcher.components import (
     FP32_GRADIENTS,
     GATHERED,
     GRADIENTS,
+    INT8_INPUTS,
     LOGITS,
     MASTER,
     NORM,
@@ -25,8 +26,8 @@ from launcher.components import (
     Candidate,
     Components,
 )
+from launcher.predict.zero_runtime import ZeroRuntime
 from launcher.strategy import Checkpointing, Optimizer, Precision
-from launcher.zero_runtime import ZeroRuntime
 
 
 class RunPhases:
@@ -55,11 +56,34 @@ class RunPhases:
             whole = {"weight before quantization": float(zero.width * counts.largest_in_layers)}
         elif zero.stage == 3:
             whole = {"whole tensor before it is partitioned": counts.largest_in_bytes}
+            whole |= self._untied_head()
+            if zero.has_offloaded_params:
+                whole["partition on its way to the host"] = counts.largest_in_bytes
         else:
             whole = {}
         yield "weights on the device", {**found, **whole}
         if not zero.is_full:
-            yield "adapters made", {**found, ADAPTERS: 4.0 * counts.trainable}
+            yield "adapters made", {**found, ADAPTERS: self._whole_adapter_bytes()}
+
+    def _untied_head(self) -> Components:
+        """Return the output matrix that was made before it was tied to the embedding.
+
+        zero.Init's parameters hold functions that hold them, so they wait for the garbage
+        collector, which comes between init and the first step (H100, Llama-3.2-1B: 525 MB).
+        """
+        zero, counts = self.zero, self.zero.counts
+        if zero.stage != 3 or not counts.is_head_tied or zero.has_offloaded_params:
+            return {}
+        return {"output matrix before it was tied": zero.width * counts.output / zero.world_size}
+
+    def _whole_adapter_bytes(self) -> float:
+        """Return the adapters as PEFT makes them: of the base weight's type if it is a float's.
+
+        Source: PEFT 0.21 ``tuners_utils.py:_move_adapter_to_device_of_base_layer``; the worker
+        turns ``autocast_adapter_dtype`` off. int8 weights leave them fp32.
+        """
+        width = 4 if self.zero.is_int8 else self.zero.width
+        return float(width * self.zero.counts.trainable)
 
     def init(self) -> Iterator[Candidate]:
         """Yield: what ``deepspeed.initialize`` allocates while it builds its partitions."""
@@ -67,8 +91,12 @@ class RunPhases:
         model, offloaded = zero.model_bytes(), zero.has_offloaded_optimizer
         trained = float(zero.trained_width * zero.counts.trainable)
         if not zero.is_full:
-            # PEFT makes adapters in fp32, whole on every rank until the engine takes them.
-            yield "engine start", {**model, ADAPTERS: 4.0 * zero.counts.trainable}
+            # Whole on every rank until the engine takes them.
+            start = {**model, ADAPTERS: self._whole_adapter_bytes()}
+            if zero.stage == 3 and zero.counts.quantized:
+                # Not born partitioned (zero.Init): the engine cuts one tensor after another.
+                start["partition beside its whole tensor"] = zero.counts.largest_in_bytes
+            yield "engine start", start
         if zero.stage == 0:
             yield from self._stage_0_init(model, trained)
         elif zero.stage == 3:
@@ -88,9 +116,12 @@ class RunPhases:
 
     def _stage_3_init(self, model: Components) -> Iterator[Candidate]:
         zero, part = self.zero, self.zero.partition
+        model = {**model, **self._untied_head()}
         bucket = float(zero.width * zero.bucket)
         if zero.has_offloaded_optimizer:
-            whole = zero.counts.largest_in_bytes if zero.is_full and zero.gathers else 0.0
+            # A copy on its way to the host comes on top of a gathered tensor.
+            copies = 2 if zero.has_offloaded_params else 1
+            whole = copies * zero.counts.largest_in_bytes if zero.is_full and zero.gathers else 0.0
             yield "buckets", {**model, BUCKETS: bucket, "gathered tensor": whole}
             return
         group = min(part, zero.strategy.zero.sub_group_size)
@@ -121,11 +152,15 @@ class RunPhases:
         if not zero.is_full and zero.strategy.gradient_checkpointing is not Checkpointing.none:
             # Embeddings made to require a gradient are a leaf: both stay until the next forward.
             found["input embeddings and their gradient"] = 2 * self.acts.hidden_bytes
+        found[INT8_INPUTS] = self.acts.int8_inputs_bytes
         if zero.has_offloaded_optimizer and zero.stage >= 1:
             yield "copy of updated parameters", found
         elif zero.stage == 0:
             yield from self._stage_0_step(found)
         elif zero.stage == 3:
+            # stage3.py:get_grad_norm_direct makes a whole gradient fp64.
+            norm = 8 * zero.counts.largest_trainable / zero.world_size
+            yield "gradient norm", {**found, NORM: norm}
             group = min(zero.partition, zero.strategy.zero.sub_group_size)
             yield from self._partition_step(found, group)
         elif zero.has_fp32_stage_1:
@@ -177,10 +212,17 @@ class RunPhases:
         return 4.0 * elements * copies.get(optimizer, 0)
 
     def save(self) -> Iterator[Candidate]:
-        """Yield: what a checkpoint adds; ZeRO-3 gathers one tensor at a time."""
-        found = dict(self.resident)
-        if self.zero.gathers:
-            found[GATHERED] = 2 * self.zero.counts.largest_in_bytes
+        """Yield: what a checkpoint adds.
+
+        ZeRO-3 gathers one tensor at a time, into a copy even on a single rank
+        (``engine.py:_zero3_consolidated_16bit_state_dict``). ZeRO-1/2 keep all trained tensors
+        in one storage, of which PEFT's ``save_pretrained`` clones every tensor.
+        """
+        zero, found = self.zero, dict(self.resident)
+        if zero.stage == 3:
+            found[GATHERED] = (2 if zero.gathers else 1) * zero.counts.largest_in_bytes
+        elif zero.stage > 0 and not zero.is_full:
+            found["adapters cloned to be saved"] = float(zero.width * zero.counts.trainable)
         yield "checkpoint", found
 
     def evaluate(self) -> Iterator[Candidate]:

@@ -6,12 +6,13 @@ Byte counts per element follow the eager modules of transformers 5.23 operation 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 from launcher.model_spec import ModelSpec
-from launcher.strategy import Attention, Checkpointing, Loss, Method, Strategy
-from launcher.time_calibration import TimeCalibration
+from launcher.predict.time_calibration import TimeCalibration
+from launcher.strategy import LOSS_CHUNK_ELEMENTS, Attention, Checkpointing, Loss, Method, Strategy
 from launcher.workload import Workload
 
 
@@ -26,6 +27,8 @@ class MicroStepWork:
     elementwise_bytes: float
     weight_bytes: float
     """Weights read for the matrices, and dequantized before them."""
+    gradient_bytes: float
+    """Moved by DeepSpeed between the backward pass and the optimizer."""
     host_ops: float
     model_flops: float
     """FLOPs without recomputation: the numerator of MFU."""
@@ -100,7 +103,11 @@ def micro_step_work(
         attention_flops=(attention_passes + recomputes) * attention_flops,
         has_flash_attention=has_flash,
         elementwise_bytes=_elementwise_bytes(workload, strategy, totals, tokens),
-        weight_bytes=_weight_bytes(workload, totals, products + recomputes, num_passes),
+        weight_bytes=_weight_bytes(workload, totals, products + recomputes, num_passes)
+        + _head_weight_bytes(workload, strategy, totals, tokens),
+        # zero/stage_1_and_2.py (DeepSpeed 0.19.8): copied into the bucket, divided by the
+        # number of ranks in place, copied out of the bucket: 4 bytes each for 16-bit numbers.
+        gradient_bytes=6 * workload.precision.bytes_per_element * totals.num_trainable_params,
         host_ops=_host_ops(workload, strategy, totals, calibration),
         model_flops=products * (body_flops + head_flops) + 3 * (lora_flops + attention_flops),
         modules_with_params=num_passes * _modules_with_params(workload, totals),
@@ -171,13 +178,41 @@ def _weight_bytes(
 ) -> float:
     width = workload.precision.bytes_per_element
     # Every expert is read even though a token uses few: a micro-batch touches all of them.
-    read = width * (totals.stored_matmul_params + totals.head_params) * products
+    read = width * totals.stored_matmul_params * products
     if workload.method is not Method.qlora:
         return read
     # Packed weights read and 16-bit ones written before each product (bitsandbytes 0.50,
     # autograd/_functions.py:MatMul4Bit; nf4 0.52 and int8 1.0 bytes per parameter).
     packed = 0.52 if workload.quantization.kind == "nf4" else 1.0
     return read + (packed + width) * totals.num_quantized_params * num_passes
+
+
+def _head_weight_bytes(
+    workload: Workload, strategy: Strategy, totals: WeightTotals, tokens: float
+) -> float:
+    """Return bytes moved for the output layer's weight and gradient; chunked losses repeat it."""
+    is_full = workload.method is Method.full
+    touches = {
+        Loss.full: 2 + is_full,
+        # Read in forward, again in backward, and for the input's gradient; autograd writes each
+        # chunk's weight gradient (1) and adds it to the sum (3).
+        Loss.chunked: 3 + 4 * is_full,
+        # liger_kernel 0.8 ops/fused_linear_cross_entropy.py: read for the logits and for the
+        # input's gradient; the weight's gradient is read and written (addmm).
+        Loss.liger: 2 + 2 * is_full,
+    }[strategy.loss]
+    num_chunks = _num_loss_chunks(workload.model, strategy.loss, tokens)
+    return workload.precision.bytes_per_element * totals.head_params * touches * num_chunks
+
+
+def _num_loss_chunks(model: ModelSpec, loss: Loss, tokens: float) -> int:
+    if loss is Loss.full:
+        return 1
+    if loss is Loss.chunked:
+        return math.ceil(tokens * model.vocab_size / LOSS_CHUNK_ELEMENTS)
+    # liger_kernel 0.8: logits as large as the hidden states, rows rounded up to a power of two.
+    rows = math.ceil(tokens / math.ceil(model.vocab_size / model.hidden_size))
+    return math.ceil(tokens / (1 << math.ceil(math.log2(rows))))
 
 
 def _elementwise_bytes(
@@ -289,10 +324,14 @@ def _host_ops(
     per_layer = norms + rope + attention + activation + experts + 2
     forward = per_layer * model.num_hidden_layers + totals.num_linears
     forward += calibration.lora_linear_ops * totals.lora_linears
+    # Embedding, masks, head, loss: about 60 in all, and 12 for every further chunk of the loss.
+    tokens = strategy.micro_batch_size_per_gpu * workload.max_seq_len
+    num_chunks = _num_loss_chunks(model, strategy.loss, tokens / strategy.sequence_parallel_size)
+    outside = 60.0 + 12 * (num_chunks - 1)
+    recomputes = strategy.gradient_checkpointing is not Checkpointing.none
     if workload.method is Method.qlora:
-        forward += calibration.quantized_linear_ops * totals.num_linears
-    # Embedding, masks, head, loss: about 60 in all.
-    outside = 60
-    if strategy.gradient_checkpointing is Checkpointing.none:
+        # One autograd function around each product: it saves little, so hooks add little.
+        outside += (2 + recomputes) * calibration.quantized_linear_ops * totals.num_linears
+    if not recomputes:
         return 2 * forward + outside
     return (2 * (1 + calibration.checkpoint_hook_fraction) + 1) * forward + outside

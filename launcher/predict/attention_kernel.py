@@ -1,0 +1,48 @@
+"""Which attention kernel torch runs for a workload on a GPU."""
+
+from __future__ import annotations
+
+from launcher.hardware import GpuSpec
+from launcher.predict.layer_parts import AttentionKernel
+from launcher.strategy import Attention, Precision, Strategy
+from launcher.workload import Workload
+
+# Compute capability from which torch prefers cuDNN's attention to the memory-efficient kernel.
+_CUDNN_ATTENTION = (9, 0)
+
+
+def attention_kernel(workload: Workload, strategy: Strategy, gpu: GpuSpec) -> AttentionKernel:
+    """Return the kernel that runs: torch's SDPA picks by mask and compute capability.
+
+    Source: torch 2.13 ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``: a mask, fp32 or
+    compute capability below 8.0 rule out FlashAttention, and grouped key/value heads then the
+    memory-efficient kernel too (H100, Llama-3.2-1B in fp32: torch's math). transformers 5.17
+    ``masking_utils.py:_ignore_causal_mask_sdpa``: a sliding window needs a mask once the
+    sequence fills it.
+    """
+    model = workload.model
+    if strategy.attention is Attention.eager or (
+        strategy.attention is Attention.sdpa and model.attention_softcap is not None
+    ):
+        return "eager"
+    if strategy.attention is Attention.flash_attention_2:
+        return "flash"
+    if model.model_type == "falcon":
+        # Falcon builds its mask always; with one key/value head only torch's math remains.
+        return "math" if model.num_key_value_heads == 1 else "efficient_masked"
+    window = model.sliding_window if model.num_sliding_layers else None
+    if workload.has_padding or (window is not None and workload.max_seq_len >= window):
+        return "efficient_masked"
+    if gpu.has_flash_attention_2 and workload.precision is not Precision.fp32:
+        return "flash"
+    is_grouped = model.num_key_value_heads != model.num_attention_heads
+    return "math" if is_grouped and gpu.device_type == "cuda" else "efficient"
+
+
+def has_cudnn_attention(gpu: GpuSpec) -> bool:
+    """Return whether cuDNN's kernel takes the place of the memory-efficient one.
+
+    Inferred from one H100 run, Phi-3-mini under its sliding window's mask: the output keeps
+    q's order, which the memory-efficient kernel's does not. The kernel itself was not traced.
+    """
+    return gpu.compute_capability is not None and gpu.compute_capability >= _CUDNN_ATTENTION
