@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launcher.dispatch.deepspeed import read_hostfile
 from launcher.dispatch.probe import cluster_of, probe_machine
 from launcher.errors import RecipeError
 from launcher.hardware import ClusterSpec, GpuSpec, default_cluster, find_gpu, gpu_names
-from launcher.hostfile import equal_slots, parse_hostfile
+from launcher.hostfile import equal_slots
 from launcher.model_source import resolve_model
 from launcher.planning.advice import suggest_changes
 from launcher.planning.plan import Plan
-from launcher.planning.planner import make_plan
-from launcher.recipe import ClusterSection, Recipe, parse_recipe
+from launcher.planning.planner import can_fit, make_plan
+from launcher.recipe import ClusterSection, Recipe, StrategySection, parse_recipe
 from launcher.resolve import resolve_workload
 from launcher.run_dir import read_text
 from launcher.units import GIB
@@ -76,19 +77,19 @@ def prepare(recipe: Recipe, *, source: str) -> Prepared:
     cluster = resolve_cluster(recipe.cluster)
     workload = resolve_workload(recipe, model, cluster.gpu, source=source)
 
-    def planner(other_workload: Workload, other_cluster: ClusterSpec) -> Plan:
-        return make_plan(
-            other_workload,
-            other_cluster,
-            fixed=recipe.strategy,
-            raw_deepspeed=recipe.deepspeed,
-            has_liger=_may_use_liger(recipe),
-        )
+    choices: dict[str, Any] = {
+        "raw_deepspeed": recipe.deepspeed,
+        "has_liger": may_use_liger(recipe),
+    }
 
-    plan = planner(workload, cluster)
+    def fits(workload: Workload, cluster: ClusterSpec, fixed: StrategySection) -> bool:
+        return can_fit(workload, cluster, fixed=fixed, **choices)
+
+    plan = make_plan(workload, cluster, fixed=recipe.strategy, **choices)
     if not plan.fits:
         larger = tuple(replace(cluster, gpu=gpu) for gpu in _larger_gpus(cluster.gpu))
-        plan = replace(plan, suggestions=tuple(suggest_changes(plan, larger, planner)))
+        found = suggest_changes(plan, recipe.strategy, larger, fits)
+        plan = replace(plan, suggestions=tuple(found))
     return Prepared(recipe=recipe, plan=plan, model_config=model_config)
 
 
@@ -100,7 +101,7 @@ def resolve_cluster(section: ClusterSection) -> ClusterSpec:
     """
     num_nodes, gpus_per_node = section.num_nodes, section.gpus_per_node
     if section.hostfile is not None:
-        hosts = parse_hostfile(read_text(Path(section.hostfile)), source=section.hostfile)
+        hosts = read_hostfile(Path(section.hostfile))
         num_nodes = num_nodes or len(hosts)
         gpus_per_node = gpus_per_node or equal_slots(hosts, source=section.hostfile)
     if section.gpu is None:
@@ -123,7 +124,7 @@ def _larger_gpus(gpu: GpuSpec) -> list[GpuSpec]:
     return sorted(larger, key=lambda other: other.memory_bytes)
 
 
-def _may_use_liger(recipe: Recipe) -> bool:
+def may_use_liger(recipe: Recipe) -> bool:
     """Liger is optional: on this machine it must be installed, elsewhere it is assumed."""
     is_elsewhere = recipe.cluster.gpu is not None
     return is_elsewhere or importlib.util.find_spec("liger_kernel") is not None

@@ -2,252 +2,308 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from launcher.hardware import ClusterSpec
-from launcher.planning.plan import Candidate, Decision, Rejected
-from launcher.recipe import StrategySection
-from launcher.strategy import Attention, Checkpointing, Loss, Method, Offload, Strategy
-from launcher.units import format_gib
+from launcher.planning.plan import Candidate, Decision
+from launcher.planning.rules import losses_that_work
+from launcher.planning.search import SearchSpace, kind
+from launcher.planning.wording import compare, label, short_label, short_size
+from launcher.predict.attention_kernel import attention_kernel
+from launcher.strategy import (
+    Attention,
+    Checkpointing,
+    Loss,
+    Method,
+    Offload,
+    Precision,
+    Strategy,
+    ZeroKnobs,
+)
+from launcher.units import format_count
 from launcher.workload import Workload
 
-_STAGE_MEANING = {
-    0: "ZeRO-0 keeps everything on every GPU",
-    1: "ZeRO-1 shards the optimizer states over the GPUs",
-    2: "ZeRO-2 shards optimizer states and gradients over the GPUs",
-    3: "ZeRO-3 shards optimizer states, gradients and parameters over the GPUs",
-}
-_CHECKPOINTING_MEANING = {
-    Checkpointing.none: "activations are kept, nothing is computed twice",
-    Checkpointing.full: "only each layer's input is kept, the rest is recomputed in backward",
-    Checkpointing.cpu_offload: "each layer's input waits in host memory, the rest is recomputed",
-}
+__all__ = ["Setting", "explain_choice", "label"]
+
 _LOSS_MEANING = {
-    Loss.full: "all logits at once",
-    Loss.chunked: "logits in chunks, never all of sequence x vocabulary at once",
-    Loss.liger: "Liger's fused kernel, logits never exist all at once",
+    Loss.full: "the scores of all words for all tokens (logits) are made at once",
+    Loss.chunked: "the scores of all words (logits) are made for a few tokens at a time",
+    Loss.liger: "Liger's fused kernel, which never holds the scores of all words (logits) at once",
 }
-_OFFLOAD_MEANING = {
-    Offload.none: "stays on the GPU",
-    Offload.cpu: "lives in host memory between uses",
-    Offload.nvme: "lives on the NVMe drive between uses",
-}
+_HOST = {Offload.cpu: "in host memory", Offload.nvme: "on the NVMe drive"}
 
 
-def explain_choice(
-    best: Candidate,
-    weighed: Sequence[Candidate],
-    workload: Workload,
-    cluster: ClusterSpec,
-    fixed: StrategySection,
-) -> tuple[Decision, ...]:
-    """Return one decision per strategy field, each compared with its alternatives."""
-    strategy = best.strategy
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """A choice and what it was made from."""
 
-    def decide(field: str, meaning: str) -> Decision:
-        def value_of(candidate: Candidate) -> object:
-            return getattr(candidate.strategy, field)
+    space: SearchSpace
+    best: Candidate
+    weighed: Sequence[Candidate]
 
-        if getattr(fixed, field, None) is not None:
-            reason = f"{meaning}; set in the recipe."
-        else:
-            against = _against_alternatives(best, weighed, value_of)
-            reason = f"{meaning}. {against}".strip()
-        return Decision(field=field, value=_plain(getattr(strategy, field)), reason=reason)
-
-    per_gpu = workload.global_batch_size // cluster.world_size
-    micro_meaning = (
-        f"{strategy.micro_batch_size_per_gpu} samples per GPU at a time, "
-        f"{strategy.gradient_accumulation_steps} times per optimizer step "
-        f"({per_gpu} x {cluster.world_size} GPUs = {workload.global_batch_size} samples)"
-    )
-    return (
-        Decision(field="precision", value=workload.precision.value, reason=_precision(cluster)),
-        decide("zero_stage", _stage_meaning(strategy, workload, cluster)),
-        decide("offload_optimizer", _OFFLOAD_MEANING[strategy.offload_optimizer]),
-        decide("offload_param", _OFFLOAD_MEANING[strategy.offload_param]),
-        decide("gradient_checkpointing", _CHECKPOINTING_MEANING[strategy.gradient_checkpointing]),
-        Decision(
-            field="attention",
-            value=strategy.attention.value,
-            reason=_attention(strategy, cluster, fixed),
-        ),
-        decide("loss", _LOSS_MEANING[strategy.loss]),
-        decide("micro_batch_size_per_gpu", micro_meaning),
-        Decision(
-            field="reduce_bucket_size",
-            value=f"{strategy.zero.reduce_bucket_size:,}",
-            reason=_buckets(strategy, workload),
-        ),
-    )
+    def what_if(self, strategy: Strategy) -> Candidate:
+        """Return a strategy of the same micro-batch, weighed."""
+        return self.space.weigh(strategy, strategy.micro_batch_size_per_gpu)
 
 
-def explain_rejections(
-    best: Candidate,
-    weighed: Sequence[Candidate],
-    impossible: Mapping[Strategy, str],
-    limit_bytes: int,
-) -> tuple[Rejected, ...]:
-    """Return the best of every other kind of strategy and why it lost, nearest first."""
-    groups: dict[tuple[object, ...], Candidate] = {}
-    for candidate in weighed:
-        kind = _kind(candidate.strategy)
-        if kind not in groups or _order(candidate) < _order(groups[kind]):
-            groups[kind] = candidate
-    groups.pop(_kind(best.strategy), None)
-    lost = [
-        Rejected(
-            strategy=candidate.strategy,
-            reason=_why_lost(candidate, best, limit_bytes),
-            fits=candidate.fits,
-            device_used_bytes=candidate.memory.device_used_bytes,
-            step_seconds=candidate.time.step_seconds,
-        )
-        for candidate in sorted(groups.values(), key=_order)
+def explain_choice(setting: Setting) -> tuple[Decision, ...]:
+    """Return one decision per setting, each compared with its alternatives."""
+    strategy, fixed = setting.best.strategy, setting.space.fixed
+    workload = setting.space.workload
+    found = [
+        ("precision", workload.precision.value, _precision(workload, setting.space.cluster)),
+        ("zero_stage", str(strategy.zero_stage), _stage(setting)),
+        ("offload_optimizer", strategy.offload_optimizer.value, _offload_optimizer(setting)),
     ]
-    seen_reasons: set[str] = set()
-    for strategy, reason in impossible.items():
-        if reason not in seen_reasons and _kind(strategy) not in groups:
-            seen_reasons.add(reason)
-            lost.append(
-                Rejected(
-                    strategy=strategy,
-                    reason=reason,
-                    fits=False,
-                    device_used_bytes=None,
-                    step_seconds=None,
-                )
-            )
-    return tuple(lost)
-
-
-def label(strategy: Strategy) -> str:
-    """Return a strategy in a few words: ``ZeRO-2, checkpointing, micro-batch 4``."""
-    parts = [f"ZeRO-{strategy.zero_stage}"]
-    if strategy.offload_optimizer is not Offload.none:
-        parts.append(f"optimizer on {strategy.offload_optimizer.value}")
-    if strategy.offload_param is not Offload.none:
-        parts.append(f"parameters on {strategy.offload_param.value}")
-    if strategy.gradient_checkpointing is not Checkpointing.none:
-        moved = strategy.gradient_checkpointing is Checkpointing.cpu_offload
-        parts.append("checkpointing" + (" with CPU offload" if moved else ""))
-    if strategy.attention is Attention.eager:
-        parts.append("eager attention")
-    if strategy.loss is not Loss.full:
-        parts.append(f"{strategy.loss.value} loss")
-    parts.append(f"micro-batch {strategy.micro_batch_size_per_gpu}")
-    return ", ".join(parts)
-
-
-def _kind(strategy: Strategy) -> tuple[object, ...]:
-    return (
-        strategy.zero_stage,
-        strategy.offload_optimizer,
-        strategy.offload_param,
-        strategy.gradient_checkpointing,
+    if strategy.zero_stage == 3 or fixed.offload_param is not None:
+        value = strategy.offload_param.value
+        found.append(("offload_param", value, _offload_param(setting)))
+    found += [
+        ("gradient_checkpointing", strategy.gradient_checkpointing.value, _checkpointing(setting)),
+        ("attention", strategy.attention.value, _attention(setting)),
+        ("loss", strategy.loss.value, _loss(setting)),
+        (
+            "micro_batch_size_per_gpu",
+            str(strategy.micro_batch_size_per_gpu),
+            _micro_batch(setting),
+        ),
+        ("reduce_bucket_size", f"{strategy.zero.reduce_bucket_size:,}", _buckets(setting)),
+    ]
+    return tuple(
+        Decision(field=field, value=value, reason=_sentence(reason, is_fixed=_is_set(field, fixed)))
+        for field, value, reason in found
     )
 
 
-def _order(candidate: Candidate) -> tuple[bool, float]:
-    """Sort what fits by time, then what does not by how much memory it needs."""
-    if candidate.fits:
-        return (False, candidate.time.step_seconds)
-    return (True, float(candidate.memory.device_used_bytes))
+def _is_set(field: str, fixed: object) -> bool:
+    return getattr(fixed, field, None) is not None
 
 
-def _why_lost(candidate: Candidate, best: Candidate, limit_bytes: int) -> str:
-    if not candidate.fits:
-        return _why_too_large(candidate, limit_bytes)
-    slower = candidate.time.step_seconds / best.time.step_seconds
-    saved_bytes = best.memory.device_used_bytes - candidate.memory.device_used_bytes
-    memory = f"{format_gib(abs(saved_bytes))} {'less' if saved_bytes > 0 else 'more'} memory"
-    if slower <= 1.005:
-        return f"fits, no faster, {memory}"
-    return f"fits, {slower:.2f}x slower, {memory} ({candidate.time.bound_by})"
+def _sentence(reason: str, *, is_fixed: bool) -> str:
+    """Return the reason as sentences; of a fixed field, what it means and who decided."""
+    meaning, _, rest = reason.partition(". ")
+    text = f"{meaning}. {'Set in the recipe.' if is_fixed else rest}".strip()
+    text = text if text.endswith(".") else f"{text}."
+    return text[0].upper() + text[1:]
 
 
-def _why_too_large(candidate: Candidate, limit_bytes: int) -> str:
-    memory = candidate.memory
-    if memory.device_used_bytes <= limit_bytes:
-        name, size = max(memory.host_components.items(), key=lambda item: item[1])
-        return (
-            f"needs {format_gib(memory.host_bytes_per_node)} of host memory per node, more than "
-            f"there is; most of it: {name} {format_gib(size)}"
-        )
-    name, size = max(memory.fullest.components.items(), key=lambda item: item[1])
+def _precision(workload: Workload, cluster: ClusterSpec) -> str:
+    gpu, precision = cluster.gpu, workload.precision
+    if gpu.device_type == "cpu":
+        return f"the ranks run on the processor, which trains in {precision.value}"
+    if precision is Precision.fp32:
+        return "4 bytes per number: exact, slow, twice the memory"
+    if precision is Precision.bf16:
+        return f"2 bytes per number; {gpu.name} computes in bf16, which needs no loss scaling"
+    if gpu.has_bf16:
+        return "2 bytes per number, with loss scaling against underflow"
     return (
-        f"needs {format_gib(memory.device_used_bytes)} of {format_gib(limit_bytes)} usable; "
-        f"most of it in {memory.fullest.phase}: {name} {format_gib(size)}"
+        f"2 bytes per number; {gpu.name} cannot compute in bf16, so fp16, with loss scaling "
+        "against underflow"
     )
 
 
-def _against_alternatives(
-    best: Candidate, weighed: Sequence[Candidate], value_of: Callable[[Candidate], object]
-) -> str:
-    """Compare the choice with the best candidate for each other value of one field."""
-    chosen = value_of(best)
-    rivals: dict[object, Candidate] = {}
-    for candidate in weighed:
-        value = value_of(candidate)
-        if value != chosen and (value not in rivals or _order(candidate) < _order(rivals[value])):
-            rivals[value] = candidate
-    sentences = []
-    for value, rival in sorted(rivals.items(), key=lambda item: _order(item[1]))[:2]:
-        name = _plain(value)
-        if not rival.fits:
-            needed = format_gib(rival.memory.device_used_bytes)
-            sentences.append(f"{name} would need {needed} and does not fit.")
-            continue
-        ratio = rival.time.step_seconds / best.time.step_seconds
-        saved_bytes = best.memory.device_used_bytes - rival.memory.device_used_bytes
-        pace = "no faster" if ratio <= 1.02 else f"{ratio:.2f}x slower"
-        size = f"{format_gib(abs(saved_bytes))} {'less' if saved_bytes > 0 else 'more'} memory"
-        sentences.append(f"{name} would be {pace} with {size}.")
-    return " ".join(sentences)
-
-
-def _plain(value: object) -> str:
-    return str(value.value if isinstance(value, Enum) else value)
-
-
-def _precision(cluster: ClusterSpec) -> str:
-    if cluster.gpu.device_type == "cpu":
-        return "ranks run on the processor: fp32 unless the recipe asks for bf16."
-    if cluster.gpu.has_bf16:
-        return f"{cluster.gpu.name} has native bf16, which needs no loss scaling."
-    return f"{cluster.gpu.name} has no native bf16: fp16 with loss scaling."
-
-
-def _stage_meaning(strategy: Strategy, workload: Workload, cluster: ClusterSpec) -> str:
-    meaning = _STAGE_MEANING[strategy.zero_stage]
-    if cluster.world_size == 1:
-        return f"{meaning}; on one GPU there is nothing to shard"
+def _stage(setting: Setting) -> str:
+    strategy, workload = setting.best.strategy, setting.space.workload
+    ranks = setting.space.cluster.world_size
+    if ranks == 1:
+        meaning = "one GPU has nobody to share with; all stages keep everything on it"
+        if strategy.offload_param is not Offload.none:
+            meaning = "the stage that can keep the weights in host memory"
+        return meaning
+    shared = {
+        0: "every GPU keeps everything",
+        1: f"each of the {ranks} GPUs keeps 1/{ranks} of the optimizer states",
+        2: f"each of the {ranks} GPUs keeps 1/{ranks} of the optimizer states and gradients",
+        3: f"each of the {ranks} GPUs keeps 1/{ranks} of optimizer states, gradients and weights; "
+        "weights are fetched from the others layer by layer",
+    }[strategy.zero_stage]
     if workload.method is not Method.full and strategy.zero_stage < 3:
-        return f"{meaning}; the frozen base model stays whole on each GPU"
+        frozen = setting.best.memory.phase("step").components
+        whole = sum(size for name, size in frozen.items() if "parameters" in name)
+        shared += f"; the frozen model ({short_size(whole)}) stays whole on each"
+    return f"{shared}. {_rivals(setting, lambda s: s.zero_stage, lambda v: f'ZeRO-{v}')}"
+
+
+def _offload_optimizer(setting: Setting) -> str:
+    strategy = setting.best.strategy
+    if strategy.offload_optimizer is Offload.none:
+        meaning = "the optimizer states stay on the GPU"
+    else:
+        meaning = f"the optimizer states live {_HOST[strategy.offload_optimizer]}"
+        meaning += ", and the processor updates the weights"
+    return f"{meaning}. {_rivals(setting, lambda s: s.offload_optimizer, _place)}"
+
+
+def _offload_param(setting: Setting) -> str:
+    strategy = setting.best.strategy
+    if strategy.offload_param is Offload.none:
+        meaning = "the weights stay on the GPUs"
+    else:
+        meaning = f"the weights live {_HOST[strategy.offload_param]} and visit the GPU for use"
+    return f"{meaning}. {_rivals(setting, lambda s: s.offload_param, _place)}"
+
+
+def _place(value: object) -> str:
+    if value is Offload.none:
+        return "keeping them on the GPU"
+    return "moving them to the host" if value is Offload.cpu else "moving them to NVMe"
+
+
+def _checkpointing(setting: Setting) -> str:
+    meaning = {
+        Checkpointing.none: "what forward computed is kept for backward; nothing is computed twice",
+        Checkpointing.full: "only each layer's input is kept for backward, and the layer is "
+        "computed once more there",
+        Checkpointing.cpu_offload: "each layer's input waits in host memory for backward, and the "
+        "layer is computed once more there",
+    }[setting.best.strategy.gradient_checkpointing]
+    names = {
+        Checkpointing.none: "keeping everything",
+        Checkpointing.full: "computing layers twice",
+        Checkpointing.cpu_offload: "parking layer inputs in host memory",
+    }
+
+    def name(value: object) -> str:
+        assert isinstance(value, Checkpointing)
+        return names[value]
+
+    return f"{meaning}. {_rivals(setting, lambda s: s.gradient_checkpointing, name)}"
+
+
+def _attention(setting: Setting) -> str:
+    strategy, space = setting.best.strategy, setting.space
+    gpu, workload = space.cluster.gpu, space.workload
+    kernel = attention_kernel(workload, strategy, gpu)
+    stored = "every token's score for every other is stored"
+    if workload.model.attention_softcap:
+        return f"{stored}: this model caps its scores, which no fused kernel does"
+    if kernel in ("eager", "math"):
+        sdpa = replace(strategy, attention=Attention.sdpa)
+        if attention_kernel(workload, sdpa, gpu) == "math":
+            return f"{stored}: on {gpu.name} torch has no fused kernel for this model's heads"
+        return stored
+    name = {"flash": "FlashAttention-2", "efficient": "torch's memory-efficient kernel"}.get(
+        kernel, "torch's memory-efficient kernel with a mask"
+    )
+    if gpu.device_type == "cpu":
+        name = "torch's fused kernel for processors"
+    elif not gpu.has_flash_attention_2:
+        name += f" ({gpu.name} has no FlashAttention-2)"
+    eager = setting.what_if(replace(strategy, attention=Attention.eager))
+    verdict = _verdict("Storing them (eager)", eager, setting)
+    return f"{name}; scores between tokens are never stored. {verdict}"
+
+
+def _loss(setting: Setting) -> str:
+    strategy, space = setting.best.strategy, setting.space
+    meaning = _LOSS_MEANING[strategy.loss]
+    works = losses_that_work(space.workload.model, space.cluster.gpu, has_liger=space.has_liger)
+    sentences = []
+    for loss in works:
+        if loss is strategy.loss:
+            continue
+        has_kernels = loss is Loss.liger
+        if space.fixed.liger_kernels is not None:
+            has_kernels = space.fixed.liger_kernels
+        other = setting.what_if(replace(strategy, loss=loss, liger_kernels=has_kernels))
+        name = {Loss.full: "All at once", Loss.chunked: "A few at a time"}.get(loss, "Liger")
+        sentences.append(_verdict(name, other, setting))
+    return f"{meaning}. {' '.join(sentences)}"
+
+
+def _micro_batch(setting: Setting) -> str:
+    strategy, space = setting.best.strategy, setting.space
+    size, rounds = strategy.micro_batch_size_per_gpu, strategy.gradient_accumulation_steps
+    ranks, total = space.cluster.world_size, space.workload.global_batch_size
+    gpus = "1 GPU" if ranks == 1 else f"{ranks:,} GPUs"
+    meaning = f"each GPU works on {format_samples(size)} at a time"
+    if rounds > 1:
+        meaning += f", {rounds} times before the weights change"
+        meaning += f" ({size} x {rounds} x {gpus} = {format_samples(total)} per step)"
+    else:
+        meaning += f" ({size} x {gpus} = {format_samples(total)} per step)"
+    larger = next((other for other in space.micro_batch_sizes if other > size), None)
+    if larger is None:
+        return meaning
+    rival = space.weigh(strategy, larger)
+    return f"{meaning}. {_verdict(f'{larger} at a time', rival, setting)}"
+
+
+def format_samples(count: int) -> str:
+    """Return a number of samples: ``1 sample``, ``2,048 samples``."""
+    return "1 sample" if count == 1 else f"{count:,} samples"
+
+
+def _buckets(setting: Setting) -> str:
+    strategy, ranks = setting.best.strategy, setting.space.cluster.world_size
+    bucket, default = strategy.zero.reduce_bucket_size, ZeroKnobs().reduce_bucket_size
+    meaning = f"gradients travel in packets of {format_count(bucket)}"
+    if ranks == 1:
+        meaning = f"gradients pass through a buffer of {format_count(bucket)} numbers"
+    raw = setting.space.raw_deepspeed.get("zero_optimization", {})
+    if "reduce_bucket_size" in raw:
+        return f"{meaning}. Set in the recipe"
+    if bucket == setting.space.workload.num_trainable_params or bucket < default:
+        usual = setting.what_if(
+            replace(strategy, zero=replace(strategy.zero, reduce_bucket_size=default))
+        )
+        more = usual.memory.device_used_bytes - setting.best.memory.device_used_bytes
+        if more > 0:
+            return (
+                f"{meaning}. DeepSpeed's usual {format_count(default)} would take "
+                f"{short_size(more)} more for no gain in speed"
+            )
     return meaning
 
 
-def _attention(strategy: Strategy, cluster: ClusterSpec, fixed: StrategySection) -> str:
-    if fixed.attention is not None:
-        return "set in the recipe."
-    if strategy.attention is Attention.eager:
-        return "the architecture caps its attention scores, which no fused kernel does."
-    if cluster.gpu.device_type == "cpu":
-        return "torch's fused kernel for processors; scores are never stored."
-    if cluster.gpu.has_flash_attention_2:
-        return "torch's own FlashAttention-2 kernel; scores are never stored."
-    return f"memory-efficient kernel: {cluster.gpu.name} has no FlashAttention-2."
+def _rivals(
+    setting: Setting, value_of: Callable[[Strategy], object], name_of: Callable[[object], str]
+) -> str:
+    """Compare the choice with the best candidate for each other value of one field."""
+    best = setting.best
+    chosen = value_of(best.strategy)
+    rivals: dict[object, Candidate] = {}
+    for candidate in setting.weighed:
+        value = value_of(candidate.strategy)
+        if value == chosen:
+            continue
+        if value not in rivals or _nearness(candidate, best) < _nearness(rivals[value], best):
+            rivals[value] = candidate
+    told: dict[str, list[str]] = {}
+    for value, rival in sorted(rivals.items(), key=lambda item: _nearness(item[1], best)):
+        told.setdefault(_reason(rival, setting), []).append(name_of(value))
+    return " ".join(
+        f"{_capitalized(' or '.join(names))} {reason}." for reason, names in list(told.items())[:2]
+    )
 
 
-def _buckets(strategy: Strategy, workload: Workload) -> str:
-    default = 500_000_000
-    saved_bytes = (default - strategy.zero.reduce_bucket_size) * (
-        workload.precision.bytes_per_element
-    )
-    if saved_bytes <= 0:
-        return "set in the recipe."
-    return (
-        f"elements; DeepSpeed's default of 5e8 would hold {format_gib(saved_bytes)} more "
-        "for no gain in speed."
-    )
+def _nearness(candidate: Candidate, best: Candidate) -> tuple[int, bool, float]:
+    """Sort by how many other things differ, then what fits, then time."""
+    pairs = zip(kind(candidate.strategy), kind(best.strategy), strict=True)
+    differences = sum(a != b for a, b in pairs)
+    return (differences, not candidate.fits, candidate.time.step_seconds)
+
+
+def _reason(rival: Candidate, setting: Setting) -> str:
+    pairs = zip(kind(rival.strategy), kind(setting.best.strategy), strict=True)
+    prefix = f"({short_label(rival.strategy)}) " if sum(a != b for a, b in pairs) > 1 else ""
+    return prefix + _outcome(rival, setting)
+
+
+def _verdict(name: str, rival: Candidate, setting: Setting) -> str:
+    return f"{name} {_outcome(rival, setting)}."
+
+
+def _outcome(rival: Candidate, setting: Setting) -> str:
+    if rival.fits or not setting.best.fits:
+        return compare(rival, setting.best)
+    if rival.memory.device_used_bytes > setting.space.limit_bytes:
+        return f"needs {short_size(rival.memory.device_used_bytes)} per GPU and does not fit"
+    host = short_size(rival.memory.host_bytes_per_node)
+    return f"needs {host} of host memory per node, more than there is"
+
+
+def _capitalized(text: str) -> str:
+    return text[0].upper() + text[1:]

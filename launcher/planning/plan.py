@@ -9,8 +9,8 @@ from typing import Any
 
 from launcher.errors import RunDirError
 from launcher.hardware import ClusterSpec
-from launcher.memory import MemoryEstimate
-from launcher.step_time import TimeEstimate
+from launcher.predict.memory import MemoryEstimate
+from launcher.predict.step_time import TimeEstimate
 from launcher.strategy import (
     Attention,
     Checkpointing,

@@ -1,41 +1,130 @@
-"""Choose a strategy: enumerate, keep what fits, and take the fastest."""
+"""Choose a strategy: of what fits, take the fastest that there is a reason for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from itertools import product
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from launcher.ds_keys import apply_to_knobs
 from launcher.errors import RecipeError
 from launcher.hardware import ClusterSpec
-from launcher.memory import estimate_memory
-from launcher.planning.explain import explain_choice, explain_rejections
+from launcher.planning.explain import Setting, explain_choice
 from launcher.planning.plan import Candidate, Plan
-from launcher.planning.rules import default_attention, losses_that_work, why_impossible
-from launcher.recipe import StrategySection
-from launcher.step_time import estimate_time
-from launcher.strategy import (
-    Checkpointing,
-    Loss,
-    Offload,
-    Optimizer,
-    Strategy,
-    ZeroKnobs,
-    ZeroStage,
+from launcher.planning.rejections import explain_rejections
+from launcher.planning.rules import why_offload_gains_nothing, why_zero_3_is_too_much
+from launcher.planning.safety import SAFETY_FRACTION
+from launcher.planning.search import (
+    TIE_FRACTION,
+    SearchSpace,
+    anything_fits,
+    divisors,
+    smaller_micro_batches,
+    weigh_all,
 )
+from launcher.recipe import StrategySection
+from launcher.strategy import Checkpointing, Offload, Strategy, ZeroStage
 from launcher.workload import Workload
 
-_T = TypeVar("_T")
-
-# Times this close are called equal; the prediction is not better than that.
-TIE_FRACTION = 0.02
-# DeepSpeed's default of 5e8 elements costs 1 GB and more. All-reduce reaches full bandwidth at
-# far smaller messages (nccl-tests: tens of MB), so 1e8 bytes of bf16 are enough.
-LARGEST_BUCKET_ELEMENTS = 50_000_000
 # Preferred order among equals: the study's default first (arXiv 2406.02290, section 5).
 STAGE_ORDER: Mapping[ZeroStage, int] = {2: 0, 1: 1, 3: 2, 0: 3}
+# A rung of the ladder that saves less would not cure an out-of-memory error.
+_RUNG_FRACTION = 0.95
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The best strategy and everything that it was chosen from."""
+
+    space: SearchSpace
+    best: Candidate
+    weighed: Sequence[Candidate]
+    smaller: Sequence[Candidate]
+    """Smaller micro-batches of the fastest, weighed to break ties."""
+    impossible: Mapping[Strategy, str]
+    pointless: Mapping[Strategy, str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the best strategy fits."""
+        return self.best.fits
+
+
+def choose_strategy(
+    workload: Workload,
+    cluster: ClusterSpec,
+    *,
+    fixed: StrategySection | None = None,
+    raw_deepspeed: Mapping[str, Any] | None = None,
+    has_liger: bool = True,
+    safety_fraction: float = SAFETY_FRACTION,
+    every_kind: bool = False,
+) -> Choice:
+    """Return the fastest strategy that fits; :func:`make_plan` explains it as well.
+
+    Args:
+        workload: model, method and length.
+        cluster: equal nodes of equal GPUs.
+        fixed: strategy fields that the recipe sets; the rest is searched.
+        raw_deepspeed: raw DeepSpeed keys; the prediction follows those that move memory.
+        has_liger: whether Liger's kernels may be chosen.
+        safety_fraction: share of the device's memory that stays free (0-1).
+        every_kind: weigh also what could not be the best, so that it can be explained.
+
+    Raises:
+        RecipeError: the fixed fields cannot work together, or the batch cannot be divided.
+    """
+    space = _search_space(
+        workload,
+        cluster,
+        fixed,
+        raw_deepspeed,
+        has_liger=has_liger,
+        safety_fraction=safety_fraction,
+    )
+    weighed, impossible = weigh_all(space, every_kind=every_kind)
+    if not weighed:
+        raise RecipeError(
+            next(iter(impossible.values())),
+            where="strategy",
+            fix="leave that field out and the planner chooses one that works",
+        )
+    pointless = _find_unneeded(space, weighed)
+    while True:
+        allowed = [candidate for candidate in weighed if candidate.strategy not in pointless]
+        best, smaller = _choose(space, allowed)
+        reason = _why_offload_is_pointless(space, best)
+        if reason is None:
+            break
+        pointless[best.strategy] = reason
+    return Choice(
+        space=space,
+        best=best,
+        weighed=weighed,
+        smaller=smaller,
+        impossible=impossible,
+        pointless=pointless,
+    )
+
+
+def can_fit(
+    workload: Workload,
+    cluster: ClusterSpec,
+    *,
+    fixed: StrategySection | None = None,
+    raw_deepspeed: Mapping[str, Any] | None = None,
+    has_liger: bool = True,
+    safety_fraction: float = SAFETY_FRACTION,
+) -> bool:
+    """Return whether :func:`choose_strategy` would find something that fits, only faster."""
+    space = _search_space(
+        workload,
+        cluster,
+        fixed,
+        raw_deepspeed,
+        has_liger=has_liger,
+        safety_fraction=safety_fraction,
+    )
+    return anything_fits(space)
 
 
 def make_plan(
@@ -45,45 +134,27 @@ def make_plan(
     fixed: StrategySection | None = None,
     raw_deepspeed: Mapping[str, Any] | None = None,
     has_liger: bool = True,
-    safety_fraction: float = 0.05,
+    safety_fraction: float = SAFETY_FRACTION,
 ) -> Plan:
-    """Return the fastest strategy that fits, with everything that was weighed.
+    """Return the fastest strategy that fits, with the reasons and what it was weighed against.
 
-    Args:
-        workload: model, method and length.
-        cluster: equal nodes of equal GPUs.
-        fixed: strategy fields that the recipe sets; the rest is searched.
-        raw_deepspeed: raw DeepSpeed keys; the prediction follows those that move memory.
-        has_liger: whether Liger's kernels may be chosen.
-        safety_fraction: share of the device's memory that stays free (0-1).
-
-    Raises:
-        RecipeError: the fixed fields cannot work together, or the batch cannot be divided.
+    Arguments and errors are those of :func:`choose_strategy`.
     """
-    fixed = fixed or StrategySection()
-    memory_bytes = cluster.free_memory_bytes or cluster.gpu.memory_bytes
-    margin_bytes = int(memory_bytes * safety_fraction)
-    limit_bytes = memory_bytes - margin_bytes
-    micro_batch_sizes = _micro_batch_sizes(workload, cluster, fixed)
-    impossible: dict[Strategy, str] = {}
-    weighed: list[Candidate] = []
-    for shape in _shapes(workload, cluster, fixed, raw_deepspeed or {}, has_liger=has_liger):
-        reason = why_impossible(shape, workload, cluster)
-        if reason is not None:
-            impossible[shape] = reason
-            continue
-        for micro_batch_size in micro_batch_sizes:
-            candidate = _weigh(shape, micro_batch_size, workload, cluster, limit_bytes)
-            weighed.append(candidate)
-            if not candidate.fits:
-                break
-    if not weighed:
-        raise RecipeError(
-            next(iter(impossible.values())),
-            where="strategy",
-            fix="leave that field out and the planner chooses one that works",
-        )
-    best = _best(weighed)
+    choice = choose_strategy(
+        workload,
+        cluster,
+        fixed=fixed,
+        raw_deepspeed=raw_deepspeed,
+        has_liger=has_liger,
+        safety_fraction=safety_fraction,
+        every_kind=True,
+    )
+    best, limit_bytes = choice.best, choice.space.limit_bytes
+    comparable = {item.strategy: _comparable(choice.space, item, best) for item in choice.weighed}
+    pointless = {
+        comparable[strategy].strategy: reason for strategy, reason in choice.pointless.items()
+    }
+    setting = Setting(space=choice.space, best=best, weighed=tuple(comparable.values()))
     return Plan(
         workload=workload,
         cluster=cluster,
@@ -92,10 +163,45 @@ def make_plan(
         memory=best.memory,
         time=best.time,
         limit_bytes=limit_bytes,
-        safety_margin_bytes=margin_bytes,
-        decisions=explain_choice(best, weighed, workload, cluster, fixed),
-        rejected=explain_rejections(best, weighed, impossible, limit_bytes),
-        ladder=_ladder(best, weighed),
+        safety_margin_bytes=(cluster.free_memory_bytes or cluster.gpu.memory_bytes) - limit_bytes,
+        decisions=explain_choice(setting),
+        rejected=explain_rejections(setting, choice.impossible, pointless),
+        ladder=_ladder(best, [*choice.weighed, *choice.smaller]),
+    )
+
+
+def _comparable(space: SearchSpace, candidate: Candidate, best: Candidate) -> Candidate:
+    """Return a rival at the choice's micro-batch where a larger one gains it no time.
+
+    Ties are broken towards less memory; a rival that was not would look hungrier than it is.
+    """
+    size = best.strategy.micro_batch_size_per_gpu
+    if not candidate.fits or candidate.strategy.micro_batch_size_per_gpu <= size:
+        return candidate
+    same = space.weigh(candidate.strategy, size)
+    is_as_fast = same.time.step_seconds <= candidate.time.step_seconds * (1 + TIE_FRACTION)
+    return same if same.fits and is_as_fast else candidate
+
+
+def _search_space(
+    workload: Workload,
+    cluster: ClusterSpec,
+    fixed: StrategySection | None,
+    raw_deepspeed: Mapping[str, Any] | None,
+    *,
+    has_liger: bool,
+    safety_fraction: float,
+) -> SearchSpace:
+    fixed = fixed or StrategySection()
+    memory_bytes = cluster.free_memory_bytes or cluster.gpu.memory_bytes
+    return SearchSpace(
+        workload=workload,
+        cluster=cluster,
+        fixed=fixed,
+        raw_deepspeed=raw_deepspeed or {},
+        has_liger=has_liger,
+        limit_bytes=memory_bytes - int(memory_bytes * safety_fraction),
+        micro_batch_sizes=_micro_batch_sizes(workload, cluster, fixed),
     )
 
 
@@ -112,144 +218,110 @@ def _micro_batch_sizes(
             fix=f"use a multiple of {world_size}, for example {nearest}",
         )
     per_gpu = total // world_size
-    divisors = tuple(size for size in range(1, per_gpu + 1) if per_gpu % size == 0)
+    sizes = divisors(per_gpu)
     wanted = fixed.micro_batch_size_per_gpu
     if wanted is None:
-        return divisors
-    if wanted not in divisors:
+        return sizes
+    if wanted not in sizes:
         raise RecipeError(
             f"{wanted} does not divide the {per_gpu} samples per GPU and step "
             f"(global batch {total} / {world_size} GPUs)",
             where="strategy.micro_batch_size_per_gpu",
-            fix=f"use one of {', '.join(map(str, divisors))}, or change optim.global_batch_size",
+            fix=f"use one of {', '.join(map(str, sizes))}, or change optim.global_batch_size",
         )
     return (wanted,)
 
 
-def _shapes(
-    workload: Workload,
-    cluster: ClusterSpec,
-    fixed: StrategySection,
-    raw: Mapping[str, Any],
-    *,
-    has_liger: bool,
-) -> Iterator[Strategy]:
-    """Yield every strategy to weigh, at micro-batch 1; fixed fields have one value."""
-    on_cpu = cluster.gpu.device_type == "cpu"
-    # ZeRO-0 needs as much communication as ZeRO-1 and more memory: only when it is asked for.
-    stages: tuple[ZeroStage, ...] = (1, 2, 3)
-    offloads = (Offload.none,) if on_cpu else (Offload.none, Offload.cpu)
-    checkpointings = tuple(Checkpointing)[:2] if on_cpu else tuple(Checkpointing)
-    losses = losses_that_work(workload.model, cluster.gpu, has_liger=has_liger)
-    for stage, optimizer_to, param_to, checkpointing, loss in product(
-        _choices(fixed.zero_stage, stages),
-        _choices(fixed.offload_optimizer, offloads),
-        _choices(fixed.offload_param, offloads),
-        _choices(fixed.gradient_checkpointing, checkpointings),
-        _choices(fixed.loss, losses),
-    ):
-        if param_to is not Offload.none and stage != 3 and fixed.offload_param is None:
-            continue
-        for knobs in _knobs(stage, workload):
-            yield Strategy(
-                zero_stage=stage,
-                offload_optimizer=optimizer_to,
-                offload_param=param_to,
-                gradient_checkpointing=checkpointing,
-                attention=fixed.attention or default_attention(workload.model),
-                loss=loss,
-                optimizer=fixed.optimizer or Optimizer.adamw,
-                grad_accum_dtype=fixed.grad_accum_dtype,
-                liger_kernels=(
-                    loss is Loss.liger if fixed.liger_kernels is None else fixed.liger_kernels
-                ),
-                zero=apply_to_knobs(knobs, raw),
-            )
+def _find_unneeded(space: SearchSpace, weighed: list[Candidate]) -> dict[Strategy, str]:
+    """Return the ZeRO-3 strategies that fit although less would do, with the reason."""
+    if space.fixed.zero_stage is not None:
+        return {}
+    has_simpler = any(
+        item.fits and item.strategy.zero_stage < 3 and not _moves_states(item, space.fixed)
+        for item in weighed
+    )
+    if not has_simpler:
+        return {}
+    ranks = space.cluster.world_size
+    reasons = {
+        item.strategy: why_zero_3_is_too_much(item.strategy, space.workload, world_size=ranks)
+        for item in weighed
+    }
+    return {strategy: reason for strategy, reason in reasons.items() if reason is not None}
 
 
-def _choices(wanted: _T | None, all_values: tuple[_T, ...]) -> tuple[_T, ...]:
-    return all_values if wanted is None else (wanted,)
+def _why_offload_is_pointless(space: SearchSpace, best: Candidate) -> str | None:
+    """Return why the chosen offload must not be, or ``None`` when it saves GPU memory."""
+    strategy, fixed = best.strategy, space.fixed
+    if not best.fits or strategy.offload_optimizer is Offload.none:
+        return None
+    if fixed.offload_optimizer is not None or fixed.offload_param is not None:
+        return None
+    kept = space.weigh(
+        replace(strategy, offload_optimizer=Offload.none, offload_param=Offload.none),
+        strategy.micro_batch_size_per_gpu,
+    )
+    return why_offload_gains_nothing(best.memory.device_used_bytes, kept.memory.device_used_bytes)
 
 
-def _knobs(stage: ZeroStage, workload: Workload) -> Iterator[ZeroKnobs]:
-    """Yield bucket sizes for a stage: fast ones, then for ZeRO-3 also frugal ones.
+def _moves_states(candidate: Candidate, fixed: StrategySection) -> bool:
+    """Return whether anything lives on the host or a drive that the recipe did not send there."""
+    strategy = candidate.strategy
+    return (
+        (strategy.offload_optimizer is not Offload.none and fixed.offload_optimizer is None)
+        or (strategy.offload_param is not Offload.none and fixed.offload_param is None)
+        or (
+            strategy.gradient_checkpointing is Checkpointing.cpu_offload
+            and fixed.gradient_checkpointing is None
+        )
+    )
 
-    DeepSpeed's defaults are sized for full fine-tuning of large models; a LoRA of 33 M
-    parameters never fills a bucket of 5e8 elements and pays 1 GB for it all the same.
+
+def _choose(space: SearchSpace, allowed: list[Candidate]) -> tuple[Candidate, list[Candidate]]:
+    """Return the fastest that fits, and what was weighed besides to break ties.
+
+    Among strategies of equal time: the fewest offloads, then the least memory, then the
+    simplest. When nothing fits, the one that exceeds its limits least.
     """
-    bucket = min(workload.num_trainable_params, LARGEST_BUCKET_ELEMENTS)
-    bucket = -(-bucket // 1024) * 1024
-    if stage != 3:
-        yield ZeroKnobs(reduce_bucket_size=bucket, allgather_bucket_size=LARGEST_BUCKET_ELEMENTS)
-        return
-    hidden_size = workload.model.hidden_size
-    # Prefetch and persistence as Hugging Face resolves "auto" (transformers 5.23
-    # integrations/deepspeed.py:trainer_config_finalize). A sub-group of 1e8 elements takes
-    # 2.6 GB off the step of a 7B model on 8 GPUs and costs no time.
-    fast = ZeroKnobs(
-        reduce_bucket_size=bucket,
-        sub_group_size=100_000_000,
-        stage3_prefetch_bucket_size=int(0.9 * hidden_size**2),
-        stage3_param_persistence_threshold=10 * hidden_size,
-    )
-    yield fast
-    yield replace(fast, stage3_max_live_parameters=100_000_000)
-
-
-def _weigh(
-    shape: Strategy,
-    micro_batch_size: int,
-    workload: Workload,
-    cluster: ClusterSpec,
-    limit_bytes: int,
-) -> Candidate:
-    per_gpu = workload.global_batch_size // cluster.world_size
-    strategy = replace(
-        shape,
-        micro_batch_size_per_gpu=micro_batch_size,
-        gradient_accumulation_steps=per_gpu // micro_batch_size,
-    )
-    memory = estimate_memory(workload, strategy, cluster)
-    fits = (
-        memory.device_used_bytes <= limit_bytes
-        and memory.host_bytes_per_node <= cluster.host_memory_bytes
-    )
-    return Candidate(
-        strategy=strategy,
-        memory=memory,
-        time=estimate_time(workload, strategy, cluster),
-        fits=fits,
-    )
-
-
-def _best(weighed: list[Candidate]) -> Candidate:
-    """Return the fastest that fits; among equals the least memory, then the simplest.
-
-    When nothing fits, return the most frugal.
-    """
-    fitting = [candidate for candidate in weighed if candidate.fits]
+    fitting = [candidate for candidate in allowed if candidate.fits]
     if not fitting:
-        return min(weighed, key=lambda candidate: candidate.memory.device_used_bytes)
+        return min(allowed, key=lambda item: _excess(space, item)), []
     fastest_seconds = min(candidate.time.step_seconds for candidate in fitting)
-    equals = [
-        candidate
-        for candidate in fitting
-        if candidate.time.step_seconds <= fastest_seconds * (1 + TIE_FRACTION)
-    ]
+    limit_seconds = fastest_seconds * (1 + TIE_FRACTION)
+    equals = [item for item in fitting if item.time.step_seconds <= limit_seconds]
+    fewest = min(_num_offloads(item) for item in equals)
+    equals = [item for item in equals if _num_offloads(item) == fewest]
+    smaller = [small for item in equals for small in smaller_micro_batches(space, item)]
+    equals += [item for item in smaller if item.time.step_seconds <= limit_seconds]
     least_bytes = min(candidate.memory.device_used_bytes for candidate in equals)
     equals = [
         candidate
         for candidate in equals
         if candidate.memory.device_used_bytes <= least_bytes * (1 + TIE_FRACTION)
     ]
-    return min(equals, key=_simplicity)
+    return min(equals, key=_simplicity), smaller
+
+
+def _excess(space: SearchSpace, candidate: Candidate) -> tuple[float, float]:
+    """Sort by the factor by which device or host memory is exceeded, the worse of them first."""
+    memory = candidate.memory
+    device = memory.device_used_bytes / space.limit_bytes
+    host = memory.host_bytes_per_node / space.cluster.host_memory_bytes
+    return round(max(device, host), 2), device
+
+
+def _num_offloads(candidate: Candidate) -> int:
+    strategy = candidate.strategy
+    moved = (strategy.offload_optimizer, strategy.offload_param)
+    return sum(offload is not Offload.none for offload in moved) + (
+        strategy.gradient_checkpointing is Checkpointing.cpu_offload
+    )
 
 
 def _simplicity(candidate: Candidate) -> tuple[int, int, int, float]:
     strategy = candidate.strategy
-    offloads = (strategy.offload_optimizer, strategy.offload_param)
     return (
-        sum(offload is not Offload.none for offload in offloads),
+        _num_offloads(candidate),
         STAGE_ORDER[strategy.zero_stage],
         int(strategy.gradient_checkpointing is not Checkpointing.none),
         candidate.time.step_seconds,
@@ -267,8 +339,7 @@ def _ladder(best: Candidate, weighed: list[Candidate]) -> tuple[Candidate, ...]:
     rungs: list[Candidate] = []
     lowest_bytes = best.memory.device_used_bytes
     for candidate in frugal:
-        # A rung below 5 % less memory would not cure an out-of-memory error.
-        if candidate.memory.device_used_bytes <= 0.95 * lowest_bytes:
+        if candidate.memory.device_used_bytes <= _RUNG_FRACTION * lowest_bytes:
             rungs.append(candidate)
             lowest_bytes = candidate.memory.device_used_bytes
     return tuple(rungs)

@@ -6,7 +6,17 @@ from collections.abc import Iterator
 
 from launcher.hardware import ClusterSpec, GpuSpec
 from launcher.model_spec import ModelSpec
-from launcher.strategy import Attention, Checkpointing, Loss, Method, Offload, Precision, Strategy
+from launcher.strategy import (
+    Attention,
+    Checkpointing,
+    Loss,
+    Method,
+    Offload,
+    Optimizer,
+    Precision,
+    Strategy,
+)
+from launcher.units import format_bytes
 from launcher.workload import Workload
 
 # liger_kernel 0.8.5 transformers/monkey_patch.py: MODEL_TYPE_TO_APPLY_LIGER_FN.
@@ -16,6 +26,10 @@ LIGER_MODEL_TYPES = frozenset(
         "qwen3_moe", "smollm3",
     }
 )  # fmt: skip
+# flash-attention 2 README: "All head dimensions up to 256".
+_LARGEST_FLASH_HEAD_DIM = 256
+METHOD_NAME = {Method.full: "full fine-tuning", Method.lora: "LoRA", Method.qlora: "QLoRA"}
+_EIGHT_BIT = (Optimizer.adamw_8bit, Optimizer.paged_adamw_8bit)
 
 
 def default_attention(model: ModelSpec) -> Attention:
@@ -29,9 +43,17 @@ def default_attention(model: ModelSpec) -> Attention:
 
 def losses_that_work(model: ModelSpec, gpu: GpuSpec, *, has_liger: bool) -> tuple[Loss, ...]:
     """Return the loss implementations to consider, simplest first."""
-    if has_liger and gpu.device_type == "cuda" and model.model_type in LIGER_MODEL_TYPES:
+    if has_liger and runs_triton(gpu) and model.model_type in LIGER_MODEL_TYPES:
         return (Loss.full, Loss.liger)
     return (Loss.full, Loss.chunked)
+
+
+def runs_triton(gpu: GpuSpec) -> bool:
+    """Return whether Triton, in which Liger's kernels are written, supports the GPU.
+
+    Source: triton README, "Compatibility": NVIDIA from compute capability 8.0, and AMD.
+    """
+    return gpu.compute_capability is not None and gpu.compute_capability >= (8, 0)
 
 
 def why_impossible(strategy: Strategy, workload: Workload, cluster: ClusterSpec) -> str | None:
@@ -39,68 +61,156 @@ def why_impossible(strategy: Strategy, workload: Workload, cluster: ClusterSpec)
     return next(_reasons(strategy, workload, cluster), None)
 
 
+def why_zero_3_is_too_much(
+    strategy: Strategy, workload: Workload, *, world_size: int
+) -> str | None:
+    """Return why this is not chosen although it fits, given that ZeRO-1 or 2 fits as well.
+
+    Adapters leave next to nothing to shard but the frozen weights; ZeRO-3 then sends all of
+    them to every GPU, layer by layer, two or three times per step.
+
+    Source:
+        arXiv:2406.02290, section 5: ZeRO-2 with LoRA is the default, ZeRO-3 is for what does
+        not fit otherwise; arXiv:1910.02054, section 7.3: ZeRO-3 gathers parameters anew.
+    """
+    if workload.method is Method.full or strategy.zero_stage < 3:
+        return None
+    if world_size == 1:
+        return "on one GPU ZeRO-3 has nothing to share out, only work to do"
+    return (
+        "ZeRO-3 sends the whole frozen model between the GPUs in every pass, which "
+        f"{METHOD_NAME[workload.method]} does not need here: it fits without"
+    )
+
+
+def why_offload_gains_nothing(offloaded_bytes: int, kept_bytes: int) -> str | None:
+    """Return why moving states to the host is pointless, or ``None`` when it saves GPU memory.
+
+    DeepSpeed stages offloaded gradients in a GPU buffer of the largest tensor and takes their
+    norm in fp64 there; with few trained parameters that is more than the states themselves.
+
+    Args:
+        offloaded_bytes: predicted device memory with offload.
+        kept_bytes: the same strategy without it.
+
+    Source:
+        deepspeed 0.19.8 ``runtime/zero/stage_1_and_2.py``: ``temp_grad_buffer_for_gpu_offload``
+        and ``get_norm_dtype``; peft 0.21 ``docs/source/accelerate/deepspeed.md``, on QLoRA:
+        with CPU offload more GPU memory was needed than without.
+    """
+    if offloaded_bytes < kept_bytes:
+        return None
+    more = format_bytes(offloaded_bytes - kept_bytes)
+    return f"offloading to the host takes {more} more GPU memory here, not less"
+
+
 def _reasons(strategy: Strategy, workload: Workload, cluster: ClusterSpec) -> Iterator[str]:
     yield from _hardware_reasons(strategy, workload, cluster.gpu)
     yield from _kernel_reasons(strategy, workload, cluster.gpu)
-    yield from _offload_reasons(strategy, cluster.gpu)
+    yield from _optimizer_reasons(strategy, cluster.gpu)
+    yield from _offload_reasons(strategy, cluster)
     if workload.method is Method.qlora:
         yield from _qlora_reasons(strategy, workload)
-    if strategy.zero_stage == 1 and _accumulates_in_fp32(strategy, workload):
-        # deepspeed 0.19.8 runtime/engine.py: ZeRO-1 with bf16 and fp32 accumulation selects
-        # BF16_Optimizer, whose boundary holds 10 bytes per trainable parameter.
-        yield "ZeRO-1 with fp32 gradient accumulation keeps all gradients in fp32: use ZeRO-2"
+    yield from _accumulation_reasons(strategy, workload)
 
 
 def _hardware_reasons(strategy: Strategy, workload: Workload, gpu: GpuSpec) -> Iterator[str]:
     if workload.precision is Precision.bf16 and not gpu.has_bf16:
+        # torch 2.13 cuda/__init__.py:is_bf16_supported says yes before sm80: it is emulated.
         yield f"{gpu.name} has no bf16 units (compute capability below 8.0): use fp16"
     if workload.precision is Precision.fp16 and gpu.device_type == "cpu":
+        # deepspeed 0.19.8 accelerator/cpu_accelerator.py:is_fp16_supported, engine.py.
         yield "DeepSpeed refuses fp16 on a processor: use fp32 or bf16"
     if strategy.attention is Attention.flash_attention_2 and not gpu.has_flash_attention_2:
-        yield f"FlashAttention-2 needs compute capability 8.0; {gpu.name} has none: use sdpa"
+        # flash-attention 2 README: Ampere, Ada or Hopper; Turing and Volta are not supported.
+        yield f"FlashAttention-2 needs compute capability 8.0; {gpu.name} has less: use sdpa"
 
 
 def _kernel_reasons(strategy: Strategy, workload: Workload, gpu: GpuSpec) -> Iterator[str]:
     model = workload.model
-    if strategy.attention is Attention.flash_attention_2 and workload.precision is Precision.fp32:
-        yield "FlashAttention-2 has fp16 and bf16 kernels only: use sdpa for fp32"
+    if strategy.attention is Attention.flash_attention_2:
+        if workload.precision is Precision.fp32:
+            # flash-attention 2 README: "Datatype fp16 and bf16".
+            yield "FlashAttention-2 has fp16 and bf16 kernels only: use sdpa for fp32"
+        if model.head_dim > _LARGEST_FLASH_HEAD_DIM:
+            yield (
+                f"FlashAttention-2 has kernels up to head size {_LARGEST_FLASH_HEAD_DIM}; "
+                f"{model.name} has {model.head_dim}: use sdpa"
+            )
     if strategy.attention is not Attention.eager and model.attention_softcap:
         yield f"{model.name} caps its attention scores, which only eager attention does"
-    if (strategy.loss is Loss.liger or strategy.liger_kernels) and gpu.device_type == "cpu":
-        yield "Liger's kernels are Triton and need a GPU"
+    if (strategy.loss is Loss.liger or strategy.liger_kernels) and not runs_triton(gpu):
+        yield (
+            f"Liger's kernels need Triton, which needs compute capability 8.0; {gpu.name} has "
+            "less: use the chunked loss"
+        )
     if strategy.loss is Loss.liger and model.model_type not in LIGER_MODEL_TYPES:
         yield f"Liger has no kernels for {model.model_type}: use the chunked loss"
 
 
-def _offload_reasons(strategy: Strategy, gpu: GpuSpec) -> Iterator[str]:
+def _optimizer_reasons(strategy: Strategy, gpu: GpuSpec) -> Iterator[str]:
+    if strategy.optimizer not in _EIGHT_BIT:
+        return
+    if strategy.offload_optimizer is not Offload.none:
+        # accelerate 1.15 utils/deepspeed.py:map_pytorch_optim_to_deepspeed: offloaded states
+        # belong to DeepSpeedCPUAdam, which keeps them in fp32.
+        yield "an 8-bit optimizer lives on the GPU; offloaded states are always fp32"
+    if gpu.device_type == "cpu" and strategy.optimizer is Optimizer.paged_adamw_8bit:
+        # bitsandbytes 0.50 functional.py:get_paged: CUDA managed memory.
+        yield "paged optimizer states are CUDA memory: there is none on a processor"
+
+
+def _offload_reasons(strategy: Strategy, cluster: ClusterSpec) -> Iterator[str]:
     stage = strategy.zero_stage
     optimizer_to, param_to = strategy.offload_optimizer, strategy.offload_param
     moves_inputs = strategy.gradient_checkpointing is Checkpointing.cpu_offload
     moves_states = Offload.none != optimizer_to or Offload.none != param_to
-    if gpu.device_type == "cpu" and (moves_states or moves_inputs):
+    if cluster.gpu.device_type == "cpu" and (moves_states or moves_inputs):
         yield "the ranks already run on the processor: there is nothing to offload to"
     if param_to is not Offload.none and stage != 3:
+        # deepspeed 0.19.8 runtime/zero/offload_config.py: "valid only with stage 3".
         yield f"parameters can be offloaded at ZeRO-3 only, not ZeRO-{stage}"
     if optimizer_to is not Offload.none and stage == 0:
+        # deepspeed 0.19.8 runtime/zero/offload_config.py: stages 1, 2 and 3.
         yield "optimizer states can be offloaded at ZeRO-1, 2 or 3, not ZeRO-0"
     if optimizer_to is Offload.nvme and stage != 3:
+        # deepspeed 0.19.8 runtime/engine.py:zero_cpu_offload takes nvme for cpu there, silently.
         yield f"optimizer states can go to NVMe at ZeRO-3 only, not ZeRO-{stage}"
     if param_to is not Offload.none and optimizer_to is Offload.none:
+        # 2 bytes a parameter leave the GPU while 12 of its optimizer states stay; untested.
         yield "offloading parameters while their optimizer states stay on the GPU gains nothing"
 
 
-def _accumulates_in_fp32(strategy: Strategy, workload: Workload) -> bool:
-    return (
-        workload.precision is not Precision.fp32
-        and strategy.grad_accum_dtype is Precision.fp32
+def _accumulation_reasons(strategy: Strategy, workload: Workload) -> Iterator[str]:
+    """Yield what DeepSpeed does to an accumulation type other than the model's.
+
+    Source: deepspeed 0.19.8 ``runtime/engine.py:_do_optimizer_sanity_check``.
+    """
+    wanted = strategy.grad_accum_dtype
+    if wanted is None or wanted is workload.precision:
+        return
+    if strategy.zero_stage == 0:
+        yield (
+            f"without ZeRO, DeepSpeed cannot accumulate gradients in {wanted.value} for a model "
+            f"in {workload.precision.value}: use ZeRO-2"
+        )
+    if (
+        strategy.zero_stage == 1
+        and workload.precision is Precision.bf16
+        and wanted is Precision.fp32
         and strategy.offload_optimizer is Offload.none
-    )
+    ):
+        # It selects BF16_Optimizer (runtime/bf16_optimizer.py): 4 bytes per trained parameter
+        # on every GPU, unsharded, besides the gradients.
+        yield "ZeRO-1 with fp32 gradient accumulation keeps all gradients in fp32: use ZeRO-2"
 
 
 def _qlora_reasons(strategy: Strategy, workload: Workload) -> Iterator[str]:
     if strategy.zero_stage != 3:
         return
     if workload.quantization.kind == "int8":
+        # peft 0.21 docs/source/accelerate/deepspeed.md: ZeRO-3 with bitsandbytes means 4 bits,
+        # stored in the model's own dtype (bnb_4bit_quant_storage), as the worker does.
         yield "int8 weights cannot be sharded by ZeRO-3: use nf4, or ZeRO-2"
     if strategy.offload_optimizer is not Offload.none or strategy.offload_param is not Offload.none:
         # peft 0.21 docs/source/accelerate/deepspeed.md, section on QLoRA and ZeRO-3.

@@ -1,19 +1,35 @@
-"""A plan as tables for the terminal; built here, printed by the command line."""
+"""A plan as text and tables for the terminal; built here, printed by the command line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from launcher.planning.explain import label
 from launcher.planning.plan import Plan
-from launcher.units import format_count, format_gib, format_seconds
+from launcher.planning.wording import METHOD_NAME, changes, label, plain_part, short_size
+from launcher.strategy import Method
+from launcher.units import GIB, format_count, format_seconds
 from launcher.workload import Workload
 
-SHOWN_REJECTIONS = 8
+SHOWN_REJECTIONS = 6
+SHOWN_RUNGS = 3
+# Smaller parts are left out of the memory table: nobody can do anything about them.
+_SMALLEST_PART_FRACTION = 0.02
+
+_PHASE_MEANING = {
+    "load": "weights arrive",
+    "init": "DeepSpeed sets up",
+    "forward": "the model predicts",
+    "loss": "the prediction is scored",
+    "backward": "gradients are computed",
+    "step": "the weights change",
+    "save": "a checkpoint is written",
+    "eval": "held-out data is scored",
+}
 
 
 def render_plan(plan: Plan, *, show_all: bool = False) -> RenderableType:
@@ -23,91 +39,163 @@ def render_plan(plan: Plan, *, show_all: bool = False) -> RenderableType:
         plan: what to show.
         show_all: list every rejected kind of strategy instead of the nearest few.
     """
-    parts: list[RenderableType] = [Text(_headline(plan), style="bold"), _choices(plan)]
-    parts += [_memory(plan), Text(_totals(plan)), _rejections(plan, show_all=show_all)]
+    parts: list[RenderableType] = [_headline(plan), _totals(plan)]
     if plan.suggestions:
-        lines = "\n".join(f"  - {suggestion}" for suggestion in plan.suggestions)
-        parts.append(Text(f"What would fit:\n{lines}", style="bold"))
+        parts += [_title("What would fit"), _bullets(plan.suggestions)]
+    chosen = "What was chosen, and why" if plan.fits else "What comes closest, and why"
+    parts += [_title(chosen), _choices(plan)]
+    parts += [_title("Memory of the fullest GPU, phase by phase"), _memory(plan)]
+    parts += [
+        _title("What was not chosen (the same plan, but with …)"),
+        _rejections(plan, show_all=show_all),
+    ]
+    hidden = len(plan.rejected) - SHOWN_REJECTIONS
+    if hidden > 0 and not show_all:
+        parts.append(Text(f"  and {hidden} more: --all shows them", style="dim"))
+    if plan.fits and plan.ladder:
+        parts += [
+            _title("If memory runs out after all, in this order (the same plan, but with …)"),
+            _ladder(plan),
+        ]
     return Group(*parts)
 
 
-def _headline(plan: Plan) -> str:
+def describe(workload: Workload) -> str:
+    """Return the workload in a few words: ``llama2-7b, LoRA (40M of 6.74B parameters …)``."""
+    model = workload.model
+    trained = "all " + format_count(model.num_params) + " parameters trained"
+    if workload.method is not Method.full:
+        count = format_count(workload.num_trainable_params)
+        trained = f"{count} trained parameters beside {format_count(model.num_params)} frozen"
+    return (
+        f"{model.name}, {METHOD_NAME[workload.method]} ({trained}), {workload.max_seq_len:,} tokens"
+    )
+
+
+def _headline(plan: Plan) -> RenderableType:
     cluster = plan.cluster
     where = f"{cluster.world_size} x {cluster.gpu.name}"
     if cluster.num_nodes > 1:
-        where = f"{cluster.num_nodes} nodes x {cluster.gpus_per_node} {cluster.gpu.name}"
-    task = describe(plan.workload)
-    if plan.fits:
-        return f"{task} on {where}: {label(plan.strategy)}"
-    return f"{task} does not fit on {where}; the most frugal strategy is {label(plan.strategy)}"
-
-
-def describe(workload: Workload) -> str:
-    """Return the workload in a few words: ``llama2-7b LoRA (33.6M of 6.74B parameters)``."""
-    trained = format_count(workload.num_trainable_params)
-    model = workload.model
-    return (
-        f"{model.name}, {workload.method.value} ({trained} of {format_count(model.num_params)} "
-        f"parameters trained), {workload.max_seq_len:,} tokens"
+        where = f"{cluster.num_nodes:,} nodes x {cluster.gpus_per_node} {cluster.gpu.name}"
+    chosen = label(plan.strategy)
+    verdict = f"fits: {chosen}" if plan.fits else f"DOES NOT FIT; closest: {chosen}"
+    return Group(
+        Text(f"{describe(plan.workload)}, on {where}"),
+        Text(verdict, style="bold green" if plan.fits else "bold red"),
+        Text(),
     )
 
 
-def _choices(plan: Plan) -> Table:
-    table = Table(title="What was chosen and why", title_justify="left", show_lines=False)
-    table.add_column("setting", no_wrap=True)
-    table.add_column("value", no_wrap=True, style="bold")
-    table.add_column("why")
-    for decision in plan.decisions:
-        table.add_row(decision.field, decision.value, decision.reason)
+def _title(text: str) -> RenderableType:
+    return Text(f"\n{text}", style="bold")
+
+
+def _grid(*widths: int | None) -> Table:
+    """Return a table without lines whose columns have these widths; ``None`` takes the rest."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for width in widths:
+        if width is None:
+            table.add_column(ratio=1)
+        else:
+            table.add_column(min_width=width, no_wrap=True)
+    table.expand = True
     return table
 
 
-def _memory(plan: Plan) -> Table:
-    table = Table(title="Predicted memory of the fullest rank", title_justify="left")
-    table.add_column("phase", no_wrap=True)
-    table.add_column("allocated", justify="right", no_wrap=True)
-    table.add_column("largest parts at the fullest moment")
+def _indented(table: RenderableType) -> RenderableType:
+    return Padding(table, (0, 0, 0, 2))
+
+
+def _totals(plan: Plan) -> RenderableType:
+    table = _grid(8, None)
+    for name, text in _total_lines(plan):
+        table.add_row(Text(name, style="cyan"), text)
+    return _indented(table)
+
+
+def _total_lines(plan: Plan) -> Iterator[tuple[str, str]]:
+    memory, time, cluster = plan.memory, plan.time, plan.cluster
+    total = plan.limit_bytes + plan.safety_margin_bytes
+    is_gpu = cluster.gpu.device_type == "cuda"
+    used = (
+        f"{short_size(memory.device_used_bytes)} of {short_size(total)} per "
+        f"{'GPU' if is_gpu else 'rank'}; {short_size(plan.safety_margin_bytes)} is kept free, the "
+        "largest error measured"
+    )
+    if is_gpu:
+        used += (
+            f" (allocated {short_size(memory.peak_allocated_bytes)}, reserved by torch "
+            f"{short_size(memory.peak_reserved_bytes)})"
+        )
+    yield "memory", used
+    host = (
+        f"{short_size(memory.host_bytes_per_node)} of the {short_size(cluster.host_memory_bytes)} "
+        "per node"
+    )
+    if memory.nvme_bytes_per_node:
+        host += f", {short_size(memory.nvme_bytes_per_node)} on its NVMe drive"
+    yield "host", f"{host}; {short_size(memory.checkpoint_bytes)} of disk per checkpoint"
+    tokens = time.tokens_per_second_per_gpu * cluster.world_size
+    speed = f"{format_seconds(time.step_seconds)} per optimizer step, {tokens:,.0f} tokens/s in all"
+    if is_gpu:
+        speed += f"; {time.mfu:.0%} of the GPUs' peak is useful work (MFU)"
+    yield "speed", speed
+    yield "bound by", time.bound_by
+
+
+def _bullets(lines: tuple[str, ...]) -> RenderableType:
+    table = _grid(1, None)
+    for line in lines:
+        table.add_row("-", line)
+    return _indented(table)
+
+
+def _choices(plan: Plan) -> RenderableType:
+    table = _grid(24, None)
+    for decision in plan.decisions:
+        name = Text(decision.field, style="cyan")
+        text = Text.assemble((decision.value, "bold"), f"  {decision.reason}")
+        table.add_row(name, text)
+    return _indented(table)
+
+
+def _memory(plan: Plan) -> RenderableType:
+    table = _grid(8, 6, None)
+    table.columns[1].justify = "right"
+    table.add_row("", "GiB", "largest parts", style="dim")
     fullest = plan.memory.fullest
     for phase in plan.memory.phases:
+        smallest = _SMALLEST_PART_FRACTION * phase.allocated_bytes
         largest = sorted(phase.components.items(), key=lambda item: -item[1])[:3]
-        parts = ", ".join(f"{name} {format_gib(size)}" for name, size in largest if size)
-        style = "bold" if phase is fullest else None
-        table.add_row(phase.phase, format_gib(phase.allocated_bytes), parts, style=style)
-    return table
+        parts = ", ".join(
+            f"{plain_part(name)} {size / GIB:.2f}" for name, size in largest if size > smallest
+        )
+        table.add_row(
+            Text(phase.phase, style="cyan"),
+            f"{phase.allocated_bytes / GIB:.2f}",
+            f"{_PHASE_MEANING[phase.phase]}: {parts}" + (" <- peak" if phase is fullest else ""),
+            style="bold" if phase is fullest else None,
+        )
+    return _indented(table)
 
 
-def _totals(plan: Plan) -> str:
-    return "\n".join(_total_lines(plan)) + "\n"
+def _rejections(plan: Plan, *, show_all: bool) -> RenderableType:
+    table = _grid(1, None)
+    for rejected in plan.rejected if show_all else plan.rejected[:SHOWN_REJECTIONS]:
+        name = changes(rejected.strategy, plan.strategy)
+        text = Text.assemble((f"{name}: ", "cyan"), rejected.reason)
+        table.add_row("-", text)
+    return _indented(table)
 
 
-def _total_lines(plan: Plan) -> Iterator[str]:
-    memory, time, cluster = plan.memory, plan.time, plan.cluster
-    yield (
-        f"Per GPU: {format_gib(memory.peak_allocated_bytes)} allocated at most, "
-        f"{format_gib(memory.peak_reserved_bytes)} reserved, "
-        f"{format_gib(memory.device_used_bytes)} in use on the device, of "
-        f"{format_gib(plan.limit_bytes)} (after {format_gib(plan.safety_margin_bytes)} of margin)"
-    )
-    line = f"Per node: {format_gib(memory.host_bytes_per_node)} of host memory"
-    if memory.nvme_bytes_per_node:
-        line += f", {format_gib(memory.nvme_bytes_per_node)} on NVMe"
-    yield f"{line}; one checkpoint takes {format_gib(memory.checkpoint_bytes)} of disk"
-    yield (
-        f"Time: {format_seconds(time.step_seconds)} per optimizer step, "
-        f"{time.tokens_per_second_per_gpu:,.0f} tokens/s per GPU"
-        + (f", MFU {time.mfu:.0%}" if cluster.gpu.device_type == "cuda" else "")
-    )
-    yield f"Bound by: {time.bound_by}"
-
-
-def _rejections(plan: Plan, *, show_all: bool) -> Table:
-    table = Table(title="What was not chosen", title_justify="left")
-    table.add_column("strategy")
-    table.add_column("why not")
-    shown = plan.rejected if show_all else plan.rejected[:SHOWN_REJECTIONS]
-    for rejected in shown:
-        table.add_row(label(rejected.strategy), rejected.reason)
-    if hidden := len(plan.rejected) - len(shown):
-        table.caption = f"and {hidden} more kinds: --all shows them"
-        table.caption_justify = "left"
-    return table
+def _ladder(plan: Plan) -> RenderableType:
+    table = _grid(1, None)
+    for number, rung in enumerate(plan.ladder[:SHOWN_RUNGS], start=1):
+        used, pace = (
+            short_size(rung.memory.device_used_bytes),
+            format_seconds(rung.time.step_seconds),
+        )
+        name = changes(rung.strategy, plan.strategy)
+        text = Text.assemble((f"{name}: ", "cyan"), f"{used}, {pace} per step")
+        table.add_row(f"{number}", text)
+    return _indented(table)

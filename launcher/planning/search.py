@@ -1,0 +1,311 @@
+"""Which strategies are weighed: every kind, its variants, and the micro-batches that matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, product
+from typing import Any, TypeVar
+
+from launcher.ds_keys import apply_to_knobs
+from launcher.hardware import ClusterSpec
+from launcher.planning.plan import Candidate
+from launcher.planning.rules import default_attention, losses_that_work, why_impossible
+from launcher.predict.attention_kernel import attention_kernel
+from launcher.predict.memory import estimate_memory
+from launcher.predict.step_time import estimate_time
+from launcher.recipe import StrategySection
+from launcher.strategy import (
+    Attention,
+    Checkpointing,
+    Loss,
+    Method,
+    Offload,
+    Optimizer,
+    Strategy,
+    ZeroKnobs,
+    ZeroStage,
+)
+from launcher.workload import Workload
+
+_T = TypeVar("_T")
+
+# Times this close are called equal; the prediction is not better than that.
+TIE_FRACTION = 0.02
+# DeepSpeed's default of 5e8 elements costs 1 GB and more. All-reduce reaches full bandwidth at
+# far smaller messages (nccl-tests: tens of MB), so 1e8 bytes of bf16 are enough.
+LARGEST_BUCKET_ELEMENTS = 50_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSpace:
+    """What is searched: the workload on the cluster, under the recipe's fixed fields."""
+
+    workload: Workload
+    cluster: ClusterSpec
+    fixed: StrategySection
+    raw_deepspeed: Mapping[str, Any]
+    has_liger: bool
+    limit_bytes: int
+    """Device memory that a rank may use."""
+    micro_batch_sizes: tuple[int, ...]
+    """Ascending divisors of the samples per GPU and step."""
+
+    def weigh(self, shape: Strategy, micro_batch_size: int) -> Candidate:
+        """Return a strategy at a micro-batch size with its memory and time."""
+        strategy = self.at(shape, micro_batch_size)
+        memory = estimate_memory(self.workload, strategy, self.cluster)
+        return Candidate(
+            strategy=strategy,
+            memory=memory,
+            time=estimate_time(self.workload, strategy, self.cluster),
+            fits=(
+                memory.device_used_bytes <= self.limit_bytes
+                and memory.host_bytes_per_node <= self.cluster.host_memory_bytes
+            ),
+        )
+
+    def at(self, shape: Strategy, micro_batch_size: int) -> Strategy:
+        """Return the strategy at a micro-batch size, accumulating up to the global batch."""
+        per_gpu = self.workload.global_batch_size // self.cluster.world_size
+        return replace(
+            shape,
+            micro_batch_size_per_gpu=micro_batch_size,
+            gradient_accumulation_steps=per_gpu // micro_batch_size,
+        )
+
+
+_Bounded = list[tuple[float, Strategy]]
+"""Variants of a kind, each with the least seconds that it could take."""
+
+
+def weigh_all(
+    space: SearchSpace, *, every_kind: bool
+) -> tuple[list[Candidate], dict[Strategy, str]]:
+    """Return candidates of the kinds of strategies, and what cannot work with the reason.
+
+    Of each kind (stage, offloads, checkpointing) the variants in loss and buckets are weighed
+    in the order of the time that they could reach; the search of a kind ends when the next
+    one could not beat what fits already. Each variant is taken at the largest micro-batch
+    that fits, which is its fastest. A kind whose most frugal variant is far too large is left
+    at that.
+
+    Args:
+        space: what is searched.
+        every_kind: weigh also kinds that could not beat what fits already, to explain them.
+    """
+    kinds, impossible = _kinds_that_work(space)
+    if not every_kind:
+        # ZeRO-3 last: whether less will do is asked whatever its time.
+        kinds.sort(key=lambda variants: (variants[0][1].zero_stage == 3, variants[0][0]))
+    weighed: list[Candidate] = []
+    record_seconds = float("inf")
+    for variants in kinds:
+        if variants[0][0] > record_seconds * (1 + TIE_FRACTION) and not every_kind:
+            continue
+        found = _weigh_kind(space, variants)
+        weighed += found
+        fitting = [candidate.time.step_seconds for candidate in found if candidate.fits]
+        record_seconds = min([record_seconds, *fitting])
+    return weighed, impossible
+
+
+def _kinds_that_work(space: SearchSpace) -> tuple[list[_Bounded], dict[Strategy, str]]:
+    """Return the possible variants of every kind, the fastest first; and the impossible ones."""
+    impossible: dict[Strategy, str] = {}
+    kinds: list[_Bounded] = []
+    for _, shapes in groupby(_shapes(space), key=kind):
+        variants = []
+        for shape in shapes:
+            reason = why_impossible(shape, space.workload, space.cluster)
+            if reason is not None:
+                impossible[shape] = reason
+                continue
+            fastest = space.at(shape, space.micro_batch_sizes[-1])
+            bound = estimate_time(space.workload, fastest, space.cluster).step_seconds
+            variants.append((bound, shape))
+        if variants:
+            kinds.append(sorted(variants, key=lambda item: item[0]))
+    return kinds, impossible
+
+
+def _weigh_kind(space: SearchSpace, variants: _Bounded) -> list[Candidate]:
+    """Return the variants of one kind that matter, each at its best micro-batch."""
+    frugal = min((shape for _, shape in variants), key=_appetite)
+    probe = space.weigh(frugal, space.micro_batch_sizes[0])
+    if _is_hopeless(space, probe):
+        return [probe]
+    weighed: list[Candidate] = []
+    best_seconds = float("inf")
+    for bound, shape in variants:
+        if bound > best_seconds * (1 + TIE_FRACTION):
+            break
+        candidate = _largest_that_fits(space, shape)
+        weighed.append(candidate)
+        if candidate.fits:
+            best_seconds = min(best_seconds, candidate.time.step_seconds)
+    return weighed
+
+
+def _appetite(shape: Strategy) -> tuple[bool, bool, int]:
+    """Sort the variants of a kind, the most frugal first."""
+    zero = shape.zero
+    return (shape.loss is Loss.full, bool(zero.overlap_comm), zero.stage3_max_live_parameters)
+
+
+def _is_hopeless(space: SearchSpace, probe: Candidate) -> bool:
+    """Return whether no variant of the kind can fit, given its most frugal at the least batch.
+
+    A tenth above the limit leaves room for a variant that is more frugal after all, and the
+    largest micro-batch needs no gradients that wait (4 bytes each at most).
+    """
+    if probe.memory.host_bytes_per_node > 1.1 * space.cluster.host_memory_bytes:
+        return True
+    waiting = 0
+    if probe.strategy.gradient_accumulation_steps > 1:
+        waiting = 4 * space.workload.num_trainable_params
+    return probe.memory.device_used_bytes - waiting > 1.1 * space.limit_bytes
+
+
+def anything_fits(space: SearchSpace) -> bool:
+    """Return whether any strategy fits, asking the most frugal ones first."""
+    smallest, last = space.micro_batch_sizes[0], space.micro_batch_sizes[-1]
+    for shape in reversed(tuple(_shapes(space))):
+        if why_impossible(shape, space.workload, space.cluster) is None and any(
+            space.weigh(shape, size).fits for size in {smallest, last}
+        ):
+            return True
+    return False
+
+
+def smaller_micro_batches(space: SearchSpace, candidate: Candidate) -> Iterator[Candidate]:
+    """Yield a candidate at every smaller micro-batch size that fits."""
+    for size in space.micro_batch_sizes:
+        if size >= candidate.strategy.micro_batch_size_per_gpu:
+            return
+        smaller = space.weigh(candidate.strategy, size)
+        if smaller.fits:
+            yield smaller
+
+
+def kind(strategy: Strategy) -> tuple[ZeroStage, Offload, Offload, Checkpointing]:
+    """Return what kind of memory saving a strategy is; the rest are its variants."""
+    return (
+        strategy.zero_stage,
+        strategy.offload_optimizer,
+        strategy.offload_param,
+        strategy.gradient_checkpointing,
+    )
+
+
+def divisors(number: int) -> tuple[int, ...]:
+    """Return the divisors of a positive number, ascending."""
+    low = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return tuple(sorted({*low, *(number // d for d in low)}))
+
+
+def _largest_that_fits(space: SearchSpace, shape: Strategy) -> Candidate:
+    """Return a shape at its largest micro-batch that fits, or at the smallest if none does.
+
+    Memory grows with the micro-batch, with one exception: the last one needs no accumulation,
+    and with it no gradients that wait between micro-steps. So it is tried by itself first.
+    """
+    sizes: Sequence[int] = space.micro_batch_sizes
+    last = space.weigh(shape, sizes[-1])
+    if last.fits or len(sizes) == 1:
+        return last
+    found = space.weigh(shape, sizes[0])
+    low, high = 0, len(sizes) - 1
+    while found.fits and high - low > 1:
+        middle = (low + high) // 2
+        candidate = space.weigh(shape, sizes[middle])
+        if candidate.fits:
+            low, found = middle, candidate
+        else:
+            high = middle
+    return found
+
+
+def _shapes(space: SearchSpace) -> Iterator[Strategy]:
+    """Yield every strategy to weigh, at micro-batch 1, kind by kind; fixed fields have one value.
+
+    Left out: ZeRO-0, which sends as much as ZeRO-1 and needs more memory; sequence parallelism,
+    which the worker does not have; 8-bit optimizers, which change the result of training.
+    """
+    workload, fixed = space.workload, space.fixed
+    on_cpu = space.cluster.gpu.device_type == "cpu"
+    stages: tuple[ZeroStage, ...] = (1, 2, 3)
+    offloads = (Offload.none,) if on_cpu else (Offload.none, Offload.cpu)
+    if fixed.nvme_path is not None:
+        offloads = (*offloads, Offload.nvme)
+    checkpointings = tuple(Checkpointing)[:2] if on_cpu else tuple(Checkpointing)
+    losses = losses_that_work(workload.model, space.cluster.gpu, has_liger=space.has_liger)
+    attentions = _attentions(space)
+    for stage, optimizer_to, param_to, checkpointing, loss, attention in product(
+        _choices(fixed.zero_stage, stages),
+        _choices(fixed.offload_optimizer, offloads),
+        _choices(fixed.offload_param, offloads),
+        _choices(fixed.gradient_checkpointing, checkpointings),
+        _choices(fixed.loss, losses),
+        attentions,
+    ):
+        for knobs in _knobs(stage, workload, world_size=space.cluster.world_size):
+            yield Strategy(
+                zero_stage=stage,
+                offload_optimizer=optimizer_to,
+                offload_param=param_to,
+                gradient_checkpointing=checkpointing,
+                attention=attention,
+                loss=loss,
+                optimizer=fixed.optimizer or Optimizer.adamw,
+                grad_accum_dtype=fixed.grad_accum_dtype,
+                liger_kernels=(
+                    loss is Loss.liger if fixed.liger_kernels is None else fixed.liger_kernels
+                ),
+                zero=apply_to_knobs(knobs, space.raw_deepspeed),
+            )
+
+
+def _attentions(space: SearchSpace) -> tuple[Attention, ...]:
+    """Return sdpa, and eager besides where torch has no fused kernel for the case."""
+    if space.fixed.attention is not None:
+        return (space.fixed.attention,)
+    chosen = default_attention(space.workload.model)
+    probe = Strategy(zero_stage=2, attention=chosen)
+    if attention_kernel(space.workload, probe, space.cluster.gpu) == "math":
+        return (chosen, Attention.eager)
+    return (chosen,)
+
+
+def _choices(wanted: _T | None, all_values: tuple[_T, ...]) -> tuple[_T, ...]:
+    return all_values if wanted is None else (wanted,)
+
+
+def _knobs(stage: ZeroStage, workload: Workload, *, world_size: int) -> Iterator[ZeroKnobs]:
+    """Yield bucket sizes for a stage: for ZeRO-2 also overlapping ones, for ZeRO-3 frugal ones.
+
+    DeepSpeed's defaults are sized for full fine-tuning of large models; a LoRA of 33 M
+    parameters never fills a bucket of 5e8 elements and pays 1 GB for it all the same.
+    """
+    bucket = min(workload.num_trainable_params, LARGEST_BUCKET_ELEMENTS)
+    bucket = -(-bucket // 1024) * 1024
+    if stage != 3:
+        plain = ZeroKnobs(reduce_bucket_size=bucket, allgather_bucket_size=LARGEST_BUCKET_ELEMENTS)
+        yield plain
+        if stage == 2 and world_size > 1 and workload.method is Method.full:
+            # Gradients travel while backward goes on, for a second bucket; the gradients of
+            # adapters are too small to matter (transformers docs, DeepSpeed guide: zero2).
+            yield replace(plain, overlap_comm=True)
+        return
+    hidden_size = workload.model.hidden_size
+    # Prefetch and persistence as Hugging Face resolves "auto" (transformers 5.23
+    # integrations/deepspeed.py:trainer_config_finalize). A sub-group of 1e8 elements takes
+    # 2.6 GB off the step of a 7B model on 8 GPUs and costs no time.
+    fast = ZeroKnobs(
+        reduce_bucket_size=bucket,
+        sub_group_size=100_000_000,
+        stage3_prefetch_bucket_size=int(0.9 * hidden_size**2),
+        stage3_param_persistence_threshold=10 * hidden_size,
+    )
+    yield fast
+    yield replace(fast, stage3_max_live_parameters=100_000_000)

@@ -1,0 +1,211 @@
+"""A plan's words: plain, grammatical, and true to the numbers beside them."""
+
+from __future__ import annotations
+
+import io
+import re
+from functools import cache
+
+import pytest
+from planning_inputs import cluster, processors, workload
+from rich.console import Console
+
+from launcher.planning.advice import suggest_changes
+from launcher.planning.plan import Plan
+from launcher.planning.planner import can_fit, make_plan
+from launcher.planning.view import render_plan
+from launcher.planning.wording import changes, label, plain_part, short_size
+from launcher.predict import components
+from launcher.recipe import StrategySection
+from launcher.strategy import Checkpointing, Loss, Method, Offload, Strategy
+from launcher.units import GIB, MIB
+from launcher.workload import Workload
+
+
+@cache
+def plan(gpu: str = "V100-32GB", method: Method = Method.lora, tokens: int = 2048) -> Plan:
+    place = cluster(gpu)
+    return make_plan(workload(place=place, method=method, tokens=tokens), place)
+
+
+def shown(made: Plan, *, show_all: bool = False) -> str:
+    text = io.StringIO()
+    Console(width=80, file=text, color_system=None).print(render_plan(made, show_all=show_all))
+    return text.getvalue()
+
+
+PLANS = [
+    ("V100-32GB", Method.lora, 2048),
+    ("V100-32GB", Method.full, 4096),
+    ("A100-80GB", Method.full, 1024),
+    ("RTX-4090", Method.qlora, 4096),
+    ("T4", Method.full, 4096),
+]
+
+
+@pytest.mark.parametrize(("gpu", "method", "tokens"), PLANS)
+def test_the_page_is_80_columns_wide_and_has_no_absurd_lines(
+    gpu: str, method: Method, tokens: int
+) -> None:
+    text = shown(plan(gpu, method, tokens), show_all=True)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    absurd = r"\b0\.0+ GiB|\b0 MiB|\b1 samples|\b1 GPUs|\bNone\b|\.\.|\binf\b|\bnan\b| \."
+    assert re.findall(absurd, text) == []
+
+
+@pytest.mark.parametrize(("gpu", "method", "tokens"), PLANS)
+def test_every_reason_is_a_sentence(gpu: str, method: Method, tokens: int) -> None:
+    for decision in plan(gpu, method, tokens).decisions:
+        assert re.fullmatch(r"[A-Z0-9].*\.", decision.reason, re.DOTALL), decision
+
+
+def test_every_setting_is_explained_once() -> None:
+    fields = [decision.field for decision in plan().decisions]
+    assert fields == [
+        "precision", "zero_stage", "offload_optimizer", "gradient_checkpointing", "attention",
+        "loss", "micro_batch_size_per_gpu", "reduce_bucket_size",
+    ]  # fmt: skip
+
+
+def test_a_gpu_without_bf16_and_flash_attention_is_told_why() -> None:
+    reasons = {decision.field: decision.reason for decision in plan().decisions}
+    assert "V100-32GB cannot compute in bf16" in reasons["precision"]
+    assert "V100-32GB has no FlashAttention-2" in reasons["attention"]
+
+
+def test_one_sample_is_singular() -> None:
+    reasons = {decision.field: decision.reason for decision in plan().decisions}
+    assert (
+        "1 sample at a time (1 x 8 GPUs = 8 samples per step)"
+        in (reasons["micro_batch_size_per_gpu"])
+    )
+
+
+def test_a_fixed_field_is_said_to_be_set_in_the_recipe() -> None:
+    fixed = StrategySection(zero_stage=3)
+    made = make_plan(workload(), cluster(), fixed=fixed)
+    reason = next(item.reason for item in made.decisions if item.field == "zero_stage")
+    assert reason.endswith("Set in the recipe.")
+
+
+def test_what_differs_in_one_thing_is_told_first() -> None:
+    made = plan("V100-32GB", Method.full, 4096)
+
+    def differences(strategy: Strategy) -> int:
+        names = ("zero_stage", "offload_optimizer", "offload_param", "gradient_checkpointing")
+        return sum(getattr(strategy, n) != getattr(made.strategy, n) for n in names)
+
+    found = [differences(item.strategy) for item in made.rejected if item.step_seconds is not None]
+    assert found[0] == 1
+    assert found[:3] == sorted(found[:3])
+
+
+def test_what_does_not_fit_names_the_part_that_is_too_large() -> None:
+    made = plan("V100-32GB", Method.full, 4096)
+    too_large = [item for item in made.rejected if not item.fits and item.device_used_bytes]
+    assert too_large
+    for item in too_large:
+        assert "largest part: " in item.reason
+        assert "too much" in item.reason or "host memory" in item.reason
+
+
+def test_rejected_numbers_are_true() -> None:
+    made = plan("V100-32GB", Method.full, 4096)
+    for item in made.rejected:
+        if item.device_used_bytes is not None and item.step_seconds is not None:
+            assert item.fits == ("too much" not in item.reason and "host mem" not in item.reason)
+
+
+def test_near_duplicates_come_after_everything_else() -> None:
+    made = plan()  # LoRA: ZeRO-1 and 2 hardly differ
+    shown_first = made.rejected[:6]
+    pairs = {(round(item.step_seconds or 0, 2), item.fits) for item in shown_first}
+    assert len(pairs) >= len(shown_first) - 1
+
+
+def test_one_gpu_has_nobody_to_share_with() -> None:
+    place = cluster("RTX-4090", gpus=1)
+    made = make_plan(workload("llama3.2-1b", place=place), place)
+    reason = next(item.reason for item in made.decisions if item.field == "zero_stage")
+    assert "one gpu has nobody to share with" in reason.lower()
+
+
+def test_ranks_on_processors_are_not_offered_offload() -> None:
+    place = processors(2)
+    made = make_plan(workload("smollm2-135m", place=place, tokens=128), place, has_liger=False)
+    assert all(item.strategy.offload_optimizer is Offload.none for item in made.rejected)
+    assert "GPUs' peak" not in shown(made)
+
+
+def test_labels() -> None:
+    strategy = Strategy(
+        zero_stage=3,
+        offload_optimizer=Offload.cpu,
+        gradient_checkpointing=Checkpointing.full,
+        loss=Loss.liger,
+        micro_batch_size_per_gpu=4,
+    )
+    assert label(strategy) == (
+        "ZeRO-3, optimizer in host memory, checkpointing, Liger loss, micro-batch 4"
+    )
+    assert changes(Strategy(zero_stage=2), Strategy(zero_stage=2)) == "other buffer sizes"
+    assert changes(strategy, Strategy(zero_stage=3)) == (
+        "optimizer in host memory, checkpointing, Liger loss, micro-batch 4"
+    )
+
+
+def test_sizes_are_short() -> None:
+    assert short_size(7.44 * GIB) == "7.4 GiB"
+    assert short_size(112.6 * MIB) == "113 MiB"
+
+
+def test_every_memory_component_has_plain_words() -> None:
+    names = [
+        value
+        for name, value in vars(components).items()
+        if name.isupper() and isinstance(value, str)
+    ]
+    assert len(names) > 15
+    for name in names:
+        assert not re.search(r"\bZeRO|fp64|cross-entropy\b", plain_part(name))
+
+
+def suggestions(work: Workload, fixed: StrategySection = StrategySection()) -> list[str]:  # noqa: B008
+    place = cluster("V100-32GB")
+    made = make_plan(work, place, fixed=fixed)
+    assert not made.fits
+    larger = tuple(cluster(gpu) for gpu in ("A100-80GB", "B200"))
+
+    def fits(other: Workload, where: object, section: StrategySection) -> bool:
+        return can_fit(other, where, fixed=section)  # type: ignore[arg-type]
+
+    return list(suggest_changes(made, fixed, larger, fits))
+
+
+def test_advice_for_full_fine_tuning_of_70b_on_8_v100() -> None:
+    place = cluster("V100-32GB")
+    found = suggestions(workload("llama2-70b", place=place, method=Method.full, tokens=2048))
+    text = "\n".join(found)
+    assert "method=lora fits" in text
+    assert re.search(r"more GPUs: \d+ nodes of 8 V100-32GB fit", text)
+    assert "offload_optimizer=nvme" in text
+    # 18 bytes for each of 69e9 parameters exceed 672 GiB of host memory at any length.
+    assert "max_seq_len" not in text
+
+
+def test_advice_names_the_longest_length_that_fits() -> None:
+    place = cluster("V100-32GB")
+    long = workload("mistral-7b", place=place, tokens=32768)
+    fixed = StrategySection(gradient_checkpointing=Checkpointing.none)
+    found = suggestions(long, fixed)
+    tokens = next(int(m[1]) for line in found if (m := re.search(r"max_seq_len=(\d+)", line)))
+    assert can_fit(workload("mistral-7b", place=place, tokens=tokens), place, fixed=fixed)
+    longer = workload("mistral-7b", place=place, tokens=tokens + 128)
+    assert not can_fit(longer, place, fixed=fixed)
+
+
+def test_advice_names_the_fixed_field_that_stands_in_the_way() -> None:
+    place = cluster("V100-32GB")
+    fixed = StrategySection(zero_stage=1)
+    found = suggestions(workload("llama2-70b", place=place, tokens=512), fixed)
+    assert found[0] == "leave strategy.zero_stage to the planner: without 1 it fits"
