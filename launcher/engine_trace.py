@@ -70,9 +70,7 @@ def render_comparison(comparison: EngineComparison) -> Table:
     for phase, traced_bytes in comparison.traced["phases"].items():
         predicted_bytes = comparison.predicted_bytes[phase]
         error = (predicted_bytes - traced_bytes) / traced_bytes
-        table.add_row(
-            phase, format_gib(predicted_bytes), format_gib(traced_bytes), f"{error:+.1%}"
-        )
+        table.add_row(phase, format_gib(predicted_bytes), format_gib(traced_bytes), f"{error:+.1%}")
     table.caption = "the engine runs on the processor: no cuBLAS workspace, no streams"
     table.caption_justify = "left"
     return table

@@ -16,6 +16,8 @@ class LauncherError(Exception):
     """
 
     exit_code = 2
+    is_shown = False
+    """Whether the user has seen it already, so that the command line only leaves."""
 
     def __init__(self, problem: str, *, where: str, fix: str) -> None:
         self.problem = problem

@@ -21,6 +21,12 @@ def new_recipe_text(recipe: Recipe, plan: Plan) -> str:
         "",
         render_recipe(recipe).rstrip(),
     ]
+    # Named although they are defaults: the first things that a newcomer changes.
+    defaults = Recipe()
+    if recipe.method is defaults.method:
+        lines.append(f"method: {recipe.method.value}  # full, lora or qlora")
+    if recipe.max_seq_len == defaults.max_seq_len:
+        lines.append(f"max_seq_len: {recipe.max_seq_len}")
     if recipe.data.path is None:
         lines += [
             "",

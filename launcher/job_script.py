@@ -19,6 +19,9 @@ DEEPSPEED_ENV = "deepspeed_env"
 RUN_ID_VARIABLE = "ZEROFIT_RUN_ID"
 """Marks every process of a run, so that none is left behind when it ends."""
 WORKER_MODULE = "launcher.worker.train"
+DATA_MODULE = "launcher.worker.data"
+DATA_SUMMARY = "data/summary.json"
+"""Exists when the data module has done its work."""
 
 # What DeepSpeed's JIT reads (0.19.8 ops/op_builder/builder.py, compute_capability_args): it
 # calls int() on both sides of the dot, so torch's '9.0a', 'native' or 'Hopper' stop the build.
@@ -64,6 +67,8 @@ class DeepSpeedJob:
     gpu_ids: tuple[int, ...] = ()
     hosts: tuple[Host, ...] = ()
     worker_module: str = WORKER_MODULE
+    has_data: bool = False
+    """Whether there is data to tokenise before the ranks start, unless that was done."""
     extra_env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -194,6 +199,13 @@ def _render_script(job: DeepSpeedJob, env: Mapping[str, str]) -> str:
     if inherited := env.get("TORCH_CUDA_ARCH_LIST"):
         lines.append(f"# Fixed: DeepSpeed's JIT cannot read values like {inherited}a.")
     lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(env.items())]
+    if job.has_data:
+        tokenise = (job.python.name, "-m", DATA_MODULE, "--run-dir", str(job.run_dir))
+        lines += [
+            "",
+            "# Tokenise the data that recipe.yaml names, once.",
+            f"test -e {DATA_SUMMARY} || {shlex.join(tokenise)} > /dev/null",
+        ]
     lines += ["", f"exec {' '.join(_quoted_lines(deepspeed_argv(job)))}"]
     return "\n".join(lines) + "\n"
 

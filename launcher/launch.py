@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shutil
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from launcher import run_dir as rd
 from launcher.dispatch.base import Backend, run_to_end, write_files
 from launcher.dispatch.deepspeed import HostfileBackend, is_only_this_machine, read_hostfile
 from launcher.dispatch.local import LocalBackend
-from launcher.dispatch.worker_command import run_worker
+from launcher.dispatch.worker_command import check_train_extra, run_worker
 from launcher.ds_config import build_ds_config
-from launcher.errors import RecipeError, SetupError
+from launcher.errors import DataError, LauncherError, RecipeError, SetupError
 from launcher.job_script import JobRequest
 from launcher.model_source import weights_source
 from launcher.planning.plan import plan_to_json
 from launcher.prepare import Prepared
 from launcher.recipe import Recipe, render_recipe
-from launcher.units import format_bytes
+from launcher.strategy import Method
+from launcher.units import MIB, format_bytes
 
 DEFAULT_PARENT = Path("runs")
 # What a run depends on; recorded with it, so that a result can be traced to versions.
@@ -32,6 +34,44 @@ _STACK = (
     "zerofit", "torch", "deepspeed", "transformers", "accelerate", "peft", "datasets",
     "bitsandbytes", "flash-attn", "liger-kernel",
 )  # fmt: skip
+
+
+# Tokenizer, logs, peaks and generated files, beside the weights.
+_SMALL_FILES_BYTES = 64 * MIB
+
+
+def train_run(
+    prepared: Prepared, output_dir: Path | None, *, say: Callable[[str], None], console: BinaryIO
+) -> Path:
+    """Make a run directory, train to the end, and return the directory.
+
+    Args:
+        prepared: a plan that fits.
+        output_dir: the directory to make; ``None`` leaves it to the recipe, or picks a name.
+        say: shows a line of text.
+        console: where the job's output is copied.
+
+    Raises:
+        LauncherError: it cannot be started (exit status 2), failed (4) or was interrupted.
+    """
+    check_can_start(prepared)
+    run_dir, backend, request = create_run(prepared, output_dir)
+    say(f"run directory: {run_dir}")
+    start_run(run_dir, backend, request, say=say, console=console)
+    return run_dir
+
+
+def check_can_start(prepared: Prepared) -> None:
+    """Look whether the job can be started from here, before anything is written.
+
+    Raises:
+        SetupError: the training stack, a GPU, or a program is missing.
+        LauncherError: as :func:`create_run`.
+    """
+    check_train_extra()
+    recipe = _resolved(prepared.recipe)
+    _check_data(recipe)
+    _backend(recipe).check_place(prepared.plan)
 
 
 def create_run(prepared: Prepared, output_dir: Path | None) -> tuple[Path, Backend, JobRequest]:
@@ -44,9 +84,7 @@ def create_run(prepared: Prepared, output_dir: Path | None) -> tuple[Path, Backe
     recipe = _resolved(prepared.recipe)
     backend = _backend(recipe)
     target = output_dir or (Path(recipe.output_dir) if recipe.output_dir else None)
-    # Room for the checkpoints that are kept, and one more while it is being written.
-    kept = (recipe.optim.save_total_limit or 1) + 1
-    needed_bytes = kept * prepared.plan.memory.checkpoint_bytes
+    needed_bytes = disk_bytes(prepared)
     if target is not None:
         run_dir = rd.create(target, needed_bytes=needed_bytes)
     else:
@@ -65,9 +103,21 @@ def create_run(prepared: Prepared, output_dir: Path | None) -> tuple[Path, Backe
             config_dir.mkdir()
             rd.write_json(config_dir / "config.json", dict(prepared.model_config))
     except BaseException:
-        shutil.rmtree(run_dir)  # made by us a moment ago, and nothing has run in it
+        _remove(run_dir)
         raise
     return run_dir, backend, request
+
+
+def disk_bytes(prepared: Prepared) -> int:
+    """Return the disk space that a run needs for what it saves."""
+    optim, workload = prepared.recipe.optim, prepared.plan.workload
+    is_saved = not (prepared.recipe.model.random_weights and workload.method is Method.full)
+    final = workload.num_trainable_params * workload.precision.bytes_per_element
+    needed = _SMALL_FILES_BYTES + (final if is_saved else 0)
+    if optim.save_steps is not None:
+        # Those that are kept, and one more while it is being written.
+        needed += ((optim.save_total_limit or 1) + 1) * prepared.plan.memory.checkpoint_bytes
+    return needed
 
 
 def describe_job(prepared: Prepared, output_dir: Path | None) -> str:
@@ -87,9 +137,22 @@ def describe_job(prepared: Prepared, output_dir: Path | None) -> str:
 
 
 def start_run(
-    run_dir: Path, backend: Backend, request: JobRequest, *, say: Callable[[str], None]
+    run_dir: Path,
+    backend: Backend,
+    request: JobRequest,
+    *,
+    say: Callable[[str], None],
+    console: BinaryIO,
 ) -> None:
     """Tokenise the data, run the job to its end, with its output on the terminal.
+
+    Args:
+        run_dir: made by :func:`create_run`; removed again when tokenising fails or is
+            interrupted, so that the same command can be given again.
+        backend: where to run.
+        request: what to run.
+        say: shows a line of text.
+        console: where the job's output is copied.
 
     Raises:
         LauncherError: the data cannot be used (exit status 2), or the job failed (4).
@@ -97,12 +160,13 @@ def start_run(
     if _has_data(request):
         try:
             summary = run_worker("launcher.worker.data", ["--run-dir", str(run_dir)])
-        except Exception as error:
-            rd.write_status(run_dir, "failed", reason=f"data: {error}")
+        except LauncherError:
+            _remove(run_dir)
+            say(f"removed {run_dir}: nothing has run in it")
             raise
-        say(_data_line(summary))
-    sys.stdout.flush()
-    run_to_end(backend, request, run_dir=run_dir, console=sys.stdout.buffer)
+        for line in describe_data(summary):
+            say(line)
+    run_to_end(backend, request, run_dir=run_dir, console=console)
 
 
 def _has_data(request: JobRequest) -> bool:
@@ -111,9 +175,28 @@ def _has_data(request: JobRequest) -> bool:
     return bool(yaml.safe_load(request.files[rd.RECIPE]).get("data", {}).get("path"))
 
 
-def _data_line(summary: dict[str, object]) -> str:
-    shown = ", ".join(f"{key} {value}" for key, value in summary.items() if value is not None)
-    return f"data: {shown}"
+def describe_data(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Yield lines that tell a person what became of the records.
+
+    Args:
+        summary: what the data program printed.
+    """
+    yield f"data: {summary['format']} records"
+    for title, split in (("train", summary["train"]), ("held-out", summary["eval"])):
+        if split is None:
+            continue
+        learnt = 100 * split["num_loss_tokens"] / split["num_tokens"]
+        lengths = split["length_percentiles"]
+        yield (
+            f"  {title}: {split['num_examples']:,} examples of {split['num_tokens']:,} tokens "
+            f"({learnt:.0f} % count in the loss), {split['num_truncated']:,} truncated, "
+            f"{split['num_dropped']:,} dropped"
+        )
+        yield (
+            f"    tokens each: half have at most {lengths['50']:,}, 95 % {lengths['95']:,}, "
+            f"99 % {lengths['99']:,}, the longest {lengths['100']:,}"
+        )
+    yield from (f"  note: {note}" for note in summary["notes"])
 
 
 def _resolved(recipe: Recipe) -> Recipe:
@@ -142,7 +225,28 @@ def _resolved(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(recipe.model, name_or_path=source), data=data)
 
 
+def _remove(run_dir: Path) -> None:
+    """Remove a run directory that was made a moment ago and that nothing has run in."""
+    shutil.rmtree(run_dir, ignore_errors=True)
+    if run_dir.parent.name == DEFAULT_PARENT.name:
+        with contextlib.suppress(OSError):
+            run_dir.parent.rmdir()  # unless it holds other runs
+
+
+def _check_data(recipe: Recipe) -> None:
+    for key in ("path", "eval_path"):
+        path: str | None = getattr(recipe.data, key)
+        if path is not None and not Path(path).is_file():
+            is_there = Path(path).exists()
+            raise DataError(
+                "this is not a file" if is_there else "there is no such data file",
+                where=path,
+                fix=f"correct data.{key}; a relative path starts where zerofit was started",
+            )
+
+
 def _backend(recipe: Recipe) -> Backend:
+    has_data = recipe.data.path is not None
     if recipe.cluster.backend == "slurm":
         raise SetupError(
             "zerofit cannot submit to Slurm yet",
@@ -156,7 +260,7 @@ def _backend(recipe: Recipe) -> Backend:
                 where="cluster.hostfile",
                 fix="name a hostfile with lines like 'node1 slots=8', or use the local backend",
             )
-        return LocalBackend.here()
+        return LocalBackend.here(has_data=has_data)
     hosts = read_hostfile(Path(recipe.cluster.hostfile))
     if recipe.cluster.backend == "local" and not is_only_this_machine(hosts):
         raise RecipeError(
@@ -165,8 +269,8 @@ def _backend(recipe: Recipe) -> Backend:
             fix="use backend deepspeed, or leave the hostfile out",
         )
     if is_only_this_machine(hosts):
-        return LocalBackend.here()
-    return HostfileBackend.for_hosts(hosts)
+        return LocalBackend.here(has_data=has_data)
+    return HostfileBackend.for_hosts(hosts, has_data=has_data)
 
 
 def _files(prepared: Prepared, recipe: Recipe) -> dict[str, str]:

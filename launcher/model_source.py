@@ -59,7 +59,7 @@ def load_catalogue_entry(name: str) -> CatalogueEntry:
     raise ModelError(
         f"no model {name!r} in the catalogue",
         where="model.name_or_path",
-        fix=f"{did_you_mean(name, catalogue_names())} A folder or a hub id (owner/name) serves too",
+        fix=f"{did_you_mean(name, catalogue_names())}; or give a folder, or a hub id (owner/name)",
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
@@ -285,9 +287,26 @@ def _unknown_keys(part: Any, where: str) -> Iterator[str]:
     yield from walk(part, Recipe, "")
 
 
+# OmegaConf 2.4's words for a value of the wrong type, and what they mean to someone who typed it.
+_PLAIN_WORDS = (
+    (
+        re.compile(r"Value (.*) of type '\w+' could not be converted to Integer"),
+        r"\1 is not a whole number",
+    ),
+    (
+        re.compile(r"Value (.*) of type '\w+' could not be converted to Float"),
+        r"\1 is not a number",
+    ),
+    (re.compile(r"Value (.*) is not a valid bool \(type \w+\)"), r"\1 is not true or false"),
+    (re.compile(r"Incompatible value 'None' for field of type '(\w+)'"), "it cannot be left empty"),
+)
+
+
 def _describe(error: Exception, where: str) -> str:
     key = getattr(error, "full_key", None)
     message = _one_line(error).split(" full_key:")[0].strip()
+    for pattern, plain in _PLAIN_WORDS:
+        message = pattern.sub(plain, message)
     return f"{key or 'recipe'}: {message} ({where})"
 
 
@@ -320,14 +339,17 @@ def _impossible_values(recipe: Recipe) -> Iterable[str]:
         "data.max_eval_samples": recipe.data.max_eval_samples,
     }
     for key, value in positive.items():
-        if value is not None and not value > 0:
-            yield f"{key} is {value}, it must be above 0"
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            yield f"{key} is {value}, it must be a number above 0"
     if not 0 <= recipe.lora.dropout < 1:
         yield f"lora.dropout is {recipe.lora.dropout}, it must be at least 0 and below 1"
     if not 0 <= recipe.optim.warmup_ratio <= 1:
         yield f"optim.warmup_ratio is {recipe.optim.warmup_ratio}, it must be between 0 and 1"
-    if recipe.optim.weight_decay < 0:
+    if not 0 <= recipe.optim.weight_decay < math.inf:
         yield f"optim.weight_decay is {recipe.optim.weight_decay}, it must not be negative"
+    for key, beta in (("1", recipe.optim.adam_beta1), ("2", recipe.optim.adam_beta2)):
+        if not 0 <= beta < 1:
+            yield f"optim.adam_beta{key} is {beta}, it must be at least 0 and below 1"
     if not recipe.lora.target_modules:
         yield "lora.target_modules is empty, name modules or use all-linear"
     strategy = recipe.strategy

@@ -65,6 +65,23 @@ def rank_file(run_dir: Path, rank: int) -> Path:
     return run_dir / RANKS / f"{rank:05d}.json"
 
 
+def check_is_run(run_dir: Path) -> None:
+    """Raise RunDirError unless a run was written to the folder."""
+    if not run_dir.is_dir():
+        raise RunDirError(
+            "this is not a folder" if run_dir.exists() else "there is no such run directory",
+            where=str(run_dir),
+            fix="name the folder that `zerofit train` printed",
+        )
+    names = (RECIPE, PLAN, STATUS, RANKS)
+    if not any((run_dir / name).exists() for name in names):
+        raise RunDirError(
+            "this is not a run directory: it has none of " + ", ".join(names),
+            where=str(run_dir),
+            fix="name the folder that `zerofit train` printed",
+        )
+
+
 def default_name(model: str, method: str, when: datetime) -> str:
     """Return ``<model>-<method>-<timestamp>``, with letters that are safe in any path."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rsplit("/", 1)[-1]).strip("-.")
@@ -200,9 +217,7 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
-def read_mapping(
-    path: Path, *, schema_version: int, is_version_required: bool = True
-) -> dict[str, Any]:
+def read_mapping(path: Path, *, schema_version: int) -> dict[str, Any]:
     """Read a JSON object of one schema version; the version itself is left out.
 
     Raises:
@@ -211,8 +226,7 @@ def read_mapping(
     value = read_json(path)
     if not isinstance(value, dict):
         raise RunDirError("this is not a JSON object", where=str(path), fix="check the path")
-    is_known = "schema_version" in value or is_version_required
-    if is_known and value.get("schema_version") != schema_version:
+    if value.get("schema_version") != schema_version:
         raise RunDirError(
             f"schema_version is {value.get('schema_version')!r}, this zerofit reads "
             f"{schema_version}",
@@ -230,7 +244,16 @@ def write_status(run_dir: Path, state: RunState, *, reason: str | None = None) -
         "state": state,
         "changed_at": changed_at,
     }
-    write_json(run_dir / STATUS, content | ({"reason": reason} if reason else {}))
+    content |= {"reason": reason} if reason else {}
+    try:
+        write_json(run_dir / STATUS, content)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # That the disk is full should still be recorded: the old file's own block has room.
+        with (run_dir / STATUS).open("r+", encoding="utf-8") as stream:
+            stream.write(json.dumps(content) + "\n")
+            stream.truncate()
 
 
 def read_status(run_dir: Path) -> RunStatus:
@@ -240,8 +263,7 @@ def read_status(run_dir: Path) -> RunStatus:
         RunDirError: not a run directory, a broken file, or one of another version.
     """
     path = run_dir / STATUS
-    # A rank that marks its run as finished writes no more than the state.
-    content = read_mapping(path, schema_version=STATUS_SCHEMA_VERSION, is_version_required=False)
+    content = read_mapping(path, schema_version=STATUS_SCHEMA_VERSION)
     if content.get("state") not in get_args(RunState):
         raise RunDirError(
             f"the state {content.get('state')!r} is unknown",
@@ -277,6 +299,12 @@ def read_ranks(run_dir: Path) -> tuple[RankPeaks, ...]:
         RunDirError: a file is broken or of another version.
     """
     return tuple(read_rank(path) for path in sorted((run_dir / RANKS).glob("[0-9]*.json")))
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free space of the disk that a folder is on, for this user."""
+    stats = os.statvfs(folder)
+    return stats.f_bavail * stats.f_frsize
 
 
 def _absolute(path: Path) -> Path:
@@ -317,14 +345,14 @@ def _prove_writable(run_dir: Path, needed_bytes: int) -> None:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
-    stats = os.statvfs(run_dir)
-    free_bytes = stats.f_bavail * stats.f_frsize
-    if free_bytes < needed_bytes:
+    free = free_bytes(run_dir)
+    if free < needed_bytes:
         raise RunDirError(
-            f"the disk has {format_bytes(free_bytes)} free, the run needs "
-            f"{format_bytes(needed_bytes)} with its checkpoints",
+            f"the disk has {format_bytes(free)} free, the run needs "
+            f"{format_bytes(needed_bytes)} for what it saves",
             where=str(run_dir),
-            fix="choose a folder on a larger disk, or lower optim.save_total_limit",
+            fix="choose a folder on a larger disk, or keep fewer checkpoints "
+            "(optim.save_total_limit)",
         )
 
 

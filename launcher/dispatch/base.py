@@ -50,6 +50,13 @@ class Backend(Protocol):
     def render(self, plan: Plan, *, run_dir: Path, files: Mapping[str, str]) -> JobRequest:
         """Return what :meth:`submit` would run. Pure; ``--dry-run`` stops here."""
 
+    def check_place(self, plan: Plan) -> None:
+        """Look whether a job of this plan can be started from here; starts nothing.
+
+        Raises:
+            SetupError: something that it needs is missing.
+        """
+
     def submit(self, request: JobRequest, *, run_dir: Path) -> JobHandle:
         """Write the files and start the job. The only step with effects."""
 

@@ -103,7 +103,7 @@ def check_disks(environ: Mapping[str, str] = os.environ) -> Iterator[Check]:
     cache = Path(environ.get("XDG_CACHE_HOME") or home / ".cache")
     folders = {
         "this folder": Path.cwd(),
-        "ZEROFIT_HOME": Path(environ.get("ZEROFIT_HOME") or cache / "zerofit"),
+        "ZEROFIT_HOME": Path(environ.get("ZEROFIT_HOME") or home / ".cache" / "zerofit"),
         "HF_HOME": Path(environ.get("HF_HOME") or cache / "huggingface"),
         "TORCH_EXTENSIONS_DIR": Path(
             environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions"

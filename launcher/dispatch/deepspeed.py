@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.dispatch.base import JobHandle
 from launcher.dispatch.local import LocalBackend, choose_port
 from launcher.dispatch.probe import probe_machine
 from launcher.errors import HostfileError, SetupError
@@ -25,9 +24,24 @@ class HostfileBackend(LocalBackend):
     name: str = "deepspeed"
 
     @classmethod
-    def for_hosts(cls, hosts: tuple[Host, ...]) -> HostfileBackend:
+    def for_hosts(cls, hosts: tuple[Host, ...], *, has_data: bool = False) -> HostfileBackend:
         """Return a backend with a port that is free here; the first host's is not known yet."""
-        return cls(master_port=choose_port(), num_cores=probe_machine().num_cores, hosts=hosts)
+        return cls(
+            master_port=choose_port(),
+            num_cores=probe_machine().num_cores,
+            hosts=hosts,
+            has_data=has_data,
+        )
+
+    def check_place(self, plan: Plan) -> None:  # noqa: ARG002  the hosts' GPUs are not seen here
+        """Raise SetupError unless ranks can be started on other hosts from here."""
+        missing = [name for name in ("pdsh", "ssh") if shutil.which(name) is None]
+        if missing:
+            raise SetupError(
+                f"{' and '.join(missing)} not found, which DeepSpeed starts ranks on hosts with",
+                where="this machine",
+                fix="apt-get install pdsh openssh-client, or use the local backend",
+            )
 
     def render(self, plan: Plan, *, run_dir: Path, files: Mapping[str, str]) -> JobRequest:
         """Return what :meth:`submit` would run. Pure; ``--dry-run`` stops here.
@@ -48,22 +62,6 @@ class HostfileBackend(LocalBackend):
         # GPU indices are of this machine; what the hosts allow is theirs to say.
         job = replace(self._job(plan, run_dir), hosts=self.hosts, gpu_ids=())
         return render_job(job, files=files)
-
-    def submit(self, request: JobRequest, *, run_dir: Path) -> JobHandle:
-        """Write the files and start the job on all hosts. The only step with effects.
-
-        Raises:
-            SetupError: pdsh or ssh is missing here.
-            RunDirError: the files cannot be written.
-        """
-        missing = [name for name in ("pdsh", "ssh") if shutil.which(name) is None]
-        if missing:
-            raise SetupError(
-                f"{' and '.join(missing)} not found, which DeepSpeed starts ranks on hosts with",
-                where="this machine",
-                fix="apt-get install pdsh openssh-client, or use the local backend",
-            )
-        return super().submit(request, run_dir=run_dir)
 
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:

@@ -83,6 +83,13 @@ def describe_failure(
             fix=_SIGNAL_FIXES.get(number, "the log has what the rank printed last"),
         )
     died = next((dead for dead in dead_ranks if dead.exit_status), None)
+    if rd.free_bytes(run_dir) < rd.PROBE_BYTES:
+        # Neither the rank's file nor the log could be written any more.
+        return JobFailedError(
+            "the disk is full, and the run has ended",
+            where=str(run_dir),
+            fix="free some space, or start it again in a folder on a larger disk",
+        )
     who = f"rank {died.rank}" if died else "the deepspeed launcher"
     code = died.exit_status if died else exit_code
     error_line = next((m for line in reversed(log) if (m := _ERROR_LINE.fullmatch(line))), None)
@@ -110,20 +117,20 @@ def _reported(failures: tuple[RankPeaks, ...], log: list[str], *, where: str) ->
     first = failures[0]
     assert first.failure is not None
     failure = first.failure
-    problem = (
-        f"rank {first.rank} on {first.host} failed in phase {failure.phase}: "
-        f"{failure.type}: {failure.message}"
-    )
+    # One of our own errors says what to do; any other names its type, and has a traceback.
+    message, _, own_fix = failure.message.partition("\n  fix: ")
+    what = message if own_fix else f"{failure.type}: {message}"
+    problem = f"rank {first.rank} on {first.host} failed in phase {failure.phase}: {what}"
     # Once: what the rank printed itself has been seen already.
     lines = failure.traceback.rstrip().splitlines()
-    last = (failure.message.splitlines() or lines or [""])[-1]
-    if not any(line.endswith(last) for line in log):
+    last = (message.splitlines() or lines or [""])[-1]
+    if not own_fix and not any(line.endswith(last) for line in log):
         problem += "\n" + "\n".join(f"    {line}" for line in lines)
     others = [str(peaks.rank) for peaks in failures[1:9]]
     if others:
         more = f" and {len(failures) - 9} more" if len(failures) > 9 else ""
         problem += f"\n  then failed too: rank {', '.join(others)}{more}"
-    fix = "mend what the traceback says; the log has all that was printed"
+    fix = own_fix or "mend what the traceback says; the log has all that was printed"
     if first.state == "out_of_memory":
         fix = "`zerofit report` shows which phase was fuller than predicted; use a smaller micro "
         fix += "batch, a higher zero_stage, or offload"

@@ -40,12 +40,16 @@ class LocalBackend:
     python: str = sys.executable
     run_id: str = field(default_factory=new_run_id)
     worker_module: str = WORKER_MODULE
+    has_data: bool = False
+    """Whether the recipe names data, which is tokenised before the ranks start."""
     extra_env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     name: str = "local"
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @classmethod
-    def here(cls, *, environ: Mapping[str, str] = os.environ) -> LocalBackend:
+    def here(
+        cls, *, has_data: bool = False, environ: Mapping[str, str] = os.environ
+    ) -> LocalBackend:
         """Return a backend with a free port and what this machine allows.
 
         Raises:
@@ -55,6 +59,21 @@ class LocalBackend:
             master_port=choose_port(),
             num_cores=probe_machine(environ=environ).num_cores,
             visible_gpus=parse_visible_gpus(environ.get("CUDA_VISIBLE_DEVICES")),
+            has_data=has_data,
+        )
+
+    def check_place(self, plan: Plan) -> None:
+        """Raise SetupError unless this machine has the GPUs of the plan."""
+        gpu, ranks = plan.cluster.gpu, plan.cluster.gpus_per_node
+        found = probe_machine().gpus
+        if gpu.device_type != "cuda" or len(found) >= ranks:
+            return
+        here = f"{len(found)} GPU{'s' * (len(found) > 1)}" if found else "no GPU"
+        raise SetupError(
+            f"the plan is for {ranks} x {gpu.name} and this machine has {here}",
+            where="this machine",
+            fix="leave cluster.gpu and cluster.gpus_per_node out to plan for this machine, or "
+            "write the files with `zerofit render` and start job.sh there",
         )
 
     def render(self, plan: Plan, *, run_dir: Path, files: Mapping[str, str]) -> JobRequest:
@@ -156,6 +175,7 @@ class LocalBackend:
             expandable_segments=plan.strategy.expandable_segments,
             gpu_ids=gpu_ids,
             worker_module=self.worker_module,
+            has_data=self.has_data,
             extra_env=self.extra_env,
         )
 

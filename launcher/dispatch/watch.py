@@ -160,12 +160,19 @@ def _conclude(
         raise JobInterruptedError(
             f"the run was stopped by {name}; all of its processes have ended",
             where=str(run_dir),
-            fix="start it again in a new folder",
+            fix=_way_on(run_dir),
             signal_number=stopped_by,
         )
     error = describe_failure(run_dir, exit_code=exit_code, dead_ranks=ranks.ended.values())
     _record(run_dir, "failed", error.problem.partition("\n")[0])
     raise error
+
+
+def _way_on(run_dir: Path) -> str:
+    """Return how to go on after an interruption."""
+    if any((run_dir / rd.CHECKPOINTS).glob("checkpoint-*")):
+        return f"`bash {run_dir / rd.JOB_SCRIPT}` goes on from its last checkpoint"
+    return "start it again in a new folder; with optim.save_steps a run can go on from checkpoints"
 
 
 def _is_finished(run_dir: Path) -> bool:

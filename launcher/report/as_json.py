@@ -119,6 +119,7 @@ def _time(time: TimeReport) -> dict[str, Any]:
         "first_step_seconds": time.first_step_seconds,
         "step_seconds": _compare(time.step_seconds),
         "max_step_seconds": time.max_step_seconds,
+        "tokens_per_step_per_gpu": _compare(time.tokens_per_step_per_gpu),
         "tokens_per_second_per_gpu": _compare(time.tokens_per_second_per_gpu),
         "tokens_per_second": time.tokens_per_second,
     }

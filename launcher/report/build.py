@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 
-from launcher.memory import PHASES
 from launcher.peaks import PhasePeaks, RankPeaks
+from launcher.predict.memory import PHASES
 from launcher.report.prediction import (
     Prediction,
     prediction_from_plan,
@@ -188,11 +188,18 @@ def _time_report(peaks: Sequence[RankPeaks], prediction: Prediction) -> TimeRepo
     stepping = [rank for rank in peaks if rank.step_seconds and rank.tokens_per_step]
     tokens_per_step = sum(rank.tokens_per_step for rank in stepping)
     total = tokens_per_step / usual if usual and tokens_per_step else None
+    planned_tokens = None
+    if prediction.tokens_per_second_per_gpu and prediction.step_seconds:
+        planned_tokens = prediction.tokens_per_second_per_gpu * prediction.step_seconds
     return TimeReport(
         num_steps=max((rank.steps_done for rank in peaks), default=0),
         first_step_seconds=steps[0] if steps else None,
         max_step_seconds=max(steady, default=None),
         step_seconds=Comparison(predicted=prediction.step_seconds, measured=usual),
+        tokens_per_step_per_gpu=Comparison(
+            predicted=planned_tokens,
+            measured=tokens_per_step / len(stepping) if stepping else None,
+        ),
         tokens_per_second_per_gpu=Comparison(
             predicted=prediction.tokens_per_second_per_gpu,
             measured=total / len(stepping) if total else None,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run_dir
-from launcher.errors import RunDirError
 from launcher.peaks import PhasePeaks, RankPeaks, peaks_from_json
 from launcher.planning import plan
 from launcher.report.prediction import MAX_WORLD_SIZE
@@ -30,19 +29,7 @@ def load_run(directory: Path) -> RunFiles:
     Raises:
         RunDirError: there is no such directory, or no run was ever written to it.
     """
-    if not directory.is_dir():
-        raise RunDirError(
-            "there is no such run directory",
-            where=str(directory),
-            fix="name the folder that `zerofit train` printed",
-        )
-    names = (run_dir.RECIPE, run_dir.PLAN, run_dir.STATUS, run_dir.RANKS)
-    if not any((directory / name).exists() for name in names):
-        raise RunDirError(
-            "this is not a run directory: it has none of " + ", ".join(names),
-            where=str(directory),
-            fix="name the folder that `zerofit train` printed",
-        )
+    run_dir.check_is_run(directory)
     problems: list[str] = []
     plan_json = _read_mapping(directory / run_dir.PLAN, problems)
     if plan_json is None and not (directory / run_dir.PLAN).exists():

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from launcher.memory import PHASES
 from launcher.peaks import RankFailure, RankPeaks
+from launcher.predict.memory import PHASES
 from launcher.report.prediction import Prediction
 
 RunState = Literal[
@@ -122,6 +122,9 @@ class TimeReport:
     """Slowest step after the first."""
     step_seconds: Comparison
     """Measured: the median of the steps after the first (of all, when there is only one)."""
+    tokens_per_step_per_gpu: Comparison
+    """Tokens that one rank processes in a step, padding included; the prediction is for
+    sequences of full length."""
     tokens_per_second_per_gpu: Comparison
     """Padding included."""
     tokens_per_second: float | None

@@ -14,7 +14,7 @@ from launcher.report.text import (
     printable,
     shorten,
 )
-from launcher.units import GIB, KIB, MIB, format_seconds
+from launcher.units import GIB, KIB, MIB, format_count, format_seconds
 
 MAX_RANK_ROWS = 16
 MAX_NODE_ROWS = 16
@@ -233,6 +233,10 @@ def _time_table(report: RunReport) -> Table:
         ("first step", *_comparison_cells(first, format_seconds)),
         ("median step", *_comparison_cells(time.step_seconds, format_seconds)),
         ("slowest later step", *_comparison_cells(slowest, format_seconds)),
+        (
+            f"tokens a step, each {per}",
+            *_comparison_cells(time.tokens_per_step_per_gpu, format_count),
+        ),
         (f"each {per}", *_comparison_cells(time.tokens_per_second_per_gpu, format_rate)),
     ]
     if len(report.ranks) > 1:
@@ -242,7 +246,8 @@ def _time_table(report: RunReport) -> Table:
         title="Time and throughput",
         header=("", "predicted", "measured", "error"),
         rows=tuple(rows),
-        note="A step takes as long as its slowest rank; tokens include padding.",
+        note="A step takes as long as its slowest rank; tokens include padding. The prediction is "
+        "for sequences of full length: with fewer tokens a step takes less time.",
     )
 
 

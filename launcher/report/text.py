@@ -165,6 +165,11 @@ def _time_findings(report: RunReport) -> list[Finding]:
         return []
     step = time.step_seconds
     found = [Finding(label="Step time", text=compare(step, format_seconds) + " (median)")]
+    tokens = time.tokens_per_step_per_gpu
+    if tokens.predicted and tokens.measured and tokens.measured < 0.95 * tokens.predicted:
+        full = tokens.measured / tokens.predicted
+        text = f"{full:.0%} of the planned tokens: sequences were shorter than max_seq_len"
+        found.append(Finding(label="Batches", text=text))
     speed = time.tokens_per_second_per_gpu
     if speed.measured is not None:
         per = "rank" if report.is_on_cpu else "GPU"

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run_dir
-from launcher.errors import DataError, LauncherError
+from launcher.errors import DataError, LauncherError, RunDirError
 from launcher.recipe import Recipe, parse_recipe
+from launcher.worker.program import begin_program
 from launcher.worker.records import (
     SHAPES,
     Conversation,
@@ -101,7 +102,8 @@ def prepare_data(recipe: Recipe, tokenizer: Any, cache_dir: Path) -> Path:
     paths = [Path(p).expanduser() for p in (recipe.data.path, recipe.data.eval_path) if p]
     for path in paths:
         if not path.is_file():
-            raise DataError("no such file", where=str(path), fix="correct data.path")
+            key = "data.path" if path is paths[0] else "data.eval_path"
+            raise DataError("no such file", where=str(path), fix=f"correct {key}")
     target = cache_dir / _cache_key(recipe, tokenizer, paths)
     if (target / SUMMARY).is_file():
         logger.info("tokenised data: from the cache, %s", target)
@@ -133,7 +135,7 @@ def load_summary(folder: Path) -> DataSummary:
         raise DataError(
             "the data is not tokenised",
             where=str(folder),
-            fix="run `python -m launcher.worker.data --run-dir DIR` first",
+            fix=f"run `python -m launcher.worker.data --run-dir {folder.parent}` first",
         ) from None
     held_out = content["eval"]
     return DataSummary(
@@ -156,8 +158,6 @@ def _write_data(recipe: Recipe, tokenizer: Any, folder: Path) -> DataSummary:
     examples, record_format = _read_examples(
         Path(data.path).expanduser(), data.format, tokenizer, limit=data.max_train_samples
     )
-    if data.format == "auto":
-        notes.append(f"format: {record_format}, as the first record shows")
     if record_format == "alpaca" and not tokenizer.chat_template:
         notes.append("the model has no chat template: alpaca records use the published prompt")
     train = _write_split(examples, recipe, tokenizer, Path(data.path), folder / "train")
@@ -327,6 +327,15 @@ def load_tokenizer(recipe: Recipe) -> Any:
     from transformers import AutoTokenizer
 
     name = recipe.model.name_or_path
+    folder = Path(name)
+    if folder.is_dir() and not any(
+        any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model")
+    ):
+        raise DataError(
+            "the model's folder has no tokenizer",
+            where=name,
+            fix="put tokenizer.json and tokenizer_config.json beside config.json",
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name,
@@ -355,18 +364,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="folder to keep tokenised data in")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    begin_program()
     path = options.run_dir / run_dir.RECIPE
     try:
-        recipe = parse_recipe(path.read_text(encoding="utf-8"), source=str(path))
+        recipe = parse_recipe(run_dir.read_text(path), source=str(path))
         if recipe.data.path is None:
             sys.stdout.write("null\n")
             return 0
         target = options.run_dir / DATA
         # DeepSpeed, which transformers imports where it is installed, logs to stdout.
         with contextlib.redirect_stdout(sys.stderr):
+            names = [Path(p).name for p in (recipe.data.path, recipe.data.eval_path) if p]
+            logger.info("tokenising %s", " and ".join(names))
             tokenizer = load_tokenizer(recipe)
             folder = prepare_data(recipe, tokenizer, options.cache or target / "cache")
         shutil.copytree(folder, target, copy_function=_link_or_copy, dirs_exist_ok=True)
@@ -374,8 +383,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LauncherError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
-    for note in summary.notes:
-        logger.info("%s", note)
+    except OSError as error:
+        reason, where = error.strerror or error, error.filename or options.run_dir
+        sys.stderr.write(f"error: {where}: cannot write the tokenised data: {reason}\n")
+        return RunDirError.exit_code
     sys.stdout.write(json.dumps(asdict(summary)) + "\n")
     return 0
 

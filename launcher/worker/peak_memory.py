@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from launcher import run_dir
-from launcher.memory import PHASES, Phase
 from launcher.peaks import PhasePeaks, RankFailure, RankPeaks, RankState, peaks_to_json
+from launcher.predict.memory import PHASES, Phase
 from launcher.worker.process_memory import HostPeak, Sampler, device_memory_reader
 from launcher.worker.storage_tracker import StorageTracker
 

@@ -220,6 +220,8 @@ def _message(turn: Any, number: int, record_format: Format, where: str) -> dict[
     if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
         raise _wrong_shape(f"turn {number} has no 'role': {_describe(turn)}", record_format, where)
     content = turn.get("content")
+    if "content" not in turn and not turn.get("tool_calls"):
+        raise _wrong_shape(f"turn {number} has no 'content'", record_format, where)
     if isinstance(content, list):
         content = _joined_parts(content, number, where)
     # An assistant turn that only calls tools has no text.
@@ -280,7 +282,8 @@ def _string(record: Mapping[str, Any], key: str, record_format: Format, where: s
 
 
 def _wrong_shape(problem: str, record_format: Format, where: str) -> DataError:
-    return DataError(problem, where=where, fix=f"{record_format} is {SHAPES[record_format]}")
+    shape = SHAPES[record_format]
+    return DataError(problem, where=where, fix=f"{record_format} records look like {shape}")
 
 
 def _accepted_shapes() -> str:
@@ -288,6 +291,8 @@ def _accepted_shapes() -> str:
 
 
 def _describe(value: Any) -> str:
+    if value is None:
+        return "null"
     if isinstance(value, Mapping):
         return f"the keys {sorted(map(str, value))}" if value else "an empty object"
     return f"{type(value).__name__} {_shorten(json.dumps(value, ensure_ascii=False, default=str))}"

@@ -9,13 +9,14 @@ status.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
 import logging
 import os
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from launcher.errors import LauncherError, RunDirError
 from launcher.planning.plan import strategy_from_json
 from launcher.recipe import Recipe, parse_recipe
 from launcher.strategy import Method, Precision, Strategy
+from launcher.worker.program import quiet_libraries
 from launcher.worker.ranks import (
     Ranks,
     choose_device,
@@ -169,7 +171,7 @@ def _train(
     if ranks.rank == 0:
         _log_fullest_rank(inputs.folder)
         # Last of all: DeepSpeed's launcher can exit with 0 although a rank was killed.
-        run_dir.write_json(inputs.folder / run_dir.STATUS, {"state": "finished"})
+        run_dir.write_status(inputs.folder, "finished")
     dist.destroy_process_group()
 
 
@@ -259,15 +261,6 @@ def _log_fullest_rank(folder: Path) -> None:
     )
 
 
-def _quiet_libraries(ranks: Ranks) -> None:
-    """Let rank 0 speak, other ranks only on error, and libraries only of what matters."""
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("launcher").setLevel(logging.INFO if ranks.rank == 0 else logging.ERROR)
-    # Warnings of libraries about each other; nothing in them is the user's to mend.
-    warnings.filterwarnings("ignore")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run this rank and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m launcher.worker.train", allow_abbrev=False)
@@ -276,7 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     ranks = ranks_from_environment(os.environ)
     prepare_environment(ranks)
-    _quiet_libraries(ranks)
+    # Rank 0 speaks, other ranks only on error.
+    quiet_libraries(logging.INFO if ranks.rank == 0 else logging.ERROR)
     recorder = None
     try:
         inputs = read_inputs(options.run_dir)
@@ -296,23 +290,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         exit_on_signal(recorder.interrupt)
         recorder.start()
+        if ranks.rank == 0:
+            # Also when job.sh was started by hand, perhaps after an interruption.
+            run_dir.write_status(options.run_dir, "running")
         run(inputs, ranks, device, recorder)
     except BaseException as error:  # noqa: BLE001 - whatever ends a rank belongs into its file
-        _report_failure(error, ranks, recorder)
+        _report_failure(error, ranks, recorder, folder=options.run_dir)
         return 1
     return 0
 
 
-def _report_failure(error: BaseException, ranks: Ranks, recorder: PeakRecorder | None) -> None:
+def _report_failure(
+    error: BaseException, ranks: Ranks, recorder: PeakRecorder | None, *, folder: Path
+) -> None:
     if recorder is not None:
         recorder.fail(error)
-    if isinstance(error, LauncherError):
+        # The launcher says it too, in the end; nobody else does when job.sh is started by hand.
+        with contextlib.suppress(OSError):
+            said = f"rank {ranks.rank}: {type(error).__name__}: {error}".splitlines()[0]
+            run_dir.write_status(folder, "failed", reason=said)
+    if not _is_first_of_its_kind(error, folder):
+        text = f"the same as on the rank above: {type(error).__name__}: {error}".splitlines()[0]
+    elif isinstance(error, LauncherError):
         text = f"error: {error}"
     else:
         text = "".join(traceback.format_exception(error)).rstrip()
     prefix = f"[rank {ranks.rank}] "
     sys.stderr.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
     sys.stderr.flush()
+
+
+def _is_first_of_its_kind(error: BaseException, folder: Path) -> bool:
+    """Return whether no rank of this launcher has yet failed at the same place.
+
+    What every rank runs into is shown once, not once a rank: the first one leaves a mark.
+    """
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    kind = f"{type(error).__name__} {frames}".encode()
+    # The parent tells this attempt from an earlier one in the same run directory.
+    name = f".shown-{os.getppid()}-{hashlib.sha256(kind).hexdigest()[:16]}"
+    try:
+        (folder / run_dir.RANKS / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True  # a full disk, or no run directory: better twice than never
+    return True
 
 
 def _read_text(path: Path) -> str:

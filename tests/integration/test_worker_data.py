@@ -227,7 +227,7 @@ def test_a_model_without_a_tokenizer_is_an_error(
         f"model: {{name_or_path: {tmp_path / 'model'}}}\ndata: {{path: {data}}}\n"
     )
     assert main(["--run-dir", str(tmp_path)]) == 2
-    assert "tokenizer cannot be loaded" in capsys.readouterr().err
+    assert "the model's folder has no tokenizer" in capsys.readouterr().err
 
 
 def test_percentiles_are_nearest_ranks() -> None:

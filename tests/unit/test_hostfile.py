@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.errors import HostfileError
 from launcher.hostfile import Host, equal_slots, parse_hostfile, render_hostfile
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_hosts_keep_their_order_and_comments_are_left_out() -> None:
@@ -70,3 +74,10 @@ names = st.from_regex(r"[a-z0-9_][a-z0-9_.-]{0,20}", fullmatch=True)
 def test_rendered_hosts_are_read_back(slots_by_name: dict[str, int]) -> None:
     hosts = tuple(Host(name=name, slots=slots) for name, slots in slots_by_name.items())
     assert parse_hostfile(render_hostfile(hosts), source="hosts") == hosts
+
+
+def test_every_example_hostfile_can_be_read() -> None:
+    examples = [path for path in (ROOT / "hostfiles").rglob("*") if path.is_file()]
+    assert len(examples) == 1
+    for path in examples:
+        assert parse_hostfile(path.read_text(encoding="utf-8"), source=str(path))

@@ -18,10 +18,10 @@ from launcher.dispatch.local import LocalBackend, choose_port
 from launcher.errors import HostfileError, RunDirError, SetupError
 from launcher.hardware import cpu_spec, default_cluster, find_gpu
 from launcher.hostfile import Host
-from launcher.memory import MemoryEstimate
 from launcher.model_spec import spec_from_config
 from launcher.planning.plan import Plan
-from launcher.step_time import TimeEstimate
+from launcher.predict.memory import MemoryEstimate
+from launcher.predict.step_time import TimeEstimate
 from launcher.strategy import Method, Strategy
 from launcher.units import GIB
 from launcher.workload import Workload

@@ -94,7 +94,7 @@ def test_an_assistant_turn_of_tool_calls_needs_no_content() -> None:
         ({"messages": [{"role": "user", "content": "x"}]}, "messages", "no assistant turn"),
         ({"conversations": [{"from": "me", "value": "x"}]}, "sharegpt", "is from 'me'"),
         ({"prompt": "x"}, "prompt_completion", "no 'completion', found the keys ['prompt']"),
-        ({"text": None}, "text", "'text' is NoneType null, not text"),
+        ({"text": None}, "text", "'text' is null, not text"),
         (["x"], "text", "no 'text', found list [\"x\"]"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},

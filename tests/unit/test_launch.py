@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+
+from launcher.launch import describe_data, disk_bytes
+from launcher.prepare import prepare
+from launcher.recipe import parse_recipe
+from launcher.units import MIB
+
+SMALL_FILES_BYTES = 64 * MIB
+# Counted in the published checkpoint's tensors, and LoRA r=16 on its seven linear modules:
+# 32 layers x 16 x (4 x (4096 + 4096) + 3 x (4096 + 11008)).
+LLAMA2_7B_PARAMS = 6_738_415_616
+LLAMA2_7B_LORA_PARAMS = 39_976_960
+
+
+def needed(**overrides: str) -> tuple[int, int]:
+    """Return the disk space of a run of llama2-7b in bf16, and of one checkpoint of it."""
+    options = {"model.name_or_path": "llama2-7b", "cluster.gpu": "A100-80GB"}
+    options |= {"cluster.gpus_per_node": "8"}
+    settings = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+    recipe = parse_recipe("", source="test", options=options, overrides=settings)
+    prepared = prepare(recipe, source="test")
+    return disk_bytes(prepared), prepared.plan.memory.checkpoint_bytes
+
+
+def test_without_save_steps_only_the_final_weights_need_room() -> None:
+    assert needed(method="lora")[0] == SMALL_FILES_BYTES + 2 * LLAMA2_7B_LORA_PARAMS
+    assert needed(method="full")[0] == SMALL_FILES_BYTES + 2 * LLAMA2_7B_PARAMS
+
+
+def test_random_weights_that_are_all_trained_are_not_saved() -> None:
+    assert needed(method="full", model__random_weights="true")[0] == SMALL_FILES_BYTES
+
+
+def test_with_save_steps_the_kept_checkpoints_and_the_one_being_written_need_room() -> None:
+    total, checkpoint = needed(method="lora", optim__save_steps="10", optim__save_total_limit="4")
+    assert checkpoint > 0
+    assert total == SMALL_FILES_BYTES + 2 * LLAMA2_7B_LORA_PARAMS + 5 * checkpoint
+
+
+def test_the_data_is_described_in_sentences() -> None:
+    split = {
+        "num_examples": 1500,
+        "num_tokens": 30_000,
+        "num_loss_tokens": 7_500,
+        "num_truncated": 12,
+        "num_dropped": 3,
+        "length_percentiles": {"50": 18, "95": 60, "99": 100, "100": 128},
+    }
+    summary = {"format": "messages", "train": split, "eval": None, "notes": ["a note"]}
+    assert "\n".join(describe_data(summary)) == (
+        "data: messages records\n"
+        "  train: 1,500 examples of 30,000 tokens (25 % count in the loss), 12 truncated, "
+        "3 dropped\n"
+        "    tokens each: half have at most 18, 95 % 60, 99 % 100, the longest 128\n"
+        "  note: a note"
+    )
+
+
+@pytest.mark.parametrize("key", ["path", "eval_path"])
+def test_each_data_file_is_looked_for_before_anything_is_written(key: str) -> None:
+    from launcher.errors import DataError
+    from launcher.launch import _check_data
+
+    recipe = parse_recipe(
+        "", source="test", options={"model.name_or_path": "x", f"data.{key}": "/no/such.jsonl"}
+    )
+    with pytest.raises(DataError, match=f"correct data.{key}"):
+        _check_data(recipe)
