@@ -14,11 +14,11 @@ demo: $(VENV)/train.stamp  ## fine-tune a real model on real text on this machin
 	$(BIN)/zerofit demo
 
 test: $(VENV)/dev.stamp  ## all tests that this machine can run
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest -n 2 tests/unit
 	$(BIN)/pytest tests/integration
 
 test-unit: $(VENV)/dev.stamp  ## the quick tests alone
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest -n 2 tests/unit
 
 check: $(VENV)/dev.stamp  ## format, lint, types, layers
 	$(BIN)/ruff format --check .
@@ -30,8 +30,10 @@ format: $(VENV)/dev.stamp  ## rewrite the sources as ruff formats them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-golden: $(VENV)/dev.stamp  ## rewrite the golden files; review the difference before committing
-	ZEROFIT_UPDATE_GOLDEN=1 $(BIN)/pytest tests/unit -k golden
+golden: $(VENV)/dev.stamp  ## rewrite recipes/, ds_configs/ and the generated pages; review the diff
+	$(BIN)/python benchmarks/make_recipes.py
+	$(BIN)/python benchmarks/make_figure4.py
+	$(BIN)/python benchmarks/accuracy.py --markdown > benchmarks/accuracy.md
 
 clean:  ## remove the environment and caches, no results
 	rm -rf $(VENV) build ./*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
