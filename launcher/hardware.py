@@ -76,8 +76,8 @@ _PLAIN_NODE = NodeDefaults(
     nvme_bytes_per_s=3 * GIGA,
     source="two memory channels, 10 Gb/s Ethernet, one NVMe drive",
 )
-# One core with AVX2 and two FMA units does 32 fp32 operations a cycle, at about 2.5 GHz.
-_CPU_FLOPS_PER_S_PER_CORE = 32 * 2.5e9
+# One core with two FMA units of 8 (AVX2) or 16 (AVX-512) lanes, at about 2.5 GHz.
+_CPU_CYCLES_PER_S = 2.5e9
 _CPU_MEMORY_BYTES_PER_S = 20.0 * GIGA
 # gloo between processes of one host goes through TCP on the loopback: about 1 GB/s.
 _CPU_PEER_BYTES_PER_S = 1.0 * GIGA
@@ -123,6 +123,7 @@ def cpu_spec(
     memory_bytes: int,
     *,
     num_cores: int = 1,
+    flops_per_cycle: int = 32,
     matmul_flops_per_s: float | None = None,
     memory_bytes_per_s: float = _CPU_MEMORY_BYTES_PER_S,
 ) -> GpuSpec:
@@ -131,10 +132,11 @@ def cpu_spec(
     Args:
         memory_bytes: memory that this rank may use.
         num_cores: cores of this rank.
-        matmul_flops_per_s: fp32 peak when known, else 80 GFLOPS a core.
+        flops_per_cycle: fp32 operations of one core; 32 with AVX2, 64 with AVX-512.
+        matmul_flops_per_s: fp32 peak when known, else cores x operations x 2.5 GHz.
         memory_bytes_per_s: DRAM bandwidth of this rank.
     """
-    flops_per_s = matmul_flops_per_s or num_cores * _CPU_FLOPS_PER_S_PER_CORE
+    flops_per_s = matmul_flops_per_s or num_cores * flops_per_cycle * _CPU_CYCLES_PER_S
     return GpuSpec(
         name="cpu",
         device_type="cpu",
@@ -145,7 +147,7 @@ def cpu_spec(
         host_link_bytes_per_s=memory_bytes_per_s,
         peer_link_bytes_per_s=_CPU_PEER_BYTES_PER_S,
         context_bytes=0,
-        source=f"{num_cores} cores at 32 fp32 operations a cycle and 2.5 GHz",
+        source=f"{num_cores} cores at {flops_per_cycle} fp32 operations a cycle and 2.5 GHz",
     )
 
 

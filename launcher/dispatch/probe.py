@@ -53,6 +53,7 @@ class ProbedMachine:
     num_numa_nodes: int
     memory_bytes: int
     available_bytes: int
+    has_avx512: bool = False
 
 
 def probe_machine(*, environ: Mapping[str, str] = os.environ) -> ProbedMachine:
@@ -81,6 +82,7 @@ def probe_machine(*, environ: Mapping[str, str] = os.environ) -> ProbedMachine:
         num_numa_nodes=len(list(_NUMA_NODES.glob("node[0-9]*"))) or 1,
         memory_bytes=total,
         available_bytes=max(0, available),
+        has_avx512=_has_avx512(),
     )
 
 
@@ -218,9 +220,21 @@ def _cgroup_folders(controller: str, root: Path, membership: Path) -> list[Path]
     return folders
 
 
+def _has_avx512() -> bool:
+    """Return whether Linux lists AVX-512 among the processor's flags."""
+    try:
+        return " avx512f " in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
 def _cpu_cluster(machine: ProbedMachine, num_nodes: int, gpus_per_node: int | None) -> ClusterSpec:
     ranks = gpus_per_node or min(DEFAULT_CPU_RANKS, machine.num_cores)
-    rank = cpu_spec(machine.memory_bytes // ranks, num_cores=max(1, machine.num_cores // ranks))
+    rank = cpu_spec(
+        machine.memory_bytes // ranks,
+        num_cores=max(1, machine.num_cores // ranks),
+        flops_per_cycle=64 if machine.has_avx512 else 32,
+    )
     return default_cluster(
         rank,
         num_nodes=num_nodes,

@@ -21,6 +21,7 @@ from launcher.planning.search import (
     smaller_micro_batches,
     weigh_all,
 )
+from launcher.planning.wording import fit_words
 from launcher.recipe import StrategySection
 from launcher.strategy import Checkpointing, Offload, Strategy, ZeroStage
 from launcher.workload import Workload
@@ -164,8 +165,14 @@ def make_plan(
         time=best.time,
         limit_bytes=limit_bytes,
         safety_margin_bytes=(cluster.free_memory_bytes or cluster.gpu.memory_bytes) - limit_bytes,
-        decisions=explain_choice(setting),
-        rejected=explain_rejections(setting, choice.impossible, pointless),
+        decisions=tuple(
+            replace(decision, reason=fit_words(decision.reason, cluster.gpu))
+            for decision in explain_choice(setting)
+        ),
+        rejected=tuple(
+            replace(rejected, reason=fit_words(rejected.reason, cluster.gpu))
+            for rejected in explain_rejections(setting, choice.impossible, pointless)
+        ),
         ladder=_ladder(best, [*choice.weighed, *choice.smaller]),
     )
 

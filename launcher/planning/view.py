@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.planning.plan import Plan
-from launcher.planning.wording import METHOD_NAME, changes, label, plain_part, short_size
+from launcher.planning.wording import METHOD_NAME, changes, fit_words, label, plain_part, short_size
 from launcher.strategy import Method
 from launcher.units import GIB, format_count, format_seconds
 from launcher.workload import Workload
@@ -44,7 +44,8 @@ def render_plan(plan: Plan, *, show_all: bool = False) -> RenderableType:
         parts += [_title("What would fit"), _bullets(plan.suggestions)]
     chosen = "What was chosen, and why" if plan.fits else "What comes closest, and why"
     parts += [_title(chosen), _choices(plan)]
-    parts += [_title("Memory of the fullest GPU, phase by phase"), _memory(plan)]
+    memory_title = "Memory of the fullest GPU, phase by phase"
+    parts += [_title(fit_words(memory_title, plan.cluster.gpu)), _memory(plan)]
     parts += [
         _title("What was not chosen (the same plan, but with …)"),
         _rejections(plan, show_all=show_all),

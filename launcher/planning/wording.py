@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from launcher.hardware import GpuSpec
 from launcher.planning.plan import Candidate
 from launcher.planning.rules import METHOD_NAME
 from launcher.predict import components as parts
@@ -174,3 +175,10 @@ def _memory_change(rival: Candidate, best: Candidate) -> str:
     change = rival.memory.device_used_bytes - best.memory.device_used_bytes
     size = short_size(abs(change))
     return f"needs {size} more" if change > 0 else f"saves {size}"
+
+
+def fit_words(text: str, gpu: GpuSpec) -> str:
+    """Return a sentence about GPUs as it reads where ranks run on the processor."""
+    if gpu.device_type == "cuda":
+        return text
+    return text.replace("GPU memory", "memory").replace("GPU", "rank")
