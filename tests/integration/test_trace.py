@@ -120,23 +120,22 @@ def test_states_between_steps_are_those_of_the_zero_paper() -> None:
     assert offloaded["host_bytes"] == pytest.approx(18 * count / 8 + 2 * largest, rel=0.01)
 
 
-def test_adapters_are_bf16_under_zero_2_and_fp32_under_zero_3() -> None:
+def test_adapters_have_the_models_precision_at_every_stage() -> None:
     lora = {"method": Method.lora, "lora": LoraSpec(r=64, target_modules=("q_proj", "v_proj"))}
     zero_2, zero_3 = run_traces(
         request(Strategy(zero_stage=2, zero=AUTO), layers=2, **lora),
         request(Strategy(zero_stage=3, zero=AUTO), layers=2, **lora),
     )
     # q and v: A is 64 x 4096 and B is 4096 x 64, in two layers.
-    assert zero_2["num_trainable_params"] == 2 * 2 * 2 * 64 * 4096
+    num_adapter_params = 2 * 2 * 2 * 64 * 4096
+    assert zero_2["num_trainable_params"] == num_adapter_params
     assert zero_2["optimizer_class"] == "DeepSpeedZeroOptimizer"
-    casts = [
-        group
-        for group in zero_3["live_at_peak"]
-        if group["op"] == "_to_copy.default" and group["shape"] == [1, 16, 256]
-    ]
-    # Each of q and v in two layers casts its own input, besides the norms' four.
-    assert sum(group["count"] for group in casts if group["dtype"] == "float32") >= 8
     assert zero_3["optimizer_class"] == "DeepSpeedZeroOptimizer_Stage3"
+    # 2 bytes each. PEFT drafts one module's A and B in fp32 before it casts them, and rotary
+    # buffers take 0.1 MB; adapters that stayed fp32 would add 2 bytes per parameter, 4.2 MB.
+    draft_bytes = 2 * 64 * 4096 * 4
+    extra_bytes = zero_2["phases"]["load"] - 2 * zero_2["num_params"]
+    assert 0 <= extra_bytes <= draft_bytes + 200_000 < 2 * num_adapter_params
 
 
 def test_what_cannot_be_traced_is_refused_with_all_reasons_at_once() -> None:
