@@ -14,6 +14,8 @@ from launcher.errors import DataError, SetupError
 from launcher.worker import demo_data
 from launcher.worker.demo_data import Example, Summary
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Summary:
