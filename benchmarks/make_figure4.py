@@ -19,7 +19,7 @@ from launcher.planning.plan import Candidate
 from launcher.planning.planner import Choice, can_fit, choose_strategy
 from launcher.planning.search import SearchSpace
 from launcher.planning.wording import plain_part
-from launcher.recipe import StrategySection
+from launcher.recipe_sections import StrategySection
 from launcher.strategy import (
     Attention,
     Checkpointing,

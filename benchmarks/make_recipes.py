@@ -19,14 +19,14 @@ from launcher.model_source import load_catalogue_entry
 from launcher.model_spec import ModelSpec, spec_from_config
 from launcher.planning.planner import Choice, choose_strategy
 from launcher.planning.wording import METHOD_NAME, label
-from launcher.recipe import (
+from launcher.recipe import render_recipe
+from launcher.recipe_sections import (
     ClusterSection,
     LoraSection,
     ModelSection,
     OptimSection,
     Recipe,
     StrategySection,
-    render_recipe,
 )
 from launcher.resolve import resolve_workload
 from launcher.strategy import Checkpointing, Method, Offload, Precision, ZeroStage

@@ -10,14 +10,8 @@ from pathlib import Path
 
 from launcher import run_dir as rd
 from launcher.dispatch.worker_command import run_worker
-from launcher.recipe import (
-    DataSection,
-    LoraSection,
-    ModelSection,
-    OptimSection,
-    Recipe,
-    render_recipe,
-)
+from launcher.recipe import render_recipe
+from launcher.recipe_sections import DataSection, LoraSection, ModelSection, OptimSection, Recipe
 from launcher.strategy import Method
 
 # Measured on 2 cores: 2.8 s per step, 3 minutes in all (benchmarks/results/demo_cpu.json).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.recipe import Recipe
+from launcher.recipe_sections import Recipe
 from launcher.strategy import Offload, Precision, Strategy
 from launcher.workload import Workload
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from launcher.planning.explain import label
 from launcher.planning.plan import Plan
-from launcher.recipe import Recipe, render_recipe
+from launcher.recipe import render_recipe
+from launcher.recipe_sections import Recipe
 from launcher.units import format_gib, format_seconds
 
 

@@ -24,7 +24,8 @@ from launcher.job_script import JobRequest
 from launcher.model_source import weights_source
 from launcher.planning.plan import plan_to_json
 from launcher.prepare import Prepared
-from launcher.recipe import Recipe, render_recipe
+from launcher.recipe import render_recipe
+from launcher.recipe_sections import Recipe
 from launcher.strategy import Method
 from launcher.units import MIB, format_bytes
 

@@ -17,7 +17,8 @@ from launcher.model_source import resolve_model
 from launcher.planning.advice import suggest_changes
 from launcher.planning.plan import Plan
 from launcher.planning.planner import can_fit, make_plan
-from launcher.recipe import ClusterSection, Recipe, StrategySection, parse_recipe
+from launcher.recipe import parse_recipe
+from launcher.recipe_sections import ClusterSection, Recipe, StrategySection
 from launcher.resolve import resolve_workload
 from launcher.run_dir import read_text
 from launcher.units import GIB

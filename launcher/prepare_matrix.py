@@ -12,7 +12,7 @@ from launcher.model_spec import ModelSpec
 from launcher.planning.matrix import STUDY_CONTEXTS, STUDY_MODELS, Matrix, make_matrix
 from launcher.planning.planner import Choice, choose_strategy
 from launcher.prepare import may_use_liger, read_recipe, resolve_cluster
-from launcher.recipe import Recipe
+from launcher.recipe_sections import Recipe
 from launcher.resolve import resolve_workload
 
 

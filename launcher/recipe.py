@@ -1,148 +1,16 @@
-"""The recipe: one YAML file that says what to train; strictly parsed, nothing guessed."""
+"""Reading a recipe: strictly parsed, nothing guessed; its keys are in recipe_sections."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal, get_type_hints
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
 
 from launcher.errors import RecipeError, did_you_mean, list_problems
-from launcher.strategy import Attention, Checkpointing, Loss, Method, Offload, Optimizer, Precision
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSection:
-    """Which model: a catalogue name, a local folder, or a Hugging Face hub id."""
-
-    name_or_path: str = "???"
-    revision: str | None = None
-    precision: Precision | None = None
-    """``None``: bf16 where the GPU has it, else fp16; fp32 on CPU."""
-    max_position_embeddings: int | None = None
-    """Tokens; raises the model's own limit, for models whose position encoding stretches."""
-    trust_remote_code: bool = False
-    random_weights: bool = False
-    """Start from random weights of the model's shape: for benchmarks, never for results."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSection:
-    """What to train on; ``format`` is detected from the first record when ``auto``."""
-
-    path: str | None = None
-    eval_path: str | None = None
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
-    train_on_prompt: bool = False
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimSection:
-    """The optimisation, in Hugging Face's names; batch size counts samples of all GPUs."""
-
-    global_batch_size: int = 8
-    learning_rate: float = 2e-4
-    num_train_epochs: float = 1.0
-    max_steps: int | None = None
-    lr_scheduler_type: Literal[
-        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
-    ] = "linear"
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.99
-    max_grad_norm: float = 1.0
-    seed: int = 42
-    logging_steps: int = 1
-    eval_steps: int | None = None
-    save_steps: int | None = None
-    save_total_limit: int | None = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSection:
-    """LoRA adapters, in PEFT's names; read by the methods lora and qlora."""
-
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("all-linear",)
-    use_rslora: bool = False
-    use_dora: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizationSection:
-    """How bitsandbytes stores the frozen weights; read by the method qlora."""
-
-    kind: Literal["nf4", "int8"] = "nf4"
-    double_quant: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterSection:
-    """Where to run; what is left out is probed on this machine."""
-
-    gpu: str | None = None
-    num_nodes: int | None = None
-    gpus_per_node: int | None = None
-    host_memory_gib: float | None = None
-    inter_node_gbit_per_s: float | None = None
-    hostfile: str | None = None
-    backend: Literal["auto", "local", "deepspeed", "slurm"] = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StrategySection:
-    """Memory savings; every field that is left out is chosen by the planner."""
-
-    zero_stage: Literal[0, 1, 2, 3] | None = None
-    offload_optimizer: Offload | None = None
-    offload_param: Offload | None = None
-    gradient_checkpointing: Checkpointing | None = None
-    attention: Attention | None = None
-    loss: Loss | None = None
-    optimizer: Optimizer | None = None
-    micro_batch_size_per_gpu: int | None = None
-    grad_accum_dtype: Precision | None = None
-    liger_kernels: bool | None = None
-    nvme_path: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SlurmSection:
-    """Directives of the Slurm script; ``extra`` lines are passed through as they are."""
-
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    time: str | None = None
-    constraint: str | None = None
-    gres: str | None = None
-    job_name: str | None = None
-    extra: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """One run: model, method, data and limits; ``None`` anywhere means "not decided"."""
-
-    model: ModelSection = field(default_factory=ModelSection)
-    method: Method = Method.lora
-    max_seq_len: int = 2048
-    data: DataSection = field(default_factory=DataSection)
-    optim: OptimSection = field(default_factory=OptimSection)
-    lora: LoraSection = field(default_factory=LoraSection)
-    quantization: QuantizationSection = field(default_factory=QuantizationSection)
-    cluster: ClusterSection = field(default_factory=ClusterSection)
-    strategy: StrategySection = field(default_factory=StrategySection)
-    deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed keys; the generated config and the prediction both follow them."""
-    slurm: SlurmSection = field(default_factory=SlurmSection)
-    output_dir: str | None = None
+from launcher.recipe_sections import Recipe
+from launcher.strategy import Offload
 
 
 def parse_recipe(

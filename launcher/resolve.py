@@ -6,7 +6,7 @@ from launcher.ds_keys import check_keys
 from launcher.errors import RecipeError, did_you_mean, list_problems
 from launcher.hardware import GpuSpec
 from launcher.model_spec import ModelSpec
-from launcher.recipe import Recipe
+from launcher.recipe_sections import Recipe
 from launcher.strategy import Method, Precision
 from launcher.workload import ALL_LINEAR, ATTENTION_ONLY, LoraSpec, QuantizationSpec, Workload
 

@@ -9,7 +9,7 @@ from enum import Enum
 from launcher.errors import RecipeError
 from launcher.hardware import ClusterSpec
 from launcher.planning.plan import Plan
-from launcher.recipe import StrategySection
+from launcher.recipe_sections import StrategySection
 from launcher.strategy import Method, Offload, Optimizer
 from launcher.units import format_gib
 from launcher.workload import Workload

@@ -22,7 +22,7 @@ from launcher.planning.search import (
     weigh_all,
 )
 from launcher.planning.wording import fit_words
-from launcher.recipe import StrategySection
+from launcher.recipe_sections import StrategySection
 from launcher.strategy import Checkpointing, Offload, Strategy, ZeroStage
 from launcher.workload import Workload
 

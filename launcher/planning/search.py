@@ -14,7 +14,7 @@ from launcher.planning.rules import default_attention, losses_that_work, why_imp
 from launcher.predict.attention_kernel import attention_kernel
 from launcher.predict.memory import estimate_memory
 from launcher.predict.step_time import estimate_time
-from launcher.recipe import StrategySection
+from launcher.recipe_sections import StrategySection
 from launcher.strategy import (
     Attention,
     Checkpointing,

@@ -22,7 +22,8 @@ from typing import Any
 
 from launcher import run_dir
 from launcher.errors import DataError, LauncherError, RunDirError
-from launcher.recipe import Recipe, parse_recipe
+from launcher.recipe import parse_recipe
+from launcher.recipe_sections import Recipe
 from launcher.worker.program import begin_program
 from launcher.worker.records import (
     SHAPES,

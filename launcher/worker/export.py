@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 
 from launcher import __version__, run_dir
 from launcher.errors import LauncherError, RunDirError
-from launcher.recipe import Recipe, parse_recipe
+from launcher.recipe import parse_recipe
+from launcher.recipe_sections import Recipe
 from launcher.strategy import Method
 from launcher.units import MIB
 from launcher.worker.export_checks import (

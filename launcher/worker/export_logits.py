@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from launcher.errors import ModelError, SetupError
-from launcher.recipe import Recipe
+from launcher.recipe_sections import Recipe
 from launcher.strategy import Method
 from launcher.units import format_bytes
 from launcher.worker.export_checks import ExportError

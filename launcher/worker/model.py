@@ -13,7 +13,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from launcher.errors import ModelError, SetupError
-from launcher.recipe import Recipe
+from launcher.recipe_sections import Recipe
 from launcher.strategy import (
     Attention,
     Checkpointing,

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.recipe import Recipe, render_recipe
+from launcher.recipe import render_recipe
+from launcher.recipe_sections import Recipe
 from launcher.strategy import Method
 
 

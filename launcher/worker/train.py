@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 from launcher import run_dir
 from launcher.errors import LauncherError, RunDirError
 from launcher.planning.plan import strategy_from_json
-from launcher.recipe import Recipe, parse_recipe
+from launcher.recipe import parse_recipe
+from launcher.recipe_sections import Recipe
 from launcher.strategy import Method, Precision, Strategy
 from launcher.worker.program import quiet_libraries
 from launcher.worker.ranks import (

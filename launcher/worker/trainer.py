@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from launcher import run_dir
-from launcher.recipe import Recipe
+from launcher.recipe_sections import Recipe
 from launcher.strategy import Loss, Precision, Strategy
 from launcher.units import format_seconds
 from launcher.worker.batches import LongestFirst

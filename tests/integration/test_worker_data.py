@@ -9,7 +9,8 @@ import pytest
 from worker_runs import CHAT_TEMPLATE, make_model, make_tokenizer, tokenize_data, write_chats
 
 from launcher.errors import DataError
-from launcher.recipe import Recipe, parse_recipe
+from launcher.recipe import parse_recipe
+from launcher.recipe_sections import Recipe
 from launcher.worker.batches import LongestFirst, RightPadding
 from launcher.worker.data import load_summary, main, percentiles, prepare_data
 from launcher.worker.records import Conversation, Passage

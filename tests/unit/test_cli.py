@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher import cli, run_dir
+from launcher.commands import plan
 from launcher.dispatch import worker_command
 
 Zerofit = Callable[..., "Outcome"]
@@ -273,6 +274,6 @@ def test_ctrl_c_outside_of_a_run_leaves_with_130(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_prepare", interrupted)
+    monkeypatch.setattr(plan, "prepare_from", interrupted)
     outcome = zerofit("plan", recipe)
-    assert (outcome.status, outcome.stdout, outcome.stderr) == (130, "", "interrupted\n")
+    assert (outcome.status, outcome.stdout, outcome.stderr) == (130, "", "\ninterrupted\n")

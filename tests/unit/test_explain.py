@@ -16,7 +16,7 @@ from launcher.planning.planner import can_fit, make_plan
 from launcher.planning.view import render_plan
 from launcher.planning.wording import changes, label, plain_part, short_size
 from launcher.predict import components
-from launcher.recipe import StrategySection
+from launcher.recipe_sections import StrategySection
 from launcher.strategy import Checkpointing, Loss, Method, Offload, Strategy
 from launcher.units import GIB, MIB
 from launcher.workload import Workload

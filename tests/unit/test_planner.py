@@ -14,7 +14,7 @@ from launcher.planning.planner import can_fit, choose_strategy, make_plan
 from launcher.planning.rules import why_impossible
 from launcher.planning.safety import SAFETY_FRACTION
 from launcher.planning.search import divisors
-from launcher.recipe import StrategySection
+from launcher.recipe_sections import StrategySection
 from launcher.strategy import (
     Attention,
     Checkpointing,

@@ -1,0 +1,1 @@
+"""The commands of the zerofit program: parse, call, print."""

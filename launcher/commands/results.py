@@ -1,0 +1,74 @@
+"""``zerofit report`` and ``zerofit export``: after a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from launcher.commands.options import existing_or_new, json_option, run_arg
+from launcher.console import out, say
+
+
+@click.command()
+@run_arg
+@json_option
+def report(*, run: Path, as_json: bool) -> None:
+    """Compare predicted with measured memory and time, for every rank and phase.
+
+    Also writes report.md, report.json, report.html and loss.png into the run directory.
+    """
+    show_report(run, as_json=as_json)
+
+
+def show_report(run: Path, *, as_json: bool) -> None:
+    """Write a run's report and print it."""
+    from launcher.report.files import write_report
+
+    made = write_report(run)
+    if as_json:
+        print(json.dumps(made.json_value, indent=1))
+    else:
+        out.print(made.terminal)
+        if made.paths:
+            say(f"wrote {', '.join(str(path) for path in made.paths)}")
+
+
+@click.command()
+@run_arg
+@click.option("--output", "-o", type=existing_or_new, help="New folder.")
+@click.option(
+    "--kind",
+    type=click.Choice(["adapter", "merged"]),
+    default="adapter",
+    show_default=True,
+    help="The adapter, or the base model with it merged in.",
+)
+@json_option
+def export(*, run: Path, output: Path | None, kind: str, as_json: bool) -> None:
+    """Write the trained weights as a Hugging Face folder, and verify them.
+
+    Checked: every tensor is there, none is empty or NaN, the folder loads again, and the logits
+    on a prompt equal the trained model's. With --kind merged there is also a folder "merged"
+    below it, with the whole model.
+    """
+    export_run(run, output=output, kind=kind, as_json=as_json)
+
+
+def export_run(run: Path, *, output: Path | None, kind: str, as_json: bool) -> None:
+    """Export a run's weights and print what was verified."""
+    from launcher.dispatch.worker_command import run_worker
+    from launcher.run_dir import EXPORT, check_is_run
+
+    check_is_run(run)
+    target = output or run / EXPORT / kind
+    flags = ["--run-dir", str(run), "--out", str(target)]
+    flags += ["--merge"] if kind == "merged" else []
+    result = run_worker("launcher.worker.export", flags)
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    say(f"exported and verified: {result['out']}")
+    for check in result["checks"]:
+        say(f"  {check['name']}: {check['result']}")

@@ -1,0 +1,94 @@
+"""``zerofit render``, ``zerofit train`` and ``zerofit demo``: from a plan to a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from launcher.commands.options import json_option, output_dir_option, recipe_args
+from launcher.commands.planned import fitting, leave_unfit, prepare_from, show_plan
+from launcher.commands.results import export_run, show_report
+from launcher.console import say, say_aside
+
+
+@click.command()
+@recipe_args
+@output_dir_option
+@json_option
+def render(*, args: tuple[str, ...], output_dir: Path | None, as_json: bool) -> None:
+    """Write a run's files (DeepSpeed config, job script, plan) and start nothing.
+
+    `bash RUN/job.sh` then tokenises the data and trains.
+    """
+    from launcher.launch import create_run
+    from launcher.run_dir import JOB_SCRIPT
+
+    prepared = fitting(args, as_json=as_json)
+    run_dir, _, _ = create_run(prepared, output_dir)
+    script = run_dir / JOB_SCRIPT
+    if as_json:
+        print(json.dumps({"run_dir": str(run_dir), "job_script": str(script)}))
+    else:
+        say(f"wrote {run_dir}; start it with: bash {script}")
+
+
+@click.command()
+@recipe_args
+@output_dir_option
+@click.option("--dry-run", is_flag=True, help="Print what would run; write and start nothing.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print JSON at the end; what the job prints goes to stderr.",
+)
+def train(*, args: tuple[str, ...], output_dir: Path | None, dry_run: bool, as_json: bool) -> None:
+    """Plan, write the run directory, and train on this machine or a hostfile's hosts.
+
+    Ctrl-C ends all ranks. Exit status 3 when no strategy fits, 4 when the job failed.
+    """
+    if dry_run:
+        from launcher.launch import describe_job
+
+        say(describe_job(fitting(args), output_dir))
+        return
+    run_dir = _train(args, output_dir, as_json=as_json)
+    if as_json:
+        print(json.dumps({"run_dir": str(run_dir), "state": "finished"}))
+    else:
+        say(f"finished; next: zerofit report {run_dir}")
+
+
+@click.command()
+@output_dir_option
+def demo(*, output_dir: Path | None) -> None:
+    """Fine-tune a real model (SmolLM2-135M) on real text, on this machine, in minutes."""
+    from launcher.demo import write_demo_recipe
+    from launcher.prepare import resolve_cluster
+    from launcher.recipe_sections import ClusterSection
+
+    world_size = resolve_cluster(ClusterSection()).world_size
+    recipe = str(write_demo_recipe(world_size=world_size, say=say))
+    say(f"\n$ zerofit plan {recipe}")
+    prepared = prepare_from((recipe,))
+    show_plan(prepared.plan, as_json=False)
+    if not prepared.plan.fits:
+        leave_unfit()
+    say(f"\n$ zerofit train {recipe}")
+    run = _train((recipe,), output_dir)
+    say(f"\n$ zerofit report {run}")
+    show_report(run, as_json=False)
+    say(f"\n$ zerofit export {run}")
+    export_run(run, output=None, kind="adapter", as_json=False)
+
+
+def _train(args: tuple[str, ...], output_dir: Path | None, *, as_json: bool = False) -> Path:
+    from launcher.launch import train_run
+
+    # With --json, stdout is for the result alone.
+    show, stream = (say_aside, sys.stderr) if as_json else (say, sys.stdout)
+    prepared = fitting(args, as_json=as_json)
+    return train_run(prepared, output_dir, say=show, console=stream.buffer)
