@@ -8,13 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.dispatch.deepspeed import read_hostfile
-from launcher.dispatch.probe import cluster_of, probe_machine
 from launcher.errors import RecipeError
 from launcher.hardware import ClusterSpec, GpuSpec, default_cluster, find_gpu, gpu_names
 from launcher.hostfile import equal_slots
 from launcher.model_source import resolve_model
-from launcher.planning.advice import suggest_changes
 from launcher.planning.plan import Plan
 from launcher.planning.planner import can_fit, make_plan
 from launcher.recipe import parse_recipe
@@ -88,6 +85,8 @@ def prepare(recipe: Recipe, *, source: str) -> Prepared:
 
     plan = make_plan(workload, cluster, fixed=recipe.strategy, **choices)
     if not plan.fits:
+        from launcher.planning.advice import suggest_changes
+
         larger = tuple(replace(cluster, gpu=gpu) for gpu in _larger_gpus(cluster.gpu))
         found = suggest_changes(plan, recipe.strategy, larger, fits)
         plan = replace(plan, suggestions=tuple(found))
@@ -102,10 +101,14 @@ def resolve_cluster(section: ClusterSection) -> ClusterSpec:
     """
     num_nodes, gpus_per_node = section.num_nodes, section.gpus_per_node
     if section.hostfile is not None:
+        from launcher.dispatch.deepspeed import read_hostfile
+
         hosts = read_hostfile(Path(section.hostfile))
         num_nodes = num_nodes or len(hosts)
         gpus_per_node = gpus_per_node or equal_slots(hosts, source=section.hostfile)
     if section.gpu is None:
+        from launcher.dispatch.probe import cluster_of, probe_machine
+
         cluster = cluster_of(probe_machine(), num_nodes=num_nodes, gpus_per_node=gpus_per_node)
     else:
         cluster = default_cluster(

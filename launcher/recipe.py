@@ -38,10 +38,10 @@ def parse_recipe(
 
     tree = OmegaConf.structured(Recipe, flags={"readonly": False})
     parts = [(source, _read_yaml(text, source))]
+    given = OmegaConf.create({})
     for key, value in (options or {}).items():
-        part = OmegaConf.create({})
-        OmegaConf.update(part, key, value)
-        parts.append(("command line", part))
+        OmegaConf.update(given, key, value)
+    parts.append(("command line", given))
     parts += [_parse_override(item) for item in overrides]
     problems = [problem for where, part in parts for problem in _unknown_keys(part, where)]
     if not problems:
