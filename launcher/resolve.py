@@ -48,6 +48,7 @@ def resolve_workload(recipe: Recipe, model: ModelSpec, gpu: GpuSpec, *, source: 
         quantization=QuantizationSpec(
             kind=recipe.quantization.kind, double_quant=recipe.quantization.double_quant
         ),
+        has_random_weights=recipe.model.random_weights,
     )
 
 

@@ -49,6 +49,8 @@ class Workload:
     lora: LoraSpec = field(default_factory=LoraSpec)
     quantization: QuantizationSpec = field(default_factory=QuantizationSpec)
     has_padding: bool = False
+    has_random_weights: bool = False
+    """The model starts from its configuration alone; this changes how it is loaded."""
 
     @property
     def lora_weights(self) -> tuple[WeightSpec, ...]:

@@ -6,7 +6,18 @@ from collections.abc import Mapping
 
 from launcher.hardware import GpuSpec
 from launcher.predict.calibration import Calibration
-from launcher.predict.components import GATHERED, REDUCTION
+from launcher.predict.components import (
+    CARRIED,
+    FP32_GRADIENTS,
+    GATHERED,
+    LEAVING,
+    LOGITS,
+    NORM,
+    REDUCTION,
+    SAVED,
+    TEMPORARIES,
+)
+from launcher.predict.zero_runtime import ZeroRuntime
 from launcher.strategy import Strategy
 
 _HOPPER = (9, 0)
@@ -32,7 +43,7 @@ def outside_bytes(gpu: GpuSpec, calibration: Calibration, *, zero_stage: int) ->
 def reserved_bytes(
     phases: Mapping[str, Mapping[str, int]],
     *,
-    strategy: Strategy,
+    zero: ZeroRuntime,
     is_cuda: bool,
     logits_hole_bytes: float,
     calibration: Calibration,
@@ -46,18 +57,23 @@ def reserved_bytes(
 
     Args:
         phases: components of each phase's fullest moment, in bytes.
-        strategy: ZeRO stage and allocator mode.
+        zero: the rank's ZeRO bookkeeping.
         is_cuda: on the CPU, reserved is allocated.
         logits_hole_bytes: the logits in the model's precision, if the loss makes them whole.
         calibration: slack and fragmentation.
     """
+    strategy = zero.strategy
     totals = {name: sum(parts.values()) for name, parts in phases.items()}
     peak = max(totals.values())
     if not is_cuda:
         return peak
-    pooled = max(
-        size + (logits_hole_bytes if name == "loss" else 0) for name, size in totals.items()
-    )
+    holes = {
+        "loss": logits_hole_bytes + _carried_hole_bytes(phases["loss"], strategy),
+        "step": _step_hole_bytes(phases["step"]),
+    }
+    if zero.counts.is_head_tied and strategy.zero_stage < 3:
+        holes["backward"] = _activations_hole_bytes(phases)
+    pooled = max(size + holes.get(name, 0) for name, size in totals.items())
     if strategy.zero_stage == 3:
         pooled = max(pooled, _stream_pools_bytes(phases, strategy, calibration))
     fraction = (
@@ -68,15 +84,56 @@ def reserved_bytes(
     return round(pooled + calibration.block_slack_bytes + fraction * (peak - min(totals.values())))
 
 
+def _carried_hole_bytes(loss: Mapping[str, int], strategy: Strategy) -> int:
+    """Return what logits, each in one piece, cannot use between carried gradients.
+
+    Those of an earlier micro-step lie where its activations were, tensor by tensor, unless they
+    are added up in one fp32 buffer (H100, Llama-3.2-1B, four micro-steps: reserved 3.7 GB above
+    the loss's allocated bytes; with the buffer 0.3).
+    """
+    if strategy.grad_accum_dtype is not None:
+        return 0
+    return min(loss.get(CARRIED, 0), loss.get(LOGITS, 0))
+
+
+def _step_hole_bytes(step: Mapping[str, int]) -> int:
+    """Return what the flat gradients left behind, too small for the optimizer's temporaries.
+
+    They are freed once cast to fp32; a temporary is as large as the cast and needs its bytes in
+    one piece (H100, AdamW foreach and single-tensor: 2.4 GB more than allocated, 1.2e9 elements).
+    """
+    return step[FP32_GRADIENTS] // 2 if TEMPORARIES in step and FP32_GRADIENTS in step else 0
+
+
+def _activations_hole_bytes(phases: Mapping[str, Mapping[str, int]]) -> int:
+    """Return the room of the activations, if the fp64 norm of the embedding does not fit there.
+
+    With the optimizer offloaded. A tied matrix's first gradient is made in the loss, when all
+    activations lie below it, and stays until the embedding's own is there: it divides what is
+    free in two (H100, Llama-3.2-1B under ZeRO-2: reserved 1.4 GB above allocated).
+    """
+    saved = phases["loss"].get(SAVED, 0)
+    return saved if saved < phases["backward"].get(NORM, 0) else 0
+
+
 def _stream_pools_bytes(
     phases: Mapping[str, Mapping[str, int]], strategy: Strategy, calibration: Calibration
 ) -> float:
-    """Return the sum of each stream's own peak."""
-    side = (GATHERED, REDUCTION)
-    compute = max(
-        sum(size for name, size in parts.items() if name not in side) for parts in phases.values()
-    )
-    gathered, reduced = (max(parts.get(name, 0) for parts in phases.values()) for name in side)
+    """Return the sum of each stream's own peak.
+
+    With overlap_comm, reductions and what is done to their results have a stream of their own.
+
+    Source: DeepSpeed 0.19.8 ``stage3.py:__reduce_and_partition_ipg_grads``.
+    """
+    reducing = {REDUCTION, NORM, LEAVING} if strategy.zero.overlaps(3) else {REDUCTION}
+    compute = gathered = reduced = 0
+    for name, parts in phases.items():
+        # The optimizer takes its norms on the main stream.
+        aside = {part for part in parts if part in reducing and name != "step"}
+        gathered = max(gathered, parts.get(GATHERED, 0))
+        reduced = max(reduced, sum(parts[part] for part in aside))
+        rest = (size for part, size in parts.items() if part not in {*aside, GATHERED})
+        compute = max(compute, sum(rest))
     waiting = 0
     if gathered:
         waiting = calibration.gathers_in_flight * 2 * strategy.zero.stage3_prefetch_bucket_size

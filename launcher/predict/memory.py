@@ -109,7 +109,7 @@ def estimate_memory(workload: Workload, strategy: Strategy, cluster: ClusterSpec
     phases = tuple(_fullest(name, candidates[name]) for name in PHASES)
     reserved = reserved_bytes(
         {phase.phase: phase.components for phase in phases},
-        strategy=strategy,
+        zero=zero,
         is_cuda=is_cuda,
         logits_hole_bytes=acts.logits_hole_bytes,
         calibration=calibration,

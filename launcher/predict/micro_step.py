@@ -13,6 +13,7 @@ from launcher.predict.components import (
     GATHERED,
     GRADIENTS,
     INT8_INPUTS,
+    LEAVING,
     LOGITS,
     NORM,
     OWNED,
@@ -131,6 +132,8 @@ class MicroStep:
             found[PASSING] = moment.passing_bytes
             found[DEQUANTIZED] = moment.weight_bytes
             found[GATHERED] = zero.gathered_bytes(remaining_fraction=1 - index / layers)
+            if index == 0:
+                found[GATHERED] = max(found[GATHERED], zero.gathered_bytes("turn"))
             yield f"{place}, {moment.name}", found
         yield from self._ends()
 
@@ -311,7 +314,7 @@ class MicroStep:
                 )
             )
             if zero.stage == 3:
-                found[PENDING] += zero.trained_width * counts.embedding / zero.world_size
+                found[LEAVING] = zero.trained_width * counts.embedding / zero.world_size
                 found[GATHERED] = float(zero.width * counts.embedding) if zero.gathers else 0.0
         crosses = zero.stage == 3 or counts.embedding == 0 or zero.partition < counts.embedding
         rest = counts.embedding if counts.embedding > zero.bucket else counts.trainable

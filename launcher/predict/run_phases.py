@@ -54,13 +54,14 @@ class RunPhases:
             found[QUANTIZED] = counts.quantized_bytes + counts.quantization_state_bytes
             found[PARAMETERS] = float(zero.width * counts.frozen)
             whole = {"weight before quantization": float(zero.width * counts.largest_in_layers)}
+            yield "output matrix on the device", {**found, **self._untied_head()}
         elif zero.stage == 3:
             whole = {"whole tensor before it is partitioned": counts.largest_in_bytes}
             whole |= self._untied_head()
             if zero.has_offloaded_params:
                 whole["partition on its way to the host"] = counts.largest_in_bytes
         else:
-            whole = {}
+            whole = self._untied_head()
         yield "weights on the device", {**found, **whole}
         if not zero.is_full:
             yield "adapters made", {**found, ADAPTERS: self._whole_adapter_bytes()}
@@ -68,13 +69,18 @@ class RunPhases:
     def _untied_head(self) -> Components:
         """Return the output matrix that was made before it was tied to the embedding.
 
-        zero.Init's parameters hold functions that hold them, so they wait for the garbage
-        collector, which comes between init and the first step (H100, Llama-3.2-1B: 525 MB).
+        Pretrained weights are tied before they exist, except under ZeRO-3: zero.Init's
+        parameters hold functions that hold them, so they wait for the garbage collector, which
+        comes between init and the first step (H100, Llama-3.2-1B: 525 MB).
         """
         zero, counts = self.zero, self.zero.counts
-        if zero.stage != 3 or not counts.is_head_tied or zero.has_offloaded_params:
+        if not counts.is_head_tied or zero.has_offloaded_params:
             return {}
-        return {"output matrix before it was tied": zero.width * counts.output / zero.world_size}
+        is_born_partitioned = zero.stage == 3 and not counts.quantized
+        if not is_born_partitioned and not zero.has_random_weights:
+            return {}
+        ranks = zero.world_size if is_born_partitioned else 1
+        return {"output matrix before it was tied": zero.width * counts.output / ranks}
 
     def _whole_adapter_bytes(self) -> float:
         """Return the adapters as PEFT makes them: of the base weight's type if it is a float's.
@@ -116,7 +122,8 @@ class RunPhases:
 
     def _stage_3_init(self, model: Components) -> Iterator[Candidate]:
         zero, part = self.zero, self.zero.partition
-        model = {**model, **self._untied_head()}
+        if not zero.counts.quantized:
+            model = {**model, **self._untied_head()}
         bucket = float(zero.width * zero.bucket)
         if zero.has_offloaded_optimizer:
             # A copy on its way to the host comes on top of a gathered tensor.

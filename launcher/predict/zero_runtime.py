@@ -51,6 +51,7 @@ class ZeroRuntime:
     precision: Precision
     is_int8: bool = False
     """The base weights are int8, which PEFT's adapters do not take over."""
+    has_random_weights: bool = False
 
     @functools.cached_property
     def stage(self) -> int:
@@ -209,13 +210,24 @@ class ZeroRuntime:
         live, needed = float(knobs.stage3_max_live_parameters), counts.largest_in_layers
         if place == "layer":
             live += 2 * counts.largest_in_layers
-        elif place == "turn":
+        elif place == "turn" or (place == "forward" and not self._holds_output_in_forward()):
             live = max(live, self._reused_elements() - counts.output)
         else:
             needed = counts.output
             live = max(live, self._reused_elements())
         elements = min(max(total, needed), max(live, needed))
         return self.width * (elements + self._gather_copy_elements(elements, place))
+
+    def _holds_output_in_forward(self) -> bool:
+        """Return whether the output matrix is there before forward has come to it.
+
+        It was prefetched, unless what stays for backward already reaches the limit; or it is
+        the embedding, which stays since the first layer if it recurs soon enough.
+        """
+        knobs, counts = self.strategy.zero, self.counts
+        if counts.is_head_tied and counts.layers <= knobs.stage3_max_reuse_distance:
+            return True
+        return self._reused_elements() - counts.output < knobs.stage3_max_live_parameters
 
     def _reused_elements(self) -> float:
         """Return what stays for its use in backward: each layer recurs, recomputed, then again.
@@ -314,4 +326,5 @@ def zero_runtime(workload: Workload, strategy: Strategy, *, world_size: int) -> 
         accumulation_width=accumulation.bytes_per_element if accumulation else width,
         precision=workload.precision,
         is_int8=workload.method is Method.qlora and workload.quantization.kind == "int8",
+        has_random_weights=workload.has_random_weights,
     )

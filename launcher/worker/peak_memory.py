@@ -6,7 +6,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +98,7 @@ class PeakRecorder:
         self._sampler: Sampler | None = None
         self._tracker: StorageTracker | None = None
         self._is_tracking = False
+        self._reset_cuda_peaks: Callable[..., None] = torch.cuda.reset_peak_memory_stats
 
     @property
     def phase(self) -> Phase | None:
@@ -120,6 +121,8 @@ class PeakRecorder:
         if self._device.type == "cpu":
             self._tracker = StorageTracker()
             self._start_tracker()
+        else:
+            self._keep_peaks_at_resets()
         self._sampler = Sampler(self._sample, interval_seconds=SAMPLE_INTERVAL_SECONDS)
         self.write()
 
@@ -298,10 +301,8 @@ class PeakRecorder:
     def _close_phase(self) -> None:
         if self._phase is None:
             return
-        peak = self._peaks.setdefault(self._phase, _Peak())
-        allocated, reserved = self._allocator_peaks()
-        peak.allocated_bytes = max(peak.allocated_bytes, allocated)
-        peak.reserved_bytes = max(peak.reserved_bytes, reserved)
+        self._keep_allocator_peaks(self._phase)
+        peak = self._peaks[self._phase]
         if self._device_used is not None:
             if self._device_used_bytes is None and peak.device_used_bytes is None:
                 self._device_used_bytes = self._device_used()
@@ -311,13 +312,34 @@ class PeakRecorder:
         peak.seconds += time.perf_counter() - self._phase_started
         peak.count += 1
 
+    def _keep_allocator_peaks(self, phase: Phase) -> None:
+        peak = self._peaks.setdefault(phase, _Peak())
+        allocated, reserved = self._allocator_peaks()
+        peak.allocated_bytes = max(peak.allocated_bytes, allocated)
+        peak.reserved_bytes = max(peak.reserved_bytes, reserved)
+
+    def _keep_peaks_at_resets(self) -> None:
+        """Read torch's peaks before anyone else resets them in the middle of a phase.
+
+        DeepSpeed does in init, after each flattening (0.19.8 ``runtime/utils.py:empty_cache``).
+        """
+        plain_reset = torch.cuda.reset_peak_memory_stats
+
+        def reset(*args: Any, **kwargs: Any) -> None:
+            if self._phase is not None:
+                self._keep_allocator_peaks(self._phase)
+            plain_reset(*args, **kwargs)
+
+        self._reset_cuda_peaks = plain_reset
+        torch.cuda.reset_peak_memory_stats = reset
+
     def _reset_counters(self) -> None:
         self._device_used_bytes = None
         self._host.restart()
         if self._tracker is not None:
             self._tracker.reset_peak()
         if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+            self._reset_cuda_peaks(self._device)
 
     def _allocator_peaks(self) -> tuple[int, int]:
         if self._tracker is not None and self._is_tracking:

@@ -53,3 +53,18 @@ def test_the_mean_error_of_reserved_bytes_is_at_most_4_percent(
 ) -> None:
     found = errors(path, "peak_reserved_bytes", held_out_only=held_out_only)
     assert statistics.mean(found) <= MEAN_RESERVED
+
+
+def test_every_phase_of_every_run_is_within_6_percent() -> None:
+    """Init with an offloaded optimizer is left out: DeepSpeed reset the counter in its middle.
+
+    0.19.8 ``runtime/utils.py:empty_cache`` did so in these runs; what was measured is the rest.
+    """
+    worse = {
+        (row.case, phase): predicted / measured - 1
+        for path in RESULTS
+        for row in rows(path)
+        for phase, (predicted, measured) in row.phases.items()
+        if abs(predicted / measured - 1) > WORST_ALLOCATED
+    }
+    assert worse.keys() <= {("1b-full-z2-1024-off", "init"), ("1b-full-z1-1024-off", "init")}
