@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Run a sweep on a GPU machine without network, from the wheels of benchmarks/fetch_wheels.sh.
-# Usage: benchmarks/on_gpu.sh SWEEP.yaml OUTPUT_FOLDER [options of sweep.py]
+# Usage: [ZEROFIT_COMMIT=…] [SECONDS_IN_ALL=570] benchmarks/on_gpu.sh SWEEP.yaml OUTPUT_FOLDER
+#        [KEY=VALUE …] [options of zerofit bench]
 # For a sweep on real weights, run `benchmarks/on_gpu.sh --keep-model` first, where only one part
 # of the model can travel at a time: the parts are put aside until both are there.
+# Results are in OUTPUT_FOLDER as they come; run directories stay in /tmp/zerofit-runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 home=/tmp/zerofit-home
@@ -13,16 +15,13 @@ done
 if [[ ${1:-} == --keep-model ]]; then exit; fi
 sweep=$1 out=$2
 shift 2
+seconds_in_all=${SECONDS_IN_ALL:-570}
 site=/tmp/zerofit-site
-export BITSANDBYTES_SITE=/tmp/zerofit-bitsandbytes
-mkdir -p "$site" "$BITSANDBYTES_SITE"
-for wheel in .whl/*.whl; do
-  case $wheel in *bitsandbytes*) target=$BITSANDBYTES_SITE ;; *) target=$site ;; esac
-  python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$target" "$wheel"
-done
-export PYTHONPATH="$PWD:$site" PYTHONUNBUFFERED=1
-export TORCH_CUDA_ARCH_LIST=9.0 PYTORCH_ALLOC_CONF=expandable_segments:True
-export HF_HUB_OFFLINE=1 DS_ACCELERATOR=cuda OMP_NUM_THREADS=8
+[[ -d $site ]] || python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
+  --target "$site" .whl/*.whl
+export PYTHONPATH="$PWD:$site" PATH="$site/bin:$PATH" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+# NVLink multicast can put GPUs that others share out of service: it stays off.
+export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
 if grep -q /tmp/zerofit-demo/ "$sweep"; then
   # The real model, where transformers looks for its hub id; and the demo's text.
   export HF_HOME=$home/huggingface
@@ -37,4 +36,15 @@ if grep -q /tmp/zerofit-demo/ "$sweep"; then
   python3 -m launcher.worker.demo_data --out /tmp/zerofit-demo
 fi
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
-python3 benchmarks/sweep.py "$sweep" --out "$out/$(basename "$sweep" .yaml).jsonl" "$@"
+# DeepSpeed's CPU Adam takes a minute to compile; the first cases do not need it.
+(DS_ACCELERATOR=cuda PYTORCH_NVML_BASED_CUDA_CHECK=1 TORCH_CUDA_ARCH_LIST=9.0 nice -n 19 python3 -c '
+from deepspeed.ops.op_builder import CPUAdamBuilder
+CPUAdamBuilder().load(verbose=False)' >/tmp/zerofit-cpu-adam.log 2>&1 ||
+  { echo "CPU Adam was not compiled:"; tail -n 20 /tmp/zerofit-cpu-adam.log; }) &
+mkdir -p "$out" /tmp/zerofit-runs
+status=0
+python3 -m launcher.cli bench "$sweep" --out "$out" --runs /tmp/zerofit-runs --warm \
+  --max-failures-in-a-row 2 --case-seconds "${CASE_SECONDS:-150}" \
+  --total-seconds $((seconds_in_all - SECONDS)) "$@" || status=$?
+wait
+exit "$status"

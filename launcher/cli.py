@@ -22,6 +22,7 @@ _COMMANDS = {
     "report": "launcher.commands.results",
     "export": "launcher.commands.results",
     "trace": "launcher.commands.trace",
+    "bench": "launcher.commands.bench",
     "doctor": "launcher.commands.doctor",
     "demo": "launcher.commands.train",
 }

@@ -143,7 +143,7 @@ def start_run(
     request: JobRequest,
     *,
     say: Callable[[str], None],
-    console: BinaryIO,
+    console: BinaryIO | None,
 ) -> None:
     """Tokenise the data, run the job to its end, with its output on the terminal.
 
@@ -153,7 +153,7 @@ def start_run(
         backend: where to run.
         request: what to run.
         say: shows a line of text.
-        console: where the job's output is copied.
+        console: where the job's output is copied; ``None`` leaves it in the log.
 
     Raises:
         LauncherError: the data cannot be used (exit status 2), or the job failed (4).

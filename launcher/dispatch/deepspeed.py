@@ -60,7 +60,7 @@ class HostfileBackend(LocalBackend):
                 fix="set cluster.num_nodes and cluster.gpus_per_node to match",
             )
         # GPU indices are of this machine; what the hosts allow is theirs to say.
-        job = replace(self._job(plan, run_dir), hosts=self.hosts, gpu_ids=())
+        job = replace(self.job(plan, run_dir), hosts=self.hosts, gpu_ids=())
         return render_job(job, files=files)
 
 

@@ -13,7 +13,8 @@ class Interruptions:
     Use as a context manager in the main thread, around starting and watching a job.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+    """The last one comes from a timer that a caller may have set to limit a job's time."""
 
     def __init__(self) -> None:
         self.received: list[int] = []

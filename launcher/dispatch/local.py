@@ -94,7 +94,7 @@ class LocalBackend:
                 where="cluster.num_nodes",
                 fix="name the nodes in a hostfile (cluster.hostfile), or plan for one node",
             )
-        return render_job(self._job(plan, run_dir), files=files)
+        return render_job(self.job(plan, run_dir), files=files)
 
     def submit(self, request: JobRequest, *, run_dir: Path) -> JobHandle:
         """Write the files and start the job. The only step with effects.
@@ -149,7 +149,12 @@ class LocalBackend:
         assert self._process is not None, "wait() follows submit()"
         watch(self._process, handle, interruptions=interruptions, console=console)
 
-    def _job(self, plan: Plan, run_dir: Path) -> DeepSpeedJob:
+    def job(self, plan: Plan, run_dir: Path) -> DeepSpeedJob:
+        """Return what :meth:`render` writes down.
+
+        Raises:
+            SetupError: ``CUDA_VISIBLE_DEVICES`` allows fewer GPUs than the plan needs.
+        """
         ranks = plan.cluster.gpus_per_node
         gpu = plan.cluster.gpu
         gpu_ids: tuple[int, ...] = ()

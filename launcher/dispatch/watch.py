@@ -8,7 +8,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from launcher import run_dir as rd
 from launcher.dispatch import process_group
@@ -56,8 +56,20 @@ class LogRelay:
             self.console = None
 
 
+class JobProcess(Protocol):
+    """The launcher that was started; a ``subprocess.Popen`` is one."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """Return how it ended, ``None`` while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return how it ended, or raise ``subprocess.TimeoutExpired``."""
+
+
 def watch(
-    process: subprocess.Popen[bytes],
+    process: JobProcess,
     handle: JobHandle,
     *,
     interruptions: Interruptions,
@@ -129,9 +141,7 @@ def _new_failure(run_dir: Path, started: float) -> bool:
     return changed and bool(read_failures(run_dir))
 
 
-def _end_everything(
-    process: subprocess.Popen[bytes], handle: JobHandle, interruptions: Interruptions
-) -> None:
+def _end_everything(process: JobProcess, handle: JobHandle, interruptions: Interruptions) -> None:
     # A second Ctrl-C means: now.
     at_once = len(interruptions.received) > 1
     gone = process_group.end_processes(handle.run_id, session_id=handle.session_id, at_once=at_once)

@@ -1,0 +1,1 @@
+"""Benchmark sweeps: many runs from one file, predicted beside measured."""

@@ -1,0 +1,125 @@
+"""``zerofit bench`` with real ranks: a sweep with a failing case, and going on with it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from worker_runs import environment, make_model
+
+from launcher import run_dir as rd
+
+pytestmark = pytest.mark.integration
+
+# A polynomial schedule cannot end (lr_end is 1e-7 in transformers) above where it starts, which
+# only the ranks find out.
+SWEEP = """
+defaults:
+  model: {{random_weights: true, precision: fp32, name_or_path: {model}}}
+  cluster: {{gpus_per_node: 2}}
+  method: full
+  max_seq_len: 32
+  optim: {{max_steps: 4, global_batch_size: 2}}
+cases:
+- name: breaks
+  optim: {{lr_scheduler_type: polynomial, learning_rate: 1.0e-8}}
+- name: zero-2
+  strategy: {{zero_stage: 2}}
+- name: never-ends
+  optim: {{max_steps: 1000000}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("bench")
+    model = make_model(made / "model")
+    (made / "sweep.yaml").write_text(textwrap.dedent(SWEEP).format(model=model))
+    return made
+
+
+def bench(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launcher.cli", "bench", "sweep.yaml", "--out", "out", *options],
+        cwd=folder,
+        env={**environment(), "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def outcome(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Run two cases, then the whole sweep; return the results and what each run printed."""
+    first = bench(folder, "--warm", "--only", "e", "--max-failures-in-a-row", "1")
+    second = bench(folder, "--warm", "--case-seconds", "25")
+    assert (first.returncode, second.returncode) == (4, 4), first.stderr + second.stderr
+    lines = (folder / "out" / "sweep.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], [first.stdout, second.stdout]
+
+
+def test_a_case_that_fails_is_recorded_with_its_error_and_the_sweep_goes_on(
+    outcome: tuple[list[dict[str, Any]], list[str]],
+) -> None:
+    results, printed = outcome
+    assert [(result["case"], result["state"]) for result in results] == [
+        ("breaks", "failed"), ("zero-2", "finished"), ("never-ends", "out_of_time"),
+    ]  # fmt: skip
+    assert "Error" in results[0]["failure"]["message"]
+    assert "stopped after 1 failures in a row" in printed[0]
+    assert "Traceback" in printed[0]
+
+
+def test_going_on_runs_only_what_has_no_result(
+    outcome: tuple[list[dict[str, Any]], list[str]],
+) -> None:
+    assert "1 of 3 cases have results already" in outcome[1][1]
+
+
+def test_the_prediction_and_every_rank_stand_beside_each_other(
+    folder: Path, outcome: tuple[list[dict[str, Any]], list[str]]
+) -> None:
+    result = outcome[0][1]
+    assert result["zerofit"]["source_sha256"]
+    assert [rank["rank"] for rank in result["measured"]] == [0, 1]
+    predicted = result["predicted"]["peak_allocated_bytes"]
+    for rank in result["measured"]:
+        assert rank["steps_done"] == 4
+        assert rank["peak_allocated_bytes"] == pytest.approx(predicted, rel=0.2)
+        assert {"load", "init", "forward", "loss", "backward", "step"} <= set(rank["phases"])
+    with (folder / "out" / "sweep.csv").open() as stream:
+        assert [row["state"] for row in csv.DictReader(stream)] == [
+            "failed", "finished", "out_of_time",
+        ]  # fmt: skip
+
+
+def test_a_case_out_of_time_leaves_no_process_behind(
+    folder: Path, outcome: tuple[list[dict[str, Any]], list[str]]
+) -> None:
+    assert outcome[0][2]["measured"][0]["steps_done"] > 0
+    for rank in rd.read_ranks(folder / "out" / "runs" / "never-ends"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(rank.pid, 0)
+
+
+def test_a_dry_run_plans_and_writes_nothing(folder: Path) -> None:
+    done = bench(folder, "--dry-run", "--out", "nothing-here")
+    assert done.returncode == 0
+    assert "3 cases, 3 are predicted to fit; nothing was started" in done.stdout
+    assert not (folder / "nothing-here").exists()
+
+
+def test_a_folder_that_cannot_be_written_stops_the_sweep_before_it_begins(folder: Path) -> None:
+    (folder / "a-file").write_text("")
+    done = bench(folder, "--out", "a-file")
+    assert done.returncode == 2
+    assert "results cannot be written here" in done.stderr

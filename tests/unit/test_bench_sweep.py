@@ -1,0 +1,123 @@
+"""Sweep files: what they expand to, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.bench.sweep import parse_sweep
+from launcher.errors import RecipeError
+from launcher.strategy import Checkpointing, Method
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+MATRIX = """
+defaults: {method: lora, optim: {max_steps: 3}}
+matrix:
+  models: [llama2-7b, llama3-8b]
+  contexts: [256, 1024]
+  zero_stages: [1, 2]
+  strategies:
+    plain: {}
+    gc: {strategy: {gradient_checkpointing: full}}
+    all: {method: full}
+cases:
+- name: by-hand
+  model: {name_or_path: llama3.2-1b}
+  optim: {global_batch_size: 4}
+"""
+
+
+def test_a_matrix_is_the_product_of_its_axes_with_the_listed_cases_behind() -> None:
+    cases = parse_sweep(MATRIX, source="x")
+    assert len(cases) == 2 * 2 * 2 * 3 + 1
+    assert [case.name for case in cases[:4]] == [
+        "llama2-7b-256-z1-plain", "llama2-7b-256-z1-gc", "llama2-7b-256-z1-all",
+        "llama2-7b-256-z2-plain",
+    ]  # fmt: skip
+    recipe = cases[1].recipe
+    assert recipe.model.name_or_path == "llama2-7b"
+    assert recipe.max_seq_len == 256
+    assert recipe.strategy.zero_stage == 1
+    assert recipe.strategy.gradient_checkpointing is Checkpointing.full
+    assert recipe.method is Method.lora
+    assert cases[1].strategy_label == "gc"
+    assert cases[2].recipe.method is Method.full
+    assert cases[-1].name == "by-hand"
+    assert cases[-1].strategy_label is None
+
+
+def test_a_case_is_laid_over_the_defaults_section_by_section() -> None:
+    by_hand = parse_sweep(MATRIX, source="x")[-1].recipe
+    assert by_hand.optim.max_steps == 3
+    assert by_hand.optim.global_batch_size == 4
+
+
+def test_several_matrices_have_defaults_of_their_own() -> None:
+    text = """
+    matrix:
+    - {models: [llama2-7b], contexts: [256], strategies: {a: {}},
+       defaults: {cluster: {num_nodes: 1}}}
+    - {models: [falcon-180b], contexts: [256], strategies: {a: {}},
+       defaults: {cluster: {num_nodes: 2}}}
+    """
+    assert [case.recipe.cluster.num_nodes for case in parse_sweep(text, source="x")] == [1, 2]
+
+
+def test_overrides_reach_every_case() -> None:
+    cases = parse_sweep(MATRIX, source="x", overrides=["optim.max_steps=7"])
+    assert {case.recipe.optim.max_steps for case in cases} == {7}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "there is no case"),
+        ("cases: []", "there is no case"),
+        ("- a", "a mapping"),
+        ("cases: {a: 1}", "a list"),
+        ("cases: [3]", "case 1: this is a mapping"),
+        ("a: [", "not YAML"),
+        ("casess: []", "did you mean 'cases'"),
+        ("cases: [{model: {name_or_path: x}}]", "it has no name"),
+        ("cases: [{name: a/b, model: {name_or_path: x}}]", "cannot be a case's name"),
+        ("cases: [{name: .., model: {name_or_path: x}}]", "cannot be a case's name"),
+        (
+            "cases: [{name: a, model: {name_or_path: x}}, {name: a, model: {name_or_path: y}}]",
+            "several cases have the name a",
+        ),
+        ("cases: [{name: a, modle: {}}]", "case a: .*unknown key 'modle'"),
+        ("cases: [{name: a}]", "case a: no model"),
+        ("matrix: {models: [], contexts: [1], strategies: {a: {}}}", "models: it is empty"),
+        ("matrix: {models: [a], strategies: {a: {}}}", "contexts: it is empty"),
+        ("matrix: {models: [a], contexts: [1]}", "strategies: it is empty"),
+        ("matrix: {models: [a], contexts: [1], strategies: [b]}", "strategies: this is a mapping"),
+        ("matrix: {models: [a], contexts: [1], strategies: {a: 3}}", "strategies: a: this is a"),
+        (
+            "matrix: {models: [a], contexts: [1], strategies: {a: {}}, zero_stages: []}",
+            "zero_stages: it is empty",
+        ),
+        ("matrix: {model: [a]}", "did you mean 'models'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_an_error_that_says_where(text: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=f"(?s){said}"):
+        parse_sweep(text, source="sweep.yaml")
+
+
+def test_all_wrong_cases_are_named_at_once() -> None:
+    text = "cases: [{name: one, modle: {}}, {name: two, method: lorra, model: {name_or_path: x}}]"
+    with pytest.raises(RecipeError, match=r"(?s)2 problems.*case one.*case two"):
+        parse_sweep(text, source="x")
+
+
+def test_the_sweeps_of_the_repository_are_all_valid() -> None:
+    found = {
+        path.stem: len(parse_sweep(path.read_text(), source=path.name))
+        for path in BENCHMARKS.glob("*.yaml")
+        if path.stem != "published"
+    }
+    assert found["h100"] == 60
+    assert found["h200x2"] >= 16
+    assert found["blind_h100"] == 24
