@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-unit test-cluster check format golden clean help
+.PHONY: demo test test-unit test-slow test-cluster check format golden clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -15,10 +15,13 @@ demo: $(VENV)/train.stamp  ## fine-tune a real model on real text on this machin
 
 test: $(VENV)/dev.stamp  ## all tests that this machine can run
 	$(BIN)/pytest -n 2 tests/unit
-	$(BIN)/pytest tests/integration tests/cluster
+	$(BIN)/pytest -m 'not slow' tests/integration tests/cluster
 
 test-unit: $(VENV)/dev.stamp  ## the quick tests alone
 	$(BIN)/pytest -n 2 tests/unit
+
+test-slow: $(VENV)/dev.stamp  ## the tests that `make test` leaves out: the rest of the grid, NVMe
+	$(BIN)/pytest -m slow tests/integration
 
 test-cluster: $(VENV)/dev.stamp  ## the tests on virtual hosts; installs Debian packages as root
 	if [[ $$(id -u) == 0 ]]; then tests/cluster/install.sh; fi

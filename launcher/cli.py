@@ -19,7 +19,6 @@ _COMMANDS = {
     "init": "launcher.commands.plan",
     "render": "launcher.commands.train",
     "train": "launcher.commands.train",
-    "resume": "launcher.commands.resume",
     "report": "launcher.commands.results",
     "export": "launcher.commands.results",
     "trace": "launcher.commands.trace",

@@ -192,6 +192,65 @@ def train(folder: Path, *, world_size: int = 2) -> Outcome:
     )
 
 
+class Nursery:
+    """Runs whose ranks are forked from one program that has imported the training stack.
+
+    For tests of what ranks compute. What starts, watches or ends them is tested with the real
+    launcher, :func:`train`.
+    """
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("rank_nursery.py"))],
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._answer() == {"ready": True}
+
+    def tokenize(self, folder: Path) -> None:
+        """Run the data step of a run."""
+        outcome = self._run(folder, world_size=1, module="launcher.worker.data")
+        assert outcome.returncode == 0, outcome.stderr
+
+    def train(self, folder: Path, *, world_size: int = 2) -> Outcome:
+        """Run all ranks to their end."""
+        return self._run(folder, world_size=world_size, module="launcher.worker.train")
+
+    def close(self) -> None:
+        """End the program."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=20)
+        self._process.stdout.close()
+
+    def _run(self, folder: Path, *, world_size: int, module: str) -> Outcome:
+        assert self._process.stdin is not None
+        request = {"folder": str(folder), "world_size": world_size, "module": module}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        statuses = self._answer()["statuses"]
+        texts = {
+            suffix: "".join(
+                (folder / f"rank-{rank}.{suffix}").read_text(errors="replace")
+                for rank in range(world_size)
+            )
+            for suffix in ("out", "err")
+        }
+        return Outcome(
+            returncode=next((status for status in statuses if status), 0),
+            stderr=texts["err"],
+            stdout=texts["out"],
+            folder=folder,
+        )
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+
 def train_alone(folder: Path) -> Outcome:
     """Run one rank without a launcher."""
     done = subprocess.run(
