@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import psutil
@@ -30,6 +32,18 @@ class RankWatch:
     _descriptors: dict[int, int] = field(default_factory=dict)
     """A pidfd of each rank that runs."""
 
+    def know(self, pids: Sequence[int]) -> None:
+        """Take these processes for the ranks, in order, and look for no others.
+
+        The environment of a forked process is its parent's in /proc.
+        """
+        for rank, pid in enumerate(pids):
+            try:
+                self._see(rank, psutil.Process(pid))
+            except psutil.NoSuchProcess:
+                self.ended[rank] = DeadRank(rank=rank, exit_status=None)
+        self._num_local_ranks = len(pids) or None
+
     def look_for_new(self) -> None:
         """Find ranks that have started since the last look."""
         if self._num_local_ranks is not None and len(self.seen) >= self._num_local_ranks:
@@ -40,13 +54,14 @@ class RankWatch:
             if "RANK" not in env or "LOCAL_SIZE" not in env or int(env["RANK"]) in self.seen:
                 # Workers of a data loader inherit the variables; the rank itself came first.
                 continue
-            rank = int(env["RANK"])
-            self.seen[rank] = process
+            self._see(int(env["RANK"]), process)
             self._num_local_ranks = int(env["LOCAL_SIZE"])
-            try:
-                self._descriptors[rank] = os.pidfd_open(process.pid)
-            except OSError:
-                continue  # it has ended, or this kernel has no pidfds: the regular look finds out
+
+    def _see(self, rank: int, process: psutil.Process) -> None:
+        self.seen[rank] = process
+        # It may have ended, or this kernel has no pidfds: the regular look finds out.
+        with contextlib.suppress(OSError):
+            self._descriptors[rank] = os.pidfd_open(process.pid)
 
     def look_for_dead(self) -> None:
         """Note the ranks that ended since the last look, and how, while it can be told."""

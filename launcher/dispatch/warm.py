@@ -39,6 +39,7 @@ class ForkedJob:
     """A job of the fork server, with the part of ``Popen`` that watching needs."""
 
     pid: int
+    rank_pids: tuple[int, ...]
     returncode: int | None = None
     server: ForkServer = field(repr=False)
 
@@ -144,7 +145,8 @@ class ForkServer:
         answer = self.read_answer(_READY_SECONDS)
         if answer is None or "pid" not in answer:
             raise self._broken("it does not answer")
-        return ForkedJob(pid=int(answer["pid"]), server=self)
+        pids = tuple(map(int, answer["rank_pids"]))
+        return ForkedJob(pid=int(answer["pid"]), rank_pids=pids, server=self)
 
     def read_answer(self, timeout: float | None) -> dict[str, Any] | None:
         """Return the next answer; ``None`` when none comes in time, empty when it has gone."""
@@ -242,7 +244,13 @@ class WarmBackend:
     ) -> None:
         """As the local backend."""
         assert self._process is not None, "wait() follows submit()"
-        watch(self._process, handle, interruptions=interruptions, console=console)
+        watch(
+            self._process,
+            handle,
+            interruptions=interruptions,
+            console=console,
+            rank_pids=self._process.rank_pids,
+        )
 
 
 def _places(job: DeepSpeedJob) -> list[dict[str, str]]:

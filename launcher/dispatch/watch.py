@@ -6,6 +6,7 @@ import logging
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -74,6 +75,7 @@ def watch(
     *,
     interruptions: Interruptions,
     console: BinaryIO | None,
+    rank_pids: Sequence[int] = (),
 ) -> None:
     """Return when the run has finished; when it returns or raises, no process is left.
 
@@ -82,6 +84,7 @@ def watch(
         handle: the job.
         interruptions: already entered.
         console: where to copy the job's output.
+        rank_pids: the ranks' processes in order, where they are known already.
 
     Raises:
         JobInterruptedError: a signal arrived; the run directory says "interrupted".
@@ -90,6 +93,7 @@ def watch(
             launch process was killed.
     """
     ranks = RankWatch(run_id=handle.run_id, session_id=handle.session_id)
+    ranks.know(rank_pids)
     relay = LogRelay(path=handle.run_dir / rd.LAUNCHER_LOG, console=console)
     started = time.time()
     last_scan = 0.0

@@ -2,7 +2,7 @@
 
 Importing torch, DeepSpeed and transformers takes longer than a short run. ``zerofit bench
 --warm`` talks to this program: a JSON object a line on standard input asks for a job, lines on
-standard output say its process id and, later, how it ended. One job runs at a time.
+standard output say its processes and, later, how it ended. One job runs at a time.
 
 A process that has looked at a GPU cannot be forked into ranks that use it, so whatever does so
 when it is imported (bitsandbytes) is hidden here; jobs that need it start the usual way.
@@ -78,7 +78,6 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         pid = os.fork()
         if pid == 0:
             _run_job(request, answers)
-        _answer(answers, {"pid": pid})
         _, status = os.waitpid(pid, 0)
         _answer(answers, {"exit_code": os.waitstatus_to_exitcode(status)})
 
@@ -98,22 +97,24 @@ def _run_job(request: Mapping[str, Any], answers: TextIO) -> None:
         with (run_dir / rd.LAUNCHER_LOG).open("ab") as log, Path(os.devnull).open("rb") as nothing:
             for source, target in ((nothing, 0), (log, 1), (log, 2)):
                 os.dup2(source.fileno(), target)
-        os.close(answers.fileno())
         os.environ.update(request["env"])
-        ranks = {_fork_rank(run_dir, place) for place in request["places"]}
-        status = _wait(ranks)
+        ranks = [_fork_rank(run_dir, place, answers) for place in request["places"]]
+        _answer(answers, {"pid": os.getpid(), "rank_pids": ranks})
+        os.close(answers.fileno())
+        status = _wait(set(ranks))
     except BaseException:  # noqa: BLE001 - a child must not return into the server's loop
         traceback.print_exc()
     finally:
         _leave(status)
 
 
-def _fork_rank(run_dir: Path, place: Mapping[str, str]) -> int:
+def _fork_rank(run_dir: Path, place: Mapping[str, str], answers: TextIO) -> int:
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
+        os.close(answers.fileno())
         os.environ.update(place)
         from launcher.worker import train
 
