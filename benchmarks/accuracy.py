@@ -162,6 +162,9 @@ def document_lines() -> Iterator[str]:
         yield f"### {group.title}"
         yield ""
         yield f"Assumed: {group.assumed}."
+        if group.open:
+            yield ""
+            yield f"Open: {group.open}."
         yield ""
         yield f"| | predicted {group.unit} | published {group.unit} | error |"
         yield "|---|---|---|---|"

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import load_replay
 import yaml
 
-from launcher.hardware import default_cluster, find_gpu
+from launcher.hardware import ClusterSpec, default_cluster, find_gpu
 from launcher.model_source import load_catalogue_entry
 from launcher.model_spec import ModelSpec, spec_from_config
+from launcher.predict.activations import timeline
+from launcher.predict.allocator import outside_bytes
+from launcher.predict.calibration import CALIBRATION
 from launcher.predict.memory import MemoryEstimate, Phase, estimate_memory
 from launcher.strategy import (
     Attention,
@@ -47,6 +51,8 @@ class AnchorSet:
 
     title: str
     assumed: str
+    open: str
+    """What the source leaves open and how much it is worth; empty where nothing is."""
     unit: str
     anchors: tuple[Anchor, ...]
 
@@ -66,45 +72,101 @@ def read_published(path: Path = PUBLISHED) -> Iterator[AnchorSet]:
             for row in ({**group["base"], **row} for row in group["rows"])
         )
         yield AnchorSet(
-            title=group["title"], assumed=group["assumed"], unit=group["unit"], anchors=anchors
+            title=group["title"],
+            assumed=group["assumed"],
+            open=group.get("open", ""),
+            unit=group["unit"],
+            anchors=anchors,
         )
 
 
 def _predicted(row: Mapping[str, Any], *, unit: int, configs: Mapping[str, Any]) -> float:
-    if row["quantity"] == "tokens_at_80_gb":
-        return _tokens_at(80 * GB, row, configs=configs)
-    found = _quantity(row["quantity"], _estimate(row, configs=configs))
+    if row["quantity"] == "tokens_at_device_limit":
+        return _tokens_at_limit(row, configs=configs)
+    if row["quantity"] == "loaded":
+        return _loaded_bytes(row, configs=configs) / unit
+    found = _quantity(row, configs=configs)
     if "minus" in row:
-        other = _estimate({**row, **row["minus"]}, configs=configs)
-        found -= _quantity(row["quantity"], other)
+        found -= _quantity({**row, **row["minus"]}, configs=configs)
     return found * (row["gpus"] if row.get("per") == "gpus" else 1) / unit
 
 
-def _tokens_at(limit: int, row: Mapping[str, Any], *, configs: Mapping[str, Any]) -> float:
-    """Return the sequence length at which the device's memory passes ``limit`` bytes."""
+def _tokens_at_limit(row: Mapping[str, Any], *, configs: Mapping[str, Any]) -> float:
+    """Return the first sequence length that the GPU's usable memory does not hold."""
+    limit = find_gpu(row["gpu"]).memory_bytes
     low, high = 1, 131_072
     while high - low > 1:
         middle = (low + high) // 2
-        used = _estimate({**row, "tokens": middle}, configs=configs).device_used_bytes
+        used = _quantity({**row, "tokens": middle, "quantity": "device"}, configs=configs)
         low, high = (middle, high) if used <= limit else (low, middle)
     return high
 
 
-def _quantity(name: str, estimate: MemoryEstimate) -> float:
+def _loaded_bytes(row: Mapping[str, Any], *, configs: Mapping[str, Any]) -> float:
+    """Return what nvidia-smi shows while weights are loaded one by one."""
+    kind = row.get("quantization", {}).get("kind", "nf4") if row["method"] == "qlora" else None
+    reserved = load_replay.peak_reserved_bytes(
+        _model(row, configs=configs),
+        element_bytes=Precision(row.get("precision", "bf16")).bytes_per_element,
+        quantization=kind,
+    )
+    return reserved + IDLE_CONTEXT_BYTES
+
+
+def _quantity(row: Mapping[str, Any], *, configs: Mapping[str, Any]) -> float:
+    """Return one quantity in bytes, with what the row says of a framework other than ours."""
+    workload, strategy, cluster = _configuration(row, configs=configs)
+    estimate = estimate_memory(workload, strategy, cluster)
+    found = _plain_quantity(row["quantity"], estimate)
+    tokens = strategy.micro_batch_size_per_gpu * workload.max_seq_len
+    if "bytes_per_logit" in row:
+        # Ours at its fullest: three fp32 tensors.
+        less = (12 - row["bytes_per_logit"]) * tokens * workload.model.vocab_size
+        found -= _lowered(estimate, {"loss": less})
+    if row.get("adapters") == "fp32":
+        wide, ours = (
+            max(
+                moment.total_bytes
+                for moment in timeline(
+                    workload, strategy, cluster.gpu, adapter_bytes=width
+                ).backward
+            )
+            for width in (4, workload.precision.bytes_per_element)
+        )
+        found += wide - ours
+    if row.get("load") == "partitioned":
+        outside = {phase.phase: phase.allocated_bytes for phase in estimate.phases[:2]}
+        found -= _lowered(estimate, outside)
+    if row["quantity"] == "device" and row.get("framework") == "plain":
+        # One process without DeepSpeed makes no NCCL communicator.
+        beyond = outside_bytes(cluster.gpu, CALIBRATION, zero_stage=strategy.zero_stage)
+        found -= beyond - cluster.gpu.context_bytes
+    return found + GB * sum(row.get("plus", {}).values())
+
+
+def _lowered(estimate: MemoryEstimate, less: Mapping[Phase, float]) -> float:
+    """Return by how much the peak falls if these phases need so many bytes less."""
+    lower = max(
+        phase.allocated_bytes - less.get(phase.phase, 0)
+        for phase in estimate.phases
+        if phase.phase != "eval"
+    )
+    return estimate.peak_allocated_bytes - lower
+
+
+def _plain_quantity(name: str, estimate: MemoryEstimate) -> float:
     if name == "reserved":
         return estimate.peak_reserved_bytes
     if name == "device":
         return estimate.device_used_bytes
-    if name == "loaded":
-        loaded = dict(estimate.phase("load").components)
-        loaded.pop("adapter weights", None)
-        return sum(loaded.values()) + IDLE_CONTEXT_BYTES
     # What a loss or checkpointing saves shows before the optimizer step.
     phases = TRAINING[:3] if name == "step_of_loss" else TRAINING
     return max(estimate.phase(phase).allocated_bytes for phase in phases)
 
 
-def _estimate(row: Mapping[str, Any], *, configs: Mapping[str, Any]) -> MemoryEstimate:
+def _configuration(
+    row: Mapping[str, Any], *, configs: Mapping[str, Any]
+) -> tuple[Workload, Strategy, ClusterSpec]:
     cluster = default_cluster(find_gpu(row["gpu"]), gpus_per_node=row.get("gpus", 1))
     strategy = Strategy(
         zero_stage=row["zero_stage"],
@@ -114,6 +176,7 @@ def _estimate(row: Mapping[str, Any], *, configs: Mapping[str, Any]) -> MemoryEs
         loss=Loss(row.get("loss", "full")),
         micro_batch_size_per_gpu=row.get("micro_batch_size_per_gpu", 1),
         gradient_accumulation_steps=row.get("gradient_accumulation_steps", 1),
+        expandable_segments=row.get("expandable_segments", True),
         # Their frameworks do not have DeepSpeed's 1 GB buckets: sized as transformers' "auto".
         zero=ZeroKnobs(**{"reduce_bucket_size": 16_777_216, **row.get("zero", {})}),
     )
@@ -131,7 +194,7 @@ def _estimate(row: Mapping[str, Any], *, configs: Mapping[str, Any]) -> MemoryEs
         lora=LoraSpec(**lora),
         quantization=QuantizationSpec(**row.get("quantization", {})),
     )
-    return estimate_memory(workload, strategy, cluster)
+    return workload, strategy, cluster
 
 
 def _model(row: Mapping[str, Any], *, configs: Mapping[str, Any]) -> ModelSpec:

@@ -19,6 +19,7 @@ _COMMANDS = {
     "init": "launcher.commands.plan",
     "render": "launcher.commands.train",
     "train": "launcher.commands.train",
+    "resume": "launcher.commands.resume",
     "report": "launcher.commands.results",
     "export": "launcher.commands.results",
     "trace": "launcher.commands.trace",

@@ -109,6 +109,17 @@ def create_run(prepared: Prepared, output_dir: Path | None) -> tuple[Path, Backe
     return run_dir, backend, request
 
 
+def render_again(prepared: Prepared, run_dir: Path) -> tuple[Backend, JobRequest]:
+    """Return the job of a run directory that exists; write and start nothing.
+
+    Raises:
+        LauncherError: the job cannot be rendered for this place.
+    """
+    recipe = _resolved(prepared.recipe)
+    backend = _backend(recipe)
+    return backend, backend.render(prepared.plan, run_dir=run_dir, files=_files(prepared, recipe))
+
+
 def disk_bytes(prepared: Prepared) -> int:
     """Return the disk space that a run needs for what it saves."""
     optim, workload = prepared.recipe.optim, prepared.plan.workload

@@ -36,6 +36,8 @@ LOGS = "logs"
 LAUNCHER_LOG = "logs/launcher.log"
 """Everything that the job printed: launcher and all ranks."""
 CHECKPOINTS = "checkpoints"
+UNFINISHED = ".unfinished"
+"""Folder below ``checkpoints`` with what is being written or removed."""
 MODEL_CONFIG = "model_config"
 """Folder with a config.json, when the run starts from random weights."""
 EXPORT = "export"
@@ -108,7 +110,7 @@ def create(run_dir: Path, *, needed_bytes: int = 0) -> Path:
                 where=str(run_dir),
                 fix="choose another folder; a run never overwrites an earlier one",
             )
-        _prove_writable(run_dir, needed_bytes)
+        prove_writable(run_dir, needed_bytes)
         for folder in (RANKS, LOGS):
             (run_dir / folder).mkdir()
             made.append(run_dir / folder)
@@ -334,8 +336,13 @@ def _make_folders(run_dir: Path) -> list[Path]:
     return missing
 
 
-def _prove_writable(run_dir: Path, needed_bytes: int) -> None:
-    """Write and sync a probe file: permissions alone do not tell of quotas or full disks."""
+def prove_writable(run_dir: Path, needed_bytes: int) -> None:
+    """Write and sync a probe file: permissions alone do not tell of quotas or full disks.
+
+    Raises:
+        RunDirError: less than ``needed_bytes`` are free.
+        OSError: the probe cannot be written.
+    """
     probe = run_dir / ".write-probe"
     try:
         with probe.open("wb") as stream:

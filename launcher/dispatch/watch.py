@@ -185,7 +185,7 @@ def _conclude(
 def _way_on(run_dir: Path) -> str:
     """Return how to go on after an interruption."""
     if any((run_dir / rd.CHECKPOINTS).glob("checkpoint-*")):
-        return f"`bash {run_dir / rd.JOB_SCRIPT}` goes on from its last checkpoint"
+        return f"`zerofit resume {run_dir}` goes on from its last checkpoint"
     return "start it again in a new folder; with optim.save_steps a run can go on from checkpoints"
 
 

@@ -84,3 +84,53 @@ class LongestFirst(Sampler[int]):
         return iter(
             get_length_grouped_indices(self._lengths, self._group_size, generator=generator)
         )
+
+
+class RankBatches(Sampler[list[int]]):
+    """One rank's micro-batches: which examples a step takes depends on no number of ranks.
+
+    Step ``k`` of an epoch takes the examples ``[k * B, (k + 1) * B)`` of the order, ``B`` being
+    the global batch size; ranks and micro-batches only deal them out. The last step of an epoch
+    is filled up from the order's beginning, so that it has ``B`` examples too. A run that goes
+    on with other ranks or another micro-batch therefore sees the same steps.
+
+    It stands in for accelerate's sharding, whose ``skip_first_batches`` loses the epoch on the
+    way to the sampler when there are several ranks (accelerate 1.15
+    ``data_loader.py:DataLoaderShard.set_epoch``), and whose last step depends on their number.
+    """
+
+    def __init__(
+        self,
+        order: Sampler[int],
+        *,
+        micro_batch_size: int,
+        gradient_accumulation_steps: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._order = order
+        self._micro_batch_size = micro_batch_size
+        self._micro_batches_per_step = gradient_accumulation_steps * world_size
+        self._rank = rank
+        self._world_size = world_size
+
+    @property
+    def batch_sampler(self) -> RankBatches:
+        """Itself: transformers looks for ``set_epoch`` one level down (5.23 trainer.py)."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        if isinstance(self._order, LongestFirst):
+            self._order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        global_batch_size = self._micro_batch_size * self._micro_batches_per_step
+        num_steps = -(-len(self._order) // global_batch_size)  # type: ignore[arg-type]
+        return num_steps * self._micro_batches_per_step // self._world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self._order)
+        for index in range(len(self)):
+            first = (index * self._world_size + self._rank) * self._micro_batch_size
+            yield [order[i % len(order)] for i in range(first, first + self._micro_batch_size)]

@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from launcher import run_dir
 from launcher.worker.data import SAMPLE_NEW_TOKENS, DataSummary
 from launcher.worker.peak_memory import PeakRecorder
 
@@ -16,18 +19,31 @@ SAMPLE_SECONDS = 120.0
 """Longest time for one sample answer; a model offloaded to the host may be slow."""
 
 
+SAMPLE_BEFORE = "sample_before.json"
+"""The first answer as JSON, for attempts that go on from a checkpoint."""
+
+
 class Sample(TrainerCallback):  # type: ignore[misc]
     """The model's answer to the first held-out prompt: as a callback, before the first step."""
 
-    def __init__(self, trainer: Any, recorder: PeakRecorder, summary: DataSummary | None) -> None:
+    def __init__(
+        self, trainer: Any, recorder: PeakRecorder, summary: DataSummary | None, *, folder: Path
+    ) -> None:
         self._trainer = trainer
         self._recorder = recorder
         self._summary = summary
+        self._path = folder / SAMPLE_BEFORE
         self._before: str | None = None
 
-    def on_train_begin(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
-        """Ask when the engine exists and no step was taken."""
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Ask when the engine exists and no step was taken; later attempts read the answer."""
+        if state.global_step > 0:
+            if self._path.is_file():
+                self._before = json.loads(self._path.read_text(encoding="utf-8"))
+            return
         self._before = self.answer()
+        if state.is_world_process_zero and self._before is not None:
+            run_dir.write_json(self._path, self._before)
 
     def answer(self) -> str | None:
         """Return the model's greedy answer; under ZeRO-3 all ranks must ask together."""

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from launcher.worker.data import DataSummary
     from launcher.worker.peak_memory import PeakRecorder
+    from launcher.worker.resume import Resumption
 
 # Not __name__, which is "__main__" in a rank.
 logger = logging.getLogger("launcher.worker.train")
@@ -91,19 +92,25 @@ def run(inputs: Inputs, ranks: Ranks, device: torch.device, recorder: PeakRecord
     """
     from transformers import set_seed
 
+    from launcher.worker.checkpoints import layout_of
     from launcher.worker.model import load_model
+    from launcher.worker.resume import agree_on_checkpoint, resuming_config
     from launcher.worker.trainer import MeasuredTrainer, training_arguments
 
     recipe, strategy = inputs.recipe, inputs.strategy
+    layout = layout_of(strategy, inputs.precision, inputs.ds_config, world_size=ranks.world_size)
     with recorder.during("load"):
         start_process_group(device)
+        checkpoints = inputs.folder / run_dir.CHECKPOINTS
+        resumption = agree_on_checkpoint(checkpoints, layout, rank=ranks.rank)
         arguments = training_arguments(
             recipe,
             strategy,
-            inputs.ds_config,
+            resuming_config(inputs.ds_config, resumption),
             folder=inputs.folder,
             precision=inputs.precision,
             device=device,
+            is_resumed=resumption is not None,
         )
         set_seed(recipe.optim.seed)
         model = load_model(
@@ -113,40 +120,42 @@ def run(inputs: Inputs, ranks: Ranks, device: torch.device, recorder: PeakRecord
     options, summary, tokenizer = _data_options(inputs, ranks, model)
     trainer = MeasuredTrainer(
         recorder=recorder,
-        zero_stage=strategy.zero_stage,
+        layout=layout,
+        save_total_limit=recipe.optim.save_total_limit,
+        resumption=resumption,
         model=model,
         args=arguments,
         optimizer_cls_and_kwargs=_optimizer(inputs),
         processing_class=tokenizer,
         **options,
     )
-    _train(trainer, inputs, ranks, recorder, summary)
+    _train(trainer, inputs, ranks, recorder, summary, resumption)
 
 
-def _train(
+def _train(  # noqa: PLR0917
     trainer: Any,
     inputs: Inputs,
     ranks: Ranks,
     recorder: PeakRecorder,
     summary: DataSummary | None,
+    resumption: Resumption | None,
 ) -> None:
     import torch.distributed as dist
-    from transformers.trainer_utils import get_last_checkpoint
 
+    from launcher.worker.progress import Progress
+    from launcher.worker.resume import RemoveConverted
     from launcher.worker.sample import Sample
-    from launcher.worker.trainer import FINAL, Progress, StepClock, without_built_in_progress
+    from launcher.worker.trainer import StepClock, without_built_in_progress
 
     progress = Progress(recorder, folder=inputs.folder, world_size=ranks.world_size)
-    sample = Sample(trainer, recorder, summary)
+    sample = Sample(trainer, recorder, summary, folder=inputs.folder)
     without_built_in_progress(trainer)
     for callback in (sample, StepClock(recorder), progress):
         trainer.add_callback(callback)
-    checkpoints = inputs.folder / run_dir.CHECKPOINTS
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if last is not None:
-        logger.info("continuing from %s", last)
+    if resumption is not None and resumption.is_converted:
+        trainer.add_callback(RemoveConverted(resumption))
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=str(resumption.path) if resumption else None)
     train_seconds = time.perf_counter() - started
     if trainer.eval_dataset is not None:
         trainer.evaluate()
@@ -154,7 +163,7 @@ def _train(
     if inputs.recipe.model.random_weights and inputs.recipe.method is Method.full:
         logger.info("random weights are not saved")
     else:
-        trainer.save_model(str(checkpoints / FINAL))
+        trainer.save_final()
     tokens_seen = _sum_over_ranks(recorder.num_tokens, trainer.args.device)
     recorder.finish()
     if ranks.rank == 0:

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from launcher import run_dir
 from launcher.recipe_sections import Recipe
 from launcher.strategy import Loss, Precision, Strategy
-from launcher.units import format_seconds
-from launcher.worker.batches import LongestFirst
+from launcher.worker import checkpoints
+from launcher.worker.batches import LongestFirst, RankBatches
 from launcher.worker.peak_memory import PeakRecorder
-
-logger = logging.getLogger(__name__)
+from launcher.worker.resume import Resumption, load_converted
 
 FINAL = "final"
 """Folder below ``checkpoints`` with the trained weights and the tokenizer."""
@@ -39,6 +36,7 @@ def training_arguments(
     folder: Path,
     precision: Precision,
     device: torch.device,
+    is_resumed: bool = False,
 ) -> TrainingArguments:
     """Return the trainer's arguments; making them starts the process group.
 
@@ -73,11 +71,12 @@ def training_arguments(
         eval_strategy="steps" if optim.eval_steps and recipe.data.eval_path else "no",
         eval_steps=optim.eval_steps,
         # The engine exists only inside train(), so the first evaluation happens there.
-        eval_on_start=recipe.data.eval_path is not None,
+        eval_on_start=recipe.data.eval_path is not None and not is_resumed,
         prediction_loss_only=True,
         save_strategy="steps" if optim.save_steps else "no",
         save_steps=optim.save_steps or 500,
-        save_total_limit=optim.save_total_limit,
+        # Old checkpoints are removed by us, once the new one is complete.
+        save_total_limit=None,
         use_liger_kernel=strategy.liger_kernels or strategy.loss is Loss.liger,
         liger_kernel_config=liger_settings(strategy),
         remove_unused_columns=False,
@@ -105,20 +104,24 @@ def liger_settings(strategy: Strategy) -> dict[str, bool]:
 
 
 class MeasuredTrainer(Trainer):  # type: ignore[misc]
-    """A trainer whose saving and evaluating are phases, and whose order is longest first."""
+    """A trainer whose phases are measured, whose order is known, and whose saving is atomic."""
 
     def __init__(
         self,
         *,
         recorder: PeakRecorder,
         lengths: list[int] | None,
-        zero_stage: int,
+        layout: checkpoints.Layout,
+        save_total_limit: int | None,
+        resumption: Resumption | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self._recorder = recorder
         self._lengths = lengths
-        self._zero_stage = zero_stage
+        self._layout = layout
+        self._save_total_limit = save_total_limit
+        self._is_staging = False
         plain_prepare = self.accelerator.prepare
 
         def prepare(*objects: Any, **keywords: Any) -> Any:
@@ -127,20 +130,36 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
             with recorder.during("init"):
                 prepared = plain_prepare(*objects, **keywords)
             recorder.watch_engine(prepared[0])
+            if resumption is not None and resumption.is_converted:
+                load_converted(prepared[0], resumption)
             return prepared
 
         # accelerate calls deepspeed.initialize inside; the engine exists from here on.
         self.accelerator.prepare = prepare
 
-    def _get_train_sampler(self, *_arguments: Any) -> Sampler[int] | None:
-        if self._lengths is None:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-        group_size = (
-            self.args.train_batch_size
-            * self.args.gradient_accumulation_steps
-            * self.args.world_size
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return this rank's part of the batches; accelerate is not asked to deal them out."""
+        order: Sampler[int] = SequentialSampler(self.train_dataset)
+        if self._lengths is not None:
+            group_size = (
+                self.args.train_batch_size
+                * self.args.gradient_accumulation_steps
+                * self.args.world_size
+            )
+            order = LongestFirst(self._lengths, group_size=group_size, seed=self.args.seed)
+        batches = RankBatches(
+            order,
+            micro_batch_size=self.args.train_batch_size,
+            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
         )
-        return LongestFirst(self._lengths, group_size=group_size, seed=self.args.seed)
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Evaluate on the held-out set, as a phase of its own."""
@@ -148,124 +167,86 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
             metrics: dict[str, float] = super().evaluate(*arguments, **options)
         return metrics
 
-    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
-        with self._recorder.during("save"):
-            super()._save_checkpoint(*arguments, **options)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002
         """Save the trained weights; adapters alone where only they are trained."""
         with self._recorder.during("save"):
             is_adapter = hasattr(self.model, "peft_config")
-            if is_adapter and self._zero_stage < 3:
+            if is_adapter and self._layout.zero_stage < 3:
                 # Every rank holds the whole adapter. transformers would first copy the whole
                 # base model to the host on every rank (trainer.py:save_model, 5.23).
                 self._save(output_dir)
             else:
                 super().save_model(output_dir, _internal_call=_internal_call)
 
+    def save_final(self) -> None:
+        """Save the trained weights below the name ``final``, whole or not at all.
 
-class Progress(TrainerCallback):  # type: ignore[misc]
-    """Rank 0's progress: one line a logged step, and ``trainer_log.jsonl``.
+        Raises:
+            SaveFailedError: the disk did not take them.
+        """
+        with self._saving() as staging:
+            self.save_model(str(staging / FINAL))
+            self._publish(staging / FINAL)
 
-    Tokens per second are those of all ranks, taken to be ``world_size`` times this rank's.
-    """
+    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        with self._recorder.during("save"), self._saving() as staging:
+            super()._save_checkpoint(*arguments, **options)
+            self._publish(staging / f"checkpoint-{self.state.global_step}")
+            if self.args.should_save:
+                checkpoints.prune(staging.parent, keep=self._save_total_limit)
 
-    def __init__(self, recorder: PeakRecorder, *, folder: Path, world_size: int) -> None:
-        self._recorder = recorder
-        self._path = folder / run_dir.TRAINER_LOG
-        self._world_size = world_size
-        self._bar: Any = None
-        self._started = 0.0
-        self._first_step = 0
-        self._last_time = 0.0
-        self._last_tokens = 0
-        self.losses: list[float] = []
-        self.eval_losses: list[float] = []
+    @contextmanager
+    def _saving(self) -> Iterator[Path]:
+        """Yield the folder to write below; what a full disk raises becomes one error."""
+        folder = Path(self.args.output_dir)
+        self._is_staging = True
+        try:
+            yield checkpoints.staging_folder(folder)
+        except Exception as error:
+            if not checkpoints.is_write_failure(error):
+                raise
+            raise checkpoints.save_failure(error, folder) from error
+        finally:
+            self._is_staging = False
 
-    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Start the clock, and a bar where someone watches; take up an earlier attempt's log."""
-        self._started = self._last_time = time.perf_counter()
-        self._first_step = state.global_step
-        if state.is_world_process_zero and self._path.exists():
-            self._take_up_log(state.global_step)
-        if state.is_world_process_zero and sys.stderr.isatty():
-            from tqdm import tqdm  # type: ignore[import-untyped]
+    def _get_output_dir(self, trial: Any) -> str:
+        plain: str = super()._get_output_dir(trial)
+        return str(checkpoints.staging_folder(Path(plain))) if self._is_staging else plain
 
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step")
-
-    def _take_up_log(self, global_step: int) -> None:
-        """Drop what was logged after the checkpoint that training goes on from; keep the rest."""
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        entries = [json.loads(line) for line in lines if line.endswith("}")]
-        kept = [entry for entry in entries if global_step and entry["step"] <= global_step]
-        run_dir.write_text(self._path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        self.losses = [entry["loss"] for entry in kept if "loss" in entry]
-        self.eval_losses = [entry["eval_loss"] for entry in kept if "eval_loss" in entry]
-
-    def on_step_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
-        """Advance the bar."""
-        if self._bar is not None:
-            self._bar.update(1)
-
-    def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
-        """Write the line and the record of one log entry."""
-        entry = dict(logs or {})
-        if "loss" in entry:
-            self.losses.append(entry["loss"])
-        if "eval_loss" in entry:
-            self.eval_losses.append(entry["eval_loss"])
-        if not state.is_world_process_zero:
-            return
-        now = time.perf_counter()
-        if "loss" in entry:
-            tokens = self._recorder.num_tokens
-            seconds = max(now - self._last_time, 1e-9)
-            entry["tokens_per_s"] = round((tokens - self._last_tokens) * self._world_size / seconds)
-            self._last_tokens = tokens
-        self._last_time = now
-        entry = {"step": state.global_step, "seconds": round(now - self._started, 3), **entry}
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
-        self._show(entry, state.max_steps, now - self._started)
-
-    def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
-        """Close the bar."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def _show(self, entry: Mapping[str, Any], max_steps: int, seconds: float) -> None:
-        if "loss" in entry:
-            step = entry["step"]
-            pace = seconds / max(1, step - self._first_step)
-            left = format_seconds(pace * (max_steps - step))
-            if self._bar is not None:
-                self._bar.set_postfix_str(
-                    f"loss {entry['loss']:.4f}, {entry['tokens_per_s']:,} tok/s"
-                )
-                return
-            logger.info(
-                "step %d/%d %s loss %.4f  lr %.2e  %s tok/s  %s left",
-                step,
-                max_steps,
-                _bar(step / max_steps),
-                entry["loss"],
-                entry.get("learning_rate", float("nan")),
-                f"{entry['tokens_per_s']:,}",
-                left,
+    def _publish(self, staged: Path) -> None:
+        """Give a staged folder its name, when every host's writes are on the disk."""
+        dist.barrier()
+        if self.args.local_process_index == 0:
+            checkpoints.sync_files(staged)
+        dist.barrier()
+        if self.args.should_save:
+            checkpoints.complete(
+                staged,
+                staged.parent.parent / staged.name,
+                step=self.state.global_step,
+                layout=self._layout,
+                parameter_groups=self._parameter_groups(),
             )
-        elif "eval_loss" in entry:
-            line = f"held-out loss {entry['eval_loss']:.4f} at step {entry['step']}"
-            if self._bar is not None:
-                self._bar.write(line, file=sys.stderr)
-            else:
-                logger.info("%s", line)
+        dist.barrier()
 
+    def _parameter_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Return the names of the trained parameters as stage 0's optimizer numbers them.
 
-def _bar(fraction: float, *, width: int = 16) -> str:
-    """Return a bar that also reads well in a log, where nothing can be drawn over."""
-    done = round(fraction * width)
-    return "█" * done + "░" * (width - done)
+        The other stages write names beside their states themselves.
+        """
+        engine = self.model_wrapped
+        if self._layout.zero_stage != 0:
+            return ()
+        groups = getattr(engine.optimizer, "fp16_groups", None)
+        if groups is None:
+            groups = [group["params"] for group in engine.optimizer.param_groups]
+        return tuple(tuple(engine.param_names[item] for item in group) for group in groups)
+
+    def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
+        position: tuple[int, int] = super()._init_training_state(max_steps, *arguments)
+        # A checkpoint's state brings its own intervals; those of the recipe hold.
+        self.state.compute_steps(self.args, max_steps)
+        return position
 
 
 class StepClock(TrainerCallback):  # type: ignore[misc]

@@ -110,7 +110,7 @@ def test_ctrl_c_in_mid_run_ends_all_ranks_within_10_seconds_and_says_how_to_go_o
     assert started.returncode == 130
     assert processes_of(run_id) == []
     assert rd.read_status(run).state == "interrupted"
-    assert f"bash {run / rd.JOB_SCRIPT}" in stderr
+    assert f"zerofit resume {run}" in stderr
     assert "Traceback" not in stderr
     report = zerofit(folder, "report", "run")
     assert report.returncode == 0

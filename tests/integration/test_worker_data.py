@@ -11,7 +11,7 @@ from worker_runs import CHAT_TEMPLATE, make_model, make_tokenizer, tokenize_data
 from launcher.errors import DataError
 from launcher.recipe import parse_recipe
 from launcher.recipe_sections import Recipe
-from launcher.worker.batches import LongestFirst, RightPadding
+from launcher.worker.batches import LongestFirst, RankBatches, RightPadding
 from launcher.worker.data import load_summary, main, percentiles, prepare_data
 from launcher.worker.records import Conversation, Passage
 from launcher.worker.tokenization import IGNORE_INDEX, prompt_ids, tokenize
@@ -283,3 +283,55 @@ def test_grouping_leaves_little_padding() -> None:
     groups = [[lengths[i] for i in order[k : k + 8]] for k in range(0, 4000, 8)]
     padded = sum(8 * max(group) for group in groups)
     assert 1 - sum(lengths) / padded < 0.05
+
+
+def steps_of(
+    epoch: int, *, world_size: int, micro_batch_size: int, skip: int = 0
+) -> list[list[int]]:
+    """Return the examples of each optimizer step of 8, as transformers asks all ranks for them."""
+    from accelerate import skip_first_batches
+    from torch.utils.data import DataLoader
+
+    lengths = [(7 * index) % 29 + 1 for index in range(61)]
+    accumulation = 8 // (world_size * micro_batch_size)
+    ranks = []
+    for rank in range(world_size):
+        batches = RankBatches(
+            LongestFirst(lengths, group_size=8, seed=1),
+            micro_batch_size=micro_batch_size,
+            gradient_accumulation_steps=accumulation,
+            rank=rank,
+            world_size=world_size,
+        )
+        loader: Any = DataLoader(range(61), batch_sampler=batches, collate_fn=list)
+        if skip:
+            loader = skip_first_batches(loader, skip * accumulation)
+        # transformers 5.23 trainer.py:_run_epoch
+        loader.batch_sampler.batch_sampler.set_epoch(epoch)
+        ranks.append(list(loader))
+    return [
+        sorted(
+            example
+            for batches in ranks
+            for batch in batches[step * accumulation : (step + 1) * accumulation]
+            for example in batch
+        )
+        for step in range(len(ranks[0]) // accumulation)
+    ]
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 4), (2, 2), (2, 4), (4, 1)])
+def test_a_step_sees_the_same_examples_on_any_number_of_ranks(
+    world_size: int, micro_batch_size: int
+) -> None:
+    alone = steps_of(1, world_size=1, micro_batch_size=8)
+    # 61 examples are 8 steps of 8, the last one filled up.
+    assert [len(step) for step in alone] == [8] * 8
+    assert {example for step in alone for example in step} == set(range(61))
+    assert steps_of(1, world_size=world_size, micro_batch_size=micro_batch_size) == alone
+
+
+def test_a_resumed_epoch_goes_on_in_its_own_order() -> None:
+    whole = steps_of(3, world_size=2, micro_batch_size=2)
+    assert steps_of(3, world_size=2, micro_batch_size=2, skip=3) == whole[3:]
+    assert steps_of(2, world_size=2, micro_batch_size=2) != whole

@@ -21,7 +21,8 @@ WORST_ALLOCATED, MEAN_ALLOCATED, MEAN_RESERVED = 0.06, 0.02, 0.04
 
 @functools.cache
 def rows(path: Path) -> tuple[Any, ...]:
-    script("published")  # accuracy.py imports it from its own folder
+    script("load_replay")  # published.py imports it from its own folder
+    script("published")  # and accuracy.py that from its own folder
     return tuple(script("accuracy").read_rows([path]))
 
 

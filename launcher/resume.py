@@ -1,0 +1,143 @@
+"""``zerofit resume``: go on with a run in its own directory, perhaps on other GPUs."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+from launcher import run_dir as rd
+from launcher.dispatch.base import read_handle, run_to_end
+from launcher.dispatch.process_group import find_processes
+from launcher.errors import RecipeError, RunDirError, list_problems
+from launcher.launch import check_can_start, disk_bytes, render_again
+from launcher.prepare import Prepared, prepare
+from launcher.recipe import parse_recipe
+from launcher.strategy import Precision
+
+ATTEMPTS = "attempts"
+"""Folder with what earlier attempts wrote: ``attempts/1``, ``attempts/2`` …"""
+SIGN_OF_LIFE_SECONDS = 60.0
+"""Ranks rewrite their files every 5 s (launcher/worker/peak_memory.py) while they train."""
+
+# What may change without making it another training.
+_CHANGEABLE = (
+    "cluster.",
+    "strategy.",
+    "slurm.",
+    "tracking.",
+    "deepspeed.zero_optimization.",
+    "optim.save_steps",
+    "optim.save_total_limit",
+    "optim.logging_steps",
+    "optim.eval_steps",
+)
+# Written anew by each attempt; the log of steps, the data and the checkpoints stay.
+_OF_ONE_ATTEMPT = (
+    rd.RECIPE, rd.PLAN, rd.DS_CONFIG, rd.ENVIRONMENT, rd.JOB_SCRIPT, rd.HOSTFILE, rd.JOB,
+    rd.STATUS, rd.RANKS, rd.LOGS, rd.REPORT_JSON, rd.REPORT_MARKDOWN, rd.REPORT_HTML,
+)  # fmt: skip
+
+
+def prepare_resume(run_dir: Path, overrides: Sequence[str]) -> Prepared:
+    """Read the recipe of a run that stopped, and plan it for what there is now.
+
+    Raises:
+        RunDirError: this is no run, it has finished, or it is still in progress.
+        RecipeError: an override would make it another training.
+    """
+    rd.check_is_run(run_dir)
+    check_has_stopped(run_dir)
+    wrong = [
+        f"{item.partition('=')[0]} cannot change in mid-training"
+        for item in overrides
+        if not item.startswith(_CHANGEABLE)
+    ]
+    if wrong:
+        raise RecipeError(
+            list_problems(wrong),
+            where="command line",
+            fix="a resumed run goes on with the same model, data and schedule; change only "
+            "cluster.*, strategy.*, slurm.* and how often it saves, logs and evaluates",
+        )
+    path = run_dir / rd.RECIPE
+    recipe = parse_recipe(rd.read_text(path), source=str(path), overrides=overrides)
+    if recipe.model.precision is None:
+        # Another GPU must not change the numbers' format in mid-training.
+        precision = Precision(rd.read_json(run_dir / rd.PLAN)["precision"])
+        recipe = replace(recipe, model=replace(recipe.model, precision=precision))
+    return prepare(recipe, source=str(path))
+
+
+def check_has_stopped(run_dir: Path) -> None:
+    """Raise RunDirError when a run has finished or is still in progress."""
+    status = rd.read_status(run_dir)
+    if status.state == "finished":
+        raise RunDirError(
+            "this run has finished: there is nothing to resume",
+            where=str(run_dir),
+            fix=f"`zerofit report {run_dir}` shows it; for more steps start a new run",
+        )
+    alive = []
+    if (run_dir / rd.JOB).is_file():
+        alive = find_processes(read_handle(run_dir).run_id)
+    ranks = (run_dir / rd.RANKS).glob("[0-9]*.json")
+    silence_seconds = time.time() - max((path.stat().st_mtime for path in ranks), default=0.0)
+    is_alive_elsewhere = status.state == "running" and silence_seconds < SIGN_OF_LIFE_SECONDS
+    if alive or is_alive_elsewhere:
+        who = f"process {alive[0].pid}" if alive else "a rank wrote less than a minute ago"
+        raise RunDirError(
+            f"this run is in progress ({who})",
+            where=str(run_dir),
+            fix="wait for it, or end it first; two jobs must not write into one run directory",
+        )
+
+
+def resume_run(
+    run_dir: Path, prepared: Prepared, *, say: Callable[[str], None], console: BinaryIO
+) -> Path:
+    """Go on with a run to its end; return its absolute directory.
+
+    What the earlier attempt wrote about itself moves to ``attempts``.
+
+    Args:
+        run_dir: accepted by :func:`prepare_resume`.
+        prepared: a plan that fits.
+        say: shows a line of text.
+        console: where the job's output is copied.
+
+    Raises:
+        LauncherError: it cannot be started (exit status 2), failed (4) or was interrupted.
+    """
+    run_dir = run_dir.absolute()
+    check_can_start(prepared)
+    # Half a checkpoint would count as used space; the ranks remove it too.
+    shutil.rmtree(run_dir / rd.CHECKPOINTS / rd.UNFINISHED, ignore_errors=True)
+    backend, request = render_again(prepared, run_dir)
+    kept_bytes = sum(
+        path.stat().st_size for path in (run_dir / rd.CHECKPOINTS).rglob("*") if path.is_file()
+    )
+    rd.prove_writable(run_dir, max(0, disk_bytes(prepared) - kept_bytes))
+    attempt = set_aside(run_dir)
+    say(f"run directory: {run_dir}; the earlier attempt's files are in {attempt.name}")
+    run_to_end(backend, request, run_dir=run_dir, console=console)
+    return run_dir
+
+
+def set_aside(run_dir: Path) -> Path:
+    """Move what the last attempt wrote about itself into a new folder; return it."""
+    parent = run_dir / ATTEMPTS
+    parent.mkdir(exist_ok=True)
+    number = 1 + max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
+    target = parent / str(number)
+    target.mkdir()
+    for name in _OF_ONE_ATTEMPT:
+        if (run_dir / name).exists():
+            (run_dir / name).rename(target / name)
+    for name in (rd.RANKS, rd.LOGS):
+        (run_dir / name).mkdir()
+    rd.write_status(run_dir, "created")
+    return target

@@ -1,0 +1,123 @@
+"""Rank 0's progress: what people watch, and ``trainer_log.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from launcher import run_dir
+from launcher.units import format_seconds
+from launcher.worker.peak_memory import PeakRecorder
+
+logger = logging.getLogger(__name__)
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """Rank 0's progress: one line a logged step, and ``trainer_log.jsonl``.
+
+    Tokens per second are those of all ranks, taken to be ``world_size`` times this rank's.
+    """
+
+    def __init__(self, recorder: PeakRecorder, *, folder: Path, world_size: int) -> None:
+        self._recorder = recorder
+        self._path = folder / run_dir.TRAINER_LOG
+        self._world_size = world_size
+        self._bar: Any = None
+        self._started = 0.0
+        self._first_step = 0
+        self._last_time = 0.0
+        self._last_tokens = 0
+        self.losses: list[float] = []
+        self.eval_losses: list[float] = []
+
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Start the clock, and a bar where someone watches; take up an earlier attempt's log."""
+        self._started = self._last_time = time.perf_counter()
+        self._first_step = state.global_step
+        if state.is_world_process_zero and self._path.exists():
+            self._take_up_log(state.global_step)
+        if state.is_world_process_zero and sys.stderr.isatty():
+            from tqdm import tqdm  # type: ignore[import-untyped]
+
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step")
+
+    def _take_up_log(self, global_step: int) -> None:
+        """Drop what was logged after the checkpoint that training goes on from; keep the rest."""
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        entries = [json.loads(line) for line in lines if line.endswith("}")]
+        kept = [entry for entry in entries if global_step and entry["step"] <= global_step]
+        run_dir.write_text(self._path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self.losses = [entry["loss"] for entry in kept if "loss" in entry]
+        self.eval_losses = [entry["eval_loss"] for entry in kept if "eval_loss" in entry]
+
+    def on_step_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        """Advance the bar."""
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
+        """Write the line and the record of one log entry."""
+        entry = dict(logs or {})
+        if "loss" in entry:
+            self.losses.append(entry["loss"])
+        if "eval_loss" in entry:
+            self.eval_losses.append(entry["eval_loss"])
+        if not state.is_world_process_zero:
+            return
+        now = time.perf_counter()
+        if "loss" in entry:
+            tokens = self._recorder.num_tokens
+            seconds = max(now - self._last_time, 1e-9)
+            entry["tokens_per_s"] = round((tokens - self._last_tokens) * self._world_size / seconds)
+            self._last_tokens = tokens
+        self._last_time = now
+        entry = {"step": state.global_step, "seconds": round(now - self._started, 3), **entry}
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+        self._show(entry, state.max_steps, now - self._started)
+
+    def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _show(self, entry: Mapping[str, Any], max_steps: int, seconds: float) -> None:
+        if "loss" in entry:
+            step = entry["step"]
+            pace = seconds / max(1, step - self._first_step)
+            left = format_seconds(pace * (max_steps - step))
+            if self._bar is not None:
+                self._bar.set_postfix_str(
+                    f"loss {entry['loss']:.4f}, {entry['tokens_per_s']:,} tok/s"
+                )
+                return
+            logger.info(
+                "step %d/%d %s loss %.4f  lr %.2e  %s tok/s  %s left",
+                step,
+                max_steps,
+                _bar(step / max_steps),
+                entry["loss"],
+                entry.get("learning_rate", float("nan")),
+                f"{entry['tokens_per_s']:,}",
+                left,
+            )
+        elif "eval_loss" in entry:
+            line = f"held-out loss {entry['eval_loss']:.4f} at step {entry['step']}"
+            if self._bar is not None:
+                self._bar.write(line, file=sys.stderr)
+            else:
+                logger.info("%s", line)
+
+
+def _bar(fraction: float, *, width: int = 16) -> str:
+    """Return a bar that also reads well in a log, where nothing can be drawn over."""
+    done = round(fraction * width)
+    return "█" * done + "░" * (width - done)
