@@ -28,7 +28,7 @@ def new_recipe_text(recipe: Recipe, plan: Plan) -> str:
         lines.append(f"method: {recipe.method.value}  # full, lora or qlora")
     if recipe.max_seq_len == defaults.max_seq_len:
         lines.append(f"max_seq_len: {recipe.max_seq_len}")
-    if recipe.data.path is None:
+    if not recipe.data.has_training_data:
         lines += [
             "",
             "# data:",

@@ -6,25 +6,26 @@ import contextlib
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from launcher import run_dir as rd
+from launcher.data_cache import summary_from_json
+from launcher.data_view import describe_data
 from launcher.dispatch.base import Backend, run_to_end, write_files
 from launcher.dispatch.deepspeed import HostfileBackend, is_only_this_machine, read_hostfile
 from launcher.dispatch.local import LocalBackend
 from launcher.dispatch.worker_command import check_train_extra, run_worker
 from launcher.ds_config import build_ds_config
-from launcher.errors import DataError, LauncherError, RecipeError, SetupError
+from launcher.errors import LauncherError, RecipeError, SetupError
 from launcher.job_script import JobRequest
-from launcher.model_source import weights_source
 from launcher.planning.plan import plan_to_json
 from launcher.prepare import Prepared
 from launcher.recipe import render_recipe
+from launcher.recipe_paths import check_data_paths, check_names_data, with_absolute_paths
 from launcher.recipe_sections import Recipe
 from launcher.strategy import Method
 from launcher.units import MIB, format_bytes
@@ -71,7 +72,7 @@ def check_can_start(prepared: Prepared) -> None:
     """
     check_train_extra()
     recipe = _resolved(prepared.recipe)
-    _check_data(recipe)
+    check_data_paths(recipe)
     _backend(recipe).check_place(prepared.plan)
 
 
@@ -176,7 +177,7 @@ def start_run(
             _remove(run_dir)
             say(f"removed {run_dir}: nothing has run in it")
             raise
-        for line in describe_data(summary):
+        for line in describe_data(summary_from_json(summary)):
             say(line)
     run_to_end(backend, request, run_dir=run_dir, console=console)
 
@@ -184,57 +185,13 @@ def start_run(
 def _has_data(request: JobRequest) -> bool:
     import yaml
 
-    return bool(yaml.safe_load(request.files[rd.RECIPE]).get("data", {}).get("path"))
-
-
-def describe_data(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Yield lines that tell a person what became of the records.
-
-    Args:
-        summary: what the data program printed.
-    """
-    yield f"data: {summary['format']} records"
-    for title, split in (("train", summary["train"]), ("held-out", summary["eval"])):
-        if split is None:
-            continue
-        learnt = 100 * split["num_loss_tokens"] / split["num_tokens"]
-        lengths = split["length_percentiles"]
-        yield (
-            f"  {title}: {split['num_examples']:,} examples of {split['num_tokens']:,} tokens "
-            f"({learnt:.0f} % count in the loss), {split['num_truncated']:,} truncated, "
-            f"{split['num_dropped']:,} dropped"
-        )
-        yield (
-            f"    tokens each: half have at most {lengths['50']:,}, 95 % {lengths['95']:,}, "
-            f"99 % {lengths['99']:,}, the longest {lengths['100']:,}"
-        )
-    yield from (f"  note: {note}" for note in summary["notes"])
+    data = yaml.safe_load(request.files[rd.RECIPE]).get("data", {})
+    return bool(data.get("path") or data.get("sources"))
 
 
 def _resolved(recipe: Recipe) -> Recipe:
-    """Return the recipe with paths that hold on every node and from every folder.
-
-    Raises:
-        RecipeError: there is nothing to train on.
-    """
-    if recipe.data.path is None and not recipe.model.random_weights:
-        raise RecipeError(
-            "no training data is named",
-            where="data.path",
-            fix="set data.path to a JSON Lines file (or model.random_weights for a benchmark)",
-        )
-    source = weights_source(recipe.model.name_or_path)
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        source = str(folder.resolve())
-
-    def absolute(path: str | None) -> str | None:
-        return str(Path(path).expanduser().resolve()) if path else path
-
-    data = replace(
-        recipe.data, path=absolute(recipe.data.path), eval_path=absolute(recipe.data.eval_path)
-    )
-    return replace(recipe, model=replace(recipe.model, name_or_path=source), data=data)
+    check_names_data(recipe)
+    return with_absolute_paths(recipe)
 
 
 def _remove(run_dir: Path) -> None:
@@ -245,20 +202,8 @@ def _remove(run_dir: Path) -> None:
             run_dir.parent.rmdir()  # unless it holds other runs
 
 
-def _check_data(recipe: Recipe) -> None:
-    for key in ("path", "eval_path"):
-        path: str | None = getattr(recipe.data, key)
-        if path is not None and not Path(path).is_file():
-            is_there = Path(path).exists()
-            raise DataError(
-                "this is not a file" if is_there else "there is no such data file",
-                where=path,
-                fix=f"correct data.{key}; a relative path starts where zerofit was started",
-            )
-
-
 def _backend(recipe: Recipe) -> Backend:
-    has_data = recipe.data.path is not None
+    has_data = recipe.data.has_training_data
     if recipe.cluster.backend == "slurm":
         raise SetupError(
             "zerofit cannot submit to Slurm yet",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, get_origin, get_type_hints
 
 from launcher.errors import RecipeError, did_you_mean, list_problems
-from launcher.recipe_sections import Recipe
+from launcher.recipe_sections import DATA_COLUMNS, DataSection, DataSource, Recipe, StrategySection
 from launcher.strategy import Offload
 
 
@@ -61,9 +61,33 @@ def parse_recipe(
         )
     recipe = OmegaConf.to_object(tree)
     assert isinstance(recipe, Recipe)
+    recipe = _with_typed_sources(recipe, source)
     if wrong := list(_impossible_values(recipe)):
         raise RecipeError(list_problems(wrong), where=source, fix="correct the values named above")
     return recipe
+
+
+def _with_typed_sources(recipe: Recipe, source: str) -> Recipe:
+    """Return the recipe with its data sources checked: OmegaConf leaves tuples as they come."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    typed: list[DataSource] = []
+    problems = []
+    for index, given in enumerate(recipe.data.sources):
+        try:
+            tree = OmegaConf.merge(OmegaConf.structured(DataSource), given)
+            checked = OmegaConf.to_object(tree)
+            assert isinstance(checked, DataSource)
+            typed.append(checked)
+        except OmegaConfBaseException as error:
+            problems.append(f"data.sources[{index}].{_describe(error, source)}")
+    if problems:
+        raise RecipeError(
+            list_problems(problems), where=source, fix="correct the values named above"
+        )
+    data = replace(recipe.data, sources=tuple(typed))
+    return replace(recipe, data=data)
 
 
 def _read_yaml(text: str, source: str) -> Any:
@@ -107,6 +131,8 @@ def _plain(value: Any) -> Any:
     """Return a value as YAML writes it."""
     if isinstance(value, str):
         return str(value)
+    if isinstance(value, DataSource):
+        return _differences(value, DataSource())
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
@@ -137,6 +163,7 @@ def _parse_override(item: str) -> tuple[str, Any]:
 
 def _unknown_keys(part: Any, where: str) -> Iterator[str]:
     """Yield a line for each key that no field reads: a typo must not become a default."""
+    from omegaconf import OmegaConf
 
     def walk(node: Any, section: type, prefix: str) -> Iterator[str]:
         hints = get_type_hints(section)
@@ -145,12 +172,21 @@ def _unknown_keys(part: Any, where: str) -> Iterator[str]:
             if str(key) not in hints:
                 yield f"unknown key {name!r} ({where}): {did_you_mean(str(key), list(hints))}"
                 continue
-            child = node._get_node(key)
-            if is_dataclass(hints[str(key)]):
+            child, hint = node._get_node(key), hints[str(key)]
+            if hint == tuple[DataSource, ...] and OmegaConf.is_list(child):
+                for index in range(len(child)):
+                    element = child._get_node(index)
+                    if not hasattr(element, "keys"):
+                        yield f"{name}[{index}] is not a source such as {{path: FILE}} ({where})"
+                    else:
+                        yield from walk(element, DataSource, f"{name}[{index}].")
+            elif is_dataclass(hint) or get_origin(hint) is dict:
                 if not hasattr(child, "keys"):
                     yield f"{name!r} is a section, not the value {node[key]!r} ({where})"
-                else:
-                    yield from walk(child, hints[str(key)], f"{name}.")
+                elif isinstance(hint, type) and is_dataclass(hint):
+                    yield from walk(child, hint, f"{name}.")
+            elif hasattr(child, "keys"):
+                yield f"{name!r} is a value or a list, not a section ({where})"
 
     yield from walk(part, Recipe, "")
 
@@ -206,6 +242,12 @@ def _impossible_values(recipe: Recipe) -> Iterable[str]:
         "data.max_train_samples": recipe.data.max_train_samples,
         "data.max_eval_samples": recipe.data.max_eval_samples,
     }
+    for index, given in enumerate(recipe.data.sources):
+        positive |= {
+            f"data.sources[{index}].weight": given.weight,
+            f"data.sources[{index}].max_samples": given.max_samples,
+        }
+    yield from _impossible_data(recipe.data)
     for key, value in positive.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
             yield f"{key} is {value}, it must be a number above 0"
@@ -220,7 +262,10 @@ def _impossible_values(recipe: Recipe) -> Iterable[str]:
             yield f"optim.adam_beta{key} is {beta}, it must be at least 0 and below 1"
     if not recipe.lora.target_modules:
         yield "lora.target_modules is empty, name modules or use all-linear"
-    strategy = recipe.strategy
+    yield from _impossible_strategy(recipe.strategy)
+
+
+def _impossible_strategy(strategy: StrategySection) -> Iterable[str]:
     if strategy.zero_stage in (0, 1, 2) and strategy.offload_param not in (None, Offload.none):
         yield f"strategy.offload_param needs zero_stage 3, not {strategy.zero_stage}"
     if strategy.zero_stage == 0 and strategy.offload_optimizer not in (None, Offload.none):
@@ -230,3 +275,21 @@ def _impossible_values(recipe: Recipe) -> Iterable[str]:
         yield "strategy.nvme_path is missing: offload to nvme needs a folder on the drive"
     if strategy.offload_optimizer is Offload.nvme and strategy.zero_stage in (1, 2):
         yield f"optimizer offload to nvme needs zero_stage 3, not {strategy.zero_stage}"
+
+
+def _impossible_data(data: DataSection) -> Iterable[str]:
+    if data.path is not None and data.sources:
+        yield "data.path and data.sources are both set; name all sources in data.sources"
+    if data.sources and data.max_train_samples is not None:
+        yield "data.max_train_samples goes with data.path; use max_samples in data.sources"
+    for index, item in enumerate(data.sources):
+        if item.path == "???":
+            yield f"data.sources[{index}].path is missing"
+    columns = {"data.columns": data.columns}
+    columns |= {f"data.sources[{i}].columns": item.columns for i, item in enumerate(data.sources)}
+    for key, mapping in columns.items():
+        for ours, theirs in mapping.items():
+            if not isinstance(theirs, str):
+                yield f"{key}.{ours} is {theirs!r}, not the name of a column"
+            if ours not in DATA_COLUMNS:
+                yield f"{key}: no format has a column {ours!r}: {did_you_mean(ours, DATA_COLUMNS)}"

@@ -23,16 +23,56 @@ class ModelSection:
     """Start from random weights of the model's shape: for benchmarks, never for results."""
 
 
+DATA_COLUMNS = (
+    "messages", "role", "content", "tools", "conversations", "from", "value", "system",
+    "instruction", "input", "output", "history", "prompt", "completion", "text",
+)  # fmt: skip
+"""Our names of columns, which ``columns`` maps to those of a file."""
+RecordFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """One of several sources of training data: a file, a folder of files, or a hub id."""
+
+    path: str = "???"
+    format: RecordFormat = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    subset: str | None = None
+    split: str = "train"
+    weight: float = 1.0
+    """How often each record counts in an epoch; with 0.5 every second one does."""
+    max_samples: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
     """What to train on; ``format`` is detected from the first record when ``auto``."""
 
     path: str | None = None
+    """A file, a folder of files, or a hub id; ``sources`` in its place names several."""
+    sources: tuple[DataSource, ...] = ()
     eval_path: str | None = None
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    format: RecordFormat = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    """The file's name of each column of the format, where it has another: prompt: question."""
+    subset: str | None = None
+    """Of a hub data set or a folder that describes itself: its configuration."""
+    split: str = "train"
+    eval_split: str = "test"
+    """Splits that ``path`` and ``eval_path`` mean where they are no files."""
+    chat_template: str | None = None
+    """A file or a known name; ``None`` takes the tokenizer's own."""
+    packing: bool = False
+    """Fill sequences of ``max_seq_len`` with several examples, which do not see each other."""
     train_on_prompt: bool = False
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
+
+    @property
+    def has_training_data(self) -> bool:
+        """Whether any is named."""
+        return self.path is not None or bool(self.sources)
 
 
 @dataclass(frozen=True, kw_only=True)

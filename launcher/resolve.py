@@ -10,6 +10,13 @@ from launcher.recipe_sections import Recipe
 from launcher.strategy import Method, Precision
 from launcher.workload import ALL_LINEAR, ATTENTION_ONLY, LoraSpec, QuantizationSpec, Workload
 
+UNPACKABLE = frozenset({"falcon"})
+"""Architectures whose attention mask takes no notice of positions that start anew.
+
+Source: transformers 5.23 ``models/falcon/modeling_falcon.py`` calls ``create_causal_mask``
+without ``position_ids``; an integration test compares the others with and without packing.
+"""
+
 
 def resolve_workload(recipe: Recipe, model: ModelSpec, gpu: GpuSpec, *, source: str) -> Workload:
     """Return what the recipe trains on this model and this kind of GPU.
@@ -26,6 +33,11 @@ def resolve_workload(recipe: Recipe, model: ModelSpec, gpu: GpuSpec, *, source: 
             f"max_seq_len is {recipe.max_seq_len:,}, {model.name} was made for {limit_tokens:,} "
             "tokens: lower it, or set model.max_position_embeddings if its positions stretch"
         )
+    if recipe.data.packing and model.model_type in UNPACKABLE:
+        problems.append(
+            f"data.packing: transformers lets packed examples of {model.model_type} see each "
+            "other; leave packing off"
+        )
     if recipe.method is not Method.full:
         problems.extend(_unknown_targets(recipe.lora.target_modules, model))
     if problems:
@@ -37,6 +49,7 @@ def resolve_workload(recipe: Recipe, model: ModelSpec, gpu: GpuSpec, *, source: 
         method=recipe.method,
         max_seq_len=recipe.max_seq_len,
         global_batch_size=recipe.optim.global_batch_size,
+        has_padding=recipe.data.packing,
         precision=recipe.model.precision or default_precision(gpu),
         lora=LoraSpec(
             r=recipe.lora.r,

@@ -37,8 +37,8 @@ class QuantizationSpec:
 class Workload:
     """A model, a training method and a sequence length.
 
-    ``max_seq_len`` is in tokens. ``has_padding`` says whether batches carry a padding mask
-    (it forces the masked attention path).
+    ``max_seq_len`` is in tokens. ``has_padding`` says whether batches carry a mask, of padding
+    or of packed examples' borders (it forces the masked attention path).
     """
 
     model: ModelSpec

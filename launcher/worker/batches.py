@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
@@ -53,6 +54,41 @@ class RightPadding:
             tokens_bs[row, :length] = torch.as_tensor(example["input_ids"])
             labels_bs[row, :length] = torch.as_tensor(example["labels"])
         return {"input_ids": tokens_bs, "labels": labels_bs}
+
+
+class PackedRows:
+    """Batch packed sequences, each token with its position in its own example.
+
+    From positions that start anew, transformers finds the examples' borders: SDPA and eager
+    attention get a mask that keeps them apart (5.23 ``masking_utils.py:create_causal_mask``),
+    of s x s for each row. FlashAttention takes the examples' lengths instead, of one row only
+    (``modeling_flash_attention_utils.py:_is_packed_sequence``), so there the rows become one.
+    """
+
+    def __init__(self, *, pad_token_id: int, is_one_row: bool) -> None:
+        self._padding = RightPadding(pad_token_id=pad_token_id)
+        self._is_one_row = is_one_row
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return ``input_ids``, ``labels`` and ``position_ids``, int64 [b, s] or [1, b * s].
+
+        Held-out examples are not packed; they are padded as ever.
+        """
+        rows = list(examples)
+        if "example_lengths" not in rows[0]:
+            return self._padding(rows)
+        if self._is_one_row:
+            names = ("input_ids", "labels", "example_lengths")
+            rows = [{name: np.concatenate([row[name] for row in rows]) for name in names}]
+        batch = self._padding(rows)
+        longest = batch["input_ids"].shape[1]
+        positions_bs = torch.zeros((len(rows), longest), dtype=torch.int64)
+        for row, example in enumerate(rows):
+            lengths = [int(length) for length in example["example_lengths"]]
+            # Padding counts as one more example: no real token shall see it as its own.
+            lengths.append(longest - sum(lengths))
+            positions_bs[row] = torch.cat([torch.arange(length) for length in lengths])
+        return {**batch, "position_ids": positions_bs}
 
 
 class LongestFirst(Sampler[int]):

@@ -1,6 +1,7 @@
-"""Tokenised data: made once by the launcher's process, only loaded by the ranks.
+"""Tokenised data: made once, outside the job, and only loaded by the ranks.
 
-Run it as ``python -m launcher.worker.data --run-dir DIR``; it prints one line of JSON.
+Run it as ``python -m launcher.worker.data --run-dir DIR`` to fill a run directory, or with
+``--recipe FILE`` to fill the cache alone; it prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -10,385 +11,288 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher import run_dir
+from launcher.data_cache import (
+    SUMMARY,
+    DataSummary,
+    SplitSummary,
+    cache_dir,
+    load_summary,
+    remember,
+    summary_to_json,
+)
 from launcher.errors import DataError, LauncherError, RunDirError
 from launcher.recipe import parse_recipe
 from launcher.recipe_sections import Recipe
-from launcher.worker.program import begin_program
-from launcher.worker.records import (
-    SHAPES,
-    Conversation,
-    Example,
-    Format,
-    alpaca_text,
-    detect_format,
-    read_records,
-    to_example,
+from launcher.worker.chat_templates import load_tokenizer
+from launcher.worker.data_sources import (
+    OpenSource,
+    held_out_source,
+    open_source,
+    training_sources,
 )
-from launcher.worker.tokenization import prompt_ids, tokenize
-
-__all__ = [
-    "DataSummary",
-    "SplitSummary",
-    "detect_format",
-    "load_summary",
-    "main",
-    "prepare_data",
-    "read_records",
-]
+from launcher.worker.data_writer import Counts, length_bins, percentiles, write_split
+from launcher.worker.examples import ExampleReader
+from launcher.worker.program import begin_program
 
 # Not __name__, which is "__main__" when this module is run.
 logger = logging.getLogger("launcher.worker.data")
 
 DATA = "data"
-"""Folder in the run directory with the tokenised data: ``train``, ``eval``, ``summary.json``."""
-SUMMARY = "summary.json"
-CACHE_VERSION = 1
+"""Folder in the run directory with the tokenised data."""
+TRAIN, EVAL = "train.arrow", "eval.arrow"
+"""Rows of ``input_ids``, ``labels`` and ``length``; memory-mapped by the ranks."""
+CACHE_VERSION = 2
 """Part of every cache key: raised whenever the same input would give other tokens."""
-SAMPLE_NEW_TOKENS = 64
-"""Room that a sample prompt leaves below ``max_seq_len`` for the answer."""
+MODEL_CONFIG = "model_config/config.json"
+"""In the run directory, of a model that has no weights."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SplitSummary:
-    """What became of one file's records; lengths are in tokens, after truncation."""
+def prepare_data(recipe: Recipe, tokenizer: Any, cache: Path) -> Path:
+    """Tokenise a recipe's data, unless the cache has it, and return its folder there.
 
-    path: str
-    num_records: int
-    num_examples: int
-    num_truncated: int
-    num_dropped: int
-    """Records without a token that counts, mostly because truncation cut the answer off."""
-    num_tokens: int
-    num_loss_tokens: int
-    length_percentiles: dict[str, int]
-    """Keys 50, 95, 99 and 100."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataSummary:
-    """What the ranks need to know about the tokenised data."""
-
-    format: Format
-    pad_token_id: int
-    train: SplitSummary
-    eval: SplitSummary | None
-    sample_prompt: str | None
-    """What the model is asked before and after training: the first held-out prompt."""
-    sample_prompt_ids: list[int] | None
-    notes: tuple[str, ...]
-    """What was decided for the user, one sentence each."""
-
-
-def prepare_data(recipe: Recipe, tokenizer: Any, cache_dir: Path) -> Path:
-    """Tokenise a recipe's data, unless the cache has it, and return the folder.
-
-    The folder holds ``train`` and ``eval`` (datasets on disk) and ``summary.json``. Its name is
-    a hash of the files' contents, the tokenizer, its template and the recipe's data settings.
+    The folder's name is a hash of the files' contents, the tokenizer, the chat template and
+    the recipe's data settings. It appears complete or not at all; of several processes that
+    want the same, one makes it and the others wait.
 
     Raises:
         DataError: a file is missing, empty, broken, or of the wrong shape.
     """
-    assert recipe.data.path is not None
-    paths = [Path(p).expanduser() for p in (recipe.data.path, recipe.data.eval_path) if p]
-    for path in paths:
-        if not path.is_file():
-            key = "data.path" if path is paths[0] else "data.eval_path"
-            raise DataError("no such file", where=str(path), fix=f"correct {key}")
-    target = cache_dir / _cache_key(recipe, tokenizer, paths)
-    if (target / SUMMARY).is_file():
-        logger.info("tokenised data: from the cache, %s", target)
-        return target
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".new-") as temporary:
-        folder = Path(temporary) / "data"
-        folder.mkdir()
-        summary = _write_data(recipe, tokenizer, folder)
-        run_dir.write_json(folder / SUMMARY, asdict(summary))
-        try:
-            folder.rename(target)
-        except OSError:
-            # Another process may have finished the same work in the meantime.
-            if not (target / SUMMARY).is_file():
-                raise
+    from filelock import FileLock, Timeout
+
+    opened = [open_source(key, source) for key, source in training_sources(recipe.data)]
+    held_out = held_out_source(recipe.data)
+    opened_eval = open_source(*held_out) if held_out else None
+    every = [*opened, opened_eval] if opened_eval else opened
+    stamps = _stamps(every)
+    key = _cache_key(recipe, tokenizer, every)
+    target = cache / key
+    cache.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(cache / f"{key}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("another process is tokenising the same data: waiting for it")
+        lock.acquire()
+    with contextlib.ExitStack() as stack:
+        stack.callback(lock.release)
+        if (target / SUMMARY).is_file():
+            logger.info("tokenised data: from the cache, %s", target)
+        else:
+            temporary = cache / f".new-{key}"
+            stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+            _make(recipe, tokenizer, opened, opened_eval, temporary)
+            if _stamps(every) != stamps:
+                raise DataError(
+                    "a data file changed while it was read",
+                    where=", ".join(source.source.path for source in every),
+                    fix="run the same command again",
+                )
+            shutil.rmtree(target, ignore_errors=True)  # what was there lacked a summary
+            temporary.rename(target)
+    remember(recipe, cache, key)
     return target
 
 
-def load_summary(folder: Path) -> DataSummary:
-    """Read the ``summary.json`` that :func:`prepare_data` wrote.
-
-    Raises:
-        DataError: there is none.
-    """
-    try:
-        content = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            "the data is not tokenised",
-            where=str(folder),
-            fix=f"run `python -m launcher.worker.data --run-dir {folder.parent}` first",
-        ) from None
-    held_out = content["eval"]
-    return DataSummary(
-        **{
-            **content,
-            "train": SplitSummary(**content["train"]),
-            "eval": SplitSummary(**held_out) if held_out else None,
-            "notes": tuple(content["notes"]),
-        }
-    )
-
-
-def _write_data(recipe: Recipe, tokenizer: Any, folder: Path) -> DataSummary:
-    data, notes = recipe.data, []
-    assert data.path is not None
+def _make(
+    recipe: Recipe,
+    tokenizer: Any,
+    train: Sequence[OpenSource],
+    held_out: OpenSource | None,
+    folder: Path,
+) -> None:
+    """Write a complete folder of tokenised data, in place of what a crash left there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    notes = []
     pad_token_id = tokenizer.pad_token_id
     if pad_token_id is None:
         pad_token_id = tokenizer.eos_token_id or 0
         notes.append("the tokenizer has no padding token: its end-of-sequence token pads")
-    examples, record_format = _read_examples(
-        Path(data.path).expanduser(), data.format, tokenizer, limit=data.max_train_samples
-    )
-    if record_format == "alpaca" and not tokenizer.chat_template:
-        notes.append("the model has no chat template: alpaca records use the published prompt")
-    train = _write_split(examples, recipe, tokenizer, Path(data.path), folder / "train")
-    held_out, sample = None, None
-    if data.eval_path is not None:
-        path = Path(data.eval_path).expanduser()
-        examples, _ = _read_examples(path, data.format, tokenizer, limit=data.max_eval_samples)
-        held_out = _write_split(examples, recipe, tokenizer, path, folder / "eval")
-        sample = _sample(examples, tokenizer, recipe.max_seq_len)
-    return DataSummary(
-        format=record_format,
+    reader = ExampleReader(train, tokenizer, recipe.max_seq_len)
+    train_counts, train_summary = _write(reader, recipe, tokenizer, folder / TRAIN)
+    notes += reader.notes
+    eval_counts, eval_summary, sample = None, None, None
+    if held_out is not None:
+        reader = ExampleReader([held_out], tokenizer, recipe.max_seq_len, takes_sample=True)
+        eval_counts, eval_summary = _write(reader, recipe, tokenizer, folder / EVAL)
+        sample = reader.sample
+    summary = DataSummary(
+        format=", ".join(sorted({source.format for source in train_summary.sources})),
         pad_token_id=pad_token_id,
-        train=train,
-        eval=held_out,
+        max_token_id=max(
+            pad_token_id, train_counts.max_token_id, eval_counts.max_token_id if eval_counts else 0
+        ),
+        max_seq_len=recipe.max_seq_len,
+        packing=recipe.data.packing,
+        train=train_summary,
+        eval=eval_summary,
         sample_prompt=sample[0] if sample else None,
         sample_prompt_ids=sample[1] if sample else None,
         notes=tuple(notes),
     )
+    run_dir.write_json(folder / SUMMARY, summary_to_json(summary))
 
 
-def _read_examples(
-    path: Path, record_format: str, tokenizer: Any, *, limit: int | None
-) -> tuple[list[tuple[str, Example]], Format]:
-    """Return the file's examples with their places, every record checked."""
-    examples: list[tuple[str, Example]] = []
-    found: Format | None = None
-    for where, record in read_records(path):
-        if limit is not None and len(examples) == limit:
-            break
-        if found is None:
-            found = _chosen_format(record, record_format, where)
-        example = to_example(record, found, where=where)
-        if isinstance(example, Conversation) and not tokenizer.chat_template:
-            if found != "alpaca":
-                raise DataError(
-                    f"the model's tokenizer has no chat template, which {found} records need",
-                    where=str(path),
-                    fix="use the model's chat version (often named Instruct), or records of "
-                    f"the shape {SHAPES['prompt_completion']}",
-                )
-            example = alpaca_text(example)
-        examples.append((where, example))
-    assert found is not None
-    return examples, found
-
-
-def _chosen_format(record: Any, record_format: str, where: str) -> Format:
-    for name in SHAPES:
-        if name == record_format:
-            return name
-    try:
-        return detect_format(record)
-    except DataError as error:
-        raise DataError(error.problem, where=where, fix=error.fix) from None
-
-
-def _write_split(
-    examples: Sequence[tuple[str, Example]],
-    recipe: Recipe,
-    tokenizer: Any,
-    path: Path,
-    target: Path,
-) -> SplitSummary:
-    from datasets import Dataset, Features, List, Value
-
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
-    num_truncated = num_dropped = num_loss_tokens = 0
-    for where, example in examples:
-        whole = tokenize(
-            example, tokenizer, train_on_prompt=recipe.data.train_on_prompt, where=where
-        )
-        tokens = whole.truncated(recipe.max_seq_len)
-        num_truncated += len(whole.input_ids) > recipe.max_seq_len
-        if tokens.num_loss_tokens == 0:
-            num_dropped += 1
-            continue
-        num_loss_tokens += tokens.num_loss_tokens
-        columns["input_ids"].append(tokens.input_ids)
-        columns["labels"].append(tokens.labels)
-        columns["length"].append(len(tokens.input_ids))
-    if not columns["length"]:
+def _write(
+    reader: ExampleReader, recipe: Recipe, tokenizer: Any, target: Path
+) -> tuple[Counts, SplitSummary]:
+    counts = write_split(
+        iter(reader),
+        tokenizer,
+        target,
+        max_seq_len=recipe.max_seq_len,
+        train_on_prompt=recipe.data.train_on_prompt,
+        # Held-out examples stay apart, so that their loss compares with that of other runs.
+        packing=recipe.data.packing and target.name == TRAIN,
+    )
+    where = ", ".join(source.path for source in reader.sources)
+    if not counts.lengths:
         raise DataError(
-            f"none of the {len(examples)} records has a token to learn from within "
+            f"none of the {counts.num_records} records has a token to learn from within "
             f"{recipe.max_seq_len} tokens",
-            where=str(path),
+            where=where,
             fix="raise max_seq_len, or shorten the prompts",
         )
-    features = Features(
-        {
-            "input_ids": List(Value("int32")),
-            "labels": List(Value("int32")),
-            "length": Value("int32"),
-        }
-    )
-    Dataset.from_dict(columns, features=features).save_to_disk(target)
-    return SplitSummary(
-        path=str(path),
-        num_records=len(examples),
-        num_examples=len(columns["length"]),
-        num_truncated=num_truncated,
-        num_dropped=num_dropped,
-        num_tokens=sum(columns["length"]),
-        num_loss_tokens=num_loss_tokens,
-        length_percentiles=percentiles(columns["length"]),
+    return counts, SplitSummary(
+        path=where,
+        sources=reader.sources,
+        num_records=counts.num_records,
+        num_examples=len(counts.lengths),
+        num_sequences=len(counts.sequence_lengths),
+        num_truncated=counts.num_truncated,
+        num_dropped=counts.num_dropped,
+        num_tokens=sum(counts.lengths),
+        num_loss_tokens=counts.num_loss_tokens,
+        length_percentiles=percentiles(counts.lengths),
+        whole_length_percentiles=percentiles(counts.whole_lengths),
+        length_bins=length_bins(counts.whole_lengths),
+        longest_sequence_tokens=max(counts.sequence_lengths),
+        mean_sequence_tokens=sum(counts.sequence_lengths) / len(counts.sequence_lengths),
     )
 
 
-def percentiles(lengths: Sequence[int]) -> dict[str, int]:
-    """Return the nearest-rank percentiles 50, 95, 99 and 100."""
-    ordered = sorted(lengths)
-    return {
-        str(p): ordered[max(1, math.ceil(p / 100 * len(ordered))) - 1] for p in (50, 95, 99, 100)
-    }
+def _stamps(sources: Sequence[OpenSource]) -> list[tuple[str, int, int]]:
+    stamps = []
+    for path in (path for source in sources for path in source.files):
+        status = path.stat()
+        stamps.append((str(path), status.st_size, status.st_mtime_ns))
+    return stamps
 
 
-def _sample(
-    examples: Sequence[tuple[str, Example]], tokenizer: Any, max_seq_len: int
-) -> tuple[str, list[int]] | None:
-    """Return the first prompt that leaves room for an answer, as text and as tokens."""
-    for where, example in examples:
-        tokens = prompt_ids(example, tokenizer, where=where)
-        if not tokens or len(tokens) > max(1, max_seq_len - SAMPLE_NEW_TOKENS):
-            continue
-        if isinstance(example, Conversation):
-            users = [turn["content"] for turn in example.messages if turn["role"] == "user"]
-            return (users[-1] if users else ""), tokens
-        return example.prompt or tokenizer.decode(tokens), tokens
-    return None
+def _cache_key(recipe: Recipe, tokenizer: Any, sources: Sequence[OpenSource]) -> str:
+    import tokenizers
 
-
-def _cache_key(recipe: Recipe, tokenizer: Any, paths: Sequence[Path]) -> str:
-    data = recipe.data
     digest = hashlib.sha256()
     settings = [
         CACHE_VERSION,
+        tokenizers.__version__,
         recipe.max_seq_len,
-        data.format,
-        data.train_on_prompt,
-        data.max_train_samples,
-        data.max_eval_samples,
-        [str(path) for path in paths],
+        recipe.data.packing,
+        recipe.data.train_on_prompt,
+        [
+            [repr(source.source), source.key == "data.eval_path", source.digest]
+            for source in sources
+        ],
         tokenizer.chat_template,
-        tokenizer.pad_token_id,
+        tokenizer.bos_token_id,
         tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
     ]
     digest.update(json.dumps(settings).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    for path in paths:
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:32]
 
 
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)
+def check_vocabulary(summary: DataSummary, recipe: Recipe, config_path: Path | None) -> None:
+    """Look whether the model has an embedding for every token of the data.
 
-
-def load_tokenizer(recipe: Recipe) -> Any:
-    """Return the model's tokenizer.
+    Args:
+        summary: of the tokenised data.
+        recipe: names the model.
+        config_path: the model's config.json, where the model's own source has none.
 
     Raises:
-        DataError: there is none, or it cannot say which characters a token covers.
+        DataError: a token was added to the tokenizer and not to the model.
     """
-    from transformers import AutoTokenizer
+    from transformers import PretrainedConfig
 
-    name = recipe.model.name_or_path
-    folder = Path(name)
-    if folder.is_dir() and not any(
-        any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model")
-    ):
+    if config_path is not None and config_path.is_file():
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    else:
+        name = recipe.model.name_or_path
+        try:
+            config, _ = PretrainedConfig.get_config_dict(name, revision=recipe.model.revision)
+        except OSError:
+            return  # a tokenizer without a model: the ranks say so, who load the model
+    vocab_size = (config.get("text_config") or config).get("vocab_size")
+    if vocab_size is not None and summary.max_token_id >= vocab_size:
         raise DataError(
-            "the model's folder has no tokenizer",
-            where=name,
-            fix="put tokenizer.json and tokenizer_config.json beside config.json",
+            f"token {summary.max_token_id} occurs in the data, but the model has embeddings for "
+            f"tokens 0 to {vocab_size - 1} only",
+            where=recipe.model.name_or_path,
+            fix="use the tokenizer that came with the model, or resize the model's embeddings "
+            "(resize_token_embeddings) and save it",
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name,
-            revision=recipe.model.revision,
-            trust_remote_code=recipe.model.trust_remote_code,
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise DataError(
-            f"the tokenizer cannot be loaded: {first_line}",
-            where=name,
-            fix="put tokenizer.json beside the model's config.json",
-        ) from error
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"{type(tokenizer).__name__} cannot say which characters a token covers",
-            where=name,
-            fix="convert it to tokenizer.json (save it with a current transformers)",
-        )
-    return tokenizer
+
+
+def _fill_run_directory(entry: Path, target: Path) -> None:
+    """Link or copy tokenised data into a run; its summary last, which says that it is whole."""
+    target.mkdir(exist_ok=True)
+    names = [name for name in (TRAIN, EVAL) if (entry / name).exists()]
+    for name in (*names, SUMMARY):
+        (target / name).unlink(missing_ok=True)
+        partial = target / f".{name}"
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(entry / name, partial)
+        except OSError:  # another file system, or one without links
+            shutil.copy2(entry / name, partial)
+        partial.rename(target / name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Tokenise a run's data, print the summary as one line of JSON, return the exit status."""
+    """Tokenise a recipe's data, print the summary as one line of JSON, return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m launcher.worker.data")
-    parser.add_argument("--run-dir", type=Path, required=True)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--run-dir", type=Path, help="a run; its data folder is filled")
+    where.add_argument("--recipe", type=Path, help="a recipe with absolute paths; fills the cache")
     parser.add_argument("--cache", type=Path, help="folder to keep tokenised data in")
     options = parser.parse_args(arguments)
+    # The ranks do not tokenise; here all processors may.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     begin_program()
-    path = options.run_dir / run_dir.RECIPE
+    path = options.recipe or options.run_dir / run_dir.RECIPE
+    cache = options.cache or cache_dir()
     try:
         recipe = parse_recipe(run_dir.read_text(path), source=str(path))
-        if recipe.data.path is None:
+        if not recipe.data.has_training_data:
             sys.stdout.write("null\n")
             return 0
-        target = options.run_dir / DATA
         # DeepSpeed, which transformers imports where it is installed, logs to stdout.
         with contextlib.redirect_stdout(sys.stderr):
-            names = [Path(p).name for p in (recipe.data.path, recipe.data.eval_path) if p]
-            logger.info("tokenising %s", " and ".join(names))
             tokenizer = load_tokenizer(recipe)
-            folder = prepare_data(recipe, tokenizer, options.cache or target / "cache")
-        shutil.copytree(folder, target, copy_function=_link_or_copy, dirs_exist_ok=True)
-        summary = load_summary(target)
+            entry = prepare_data(recipe, tokenizer, cache)
+            summary = load_summary(entry)
+            config = options.run_dir / MODEL_CONFIG if options.run_dir else None
+            check_vocabulary(summary, recipe, config)
+        if options.run_dir:
+            _fill_run_directory(entry, options.run_dir / DATA)
     except LauncherError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     except OSError as error:
-        reason, where = error.strerror or error, error.filename or options.run_dir
-        sys.stderr.write(f"error: {where}: cannot write the tokenised data: {reason}\n")
+        reason, place = error.strerror or error, error.filename or cache
+        sys.stderr.write(f"error: {place}: cannot write the tokenised data: {reason}\n")
         return RunDirError.exit_code
-    sys.stdout.write(json.dumps(asdict(summary)) + "\n")
+    sys.stdout.write(json.dumps({**summary_to_json(summary), "folder": str(entry)}) + "\n")
     return 0
 
 

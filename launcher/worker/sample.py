@@ -12,7 +12,8 @@ import torch
 from transformers import TrainerCallback
 
 from launcher import run_dir
-from launcher.worker.data import SAMPLE_NEW_TOKENS, DataSummary
+from launcher.data_cache import DataSummary
+from launcher.worker.examples import SAMPLE_NEW_TOKENS
 from launcher.worker.peak_memory import PeakRecorder
 
 SAMPLE_SECONDS = 120.0

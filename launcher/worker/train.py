@@ -27,7 +27,7 @@ from launcher.errors import LauncherError, RunDirError
 from launcher.planning.plan import strategy_from_json
 from launcher.recipe import parse_recipe
 from launcher.recipe_sections import Recipe
-from launcher.strategy import Method, Precision, Strategy
+from launcher.strategy import Attention, Method, Precision, Strategy
 from launcher.worker.program import quiet_libraries
 from launcher.worker.ranks import (
     Ranks,
@@ -40,7 +40,7 @@ from launcher.worker.ranks import (
 if TYPE_CHECKING:
     import torch
 
-    from launcher.worker.data import DataSummary
+    from launcher.data_cache import DataSummary
     from launcher.worker.peak_memory import PeakRecorder
     from launcher.worker.resume import Resumption
 
@@ -189,12 +189,15 @@ def _data_options(
     inputs: Inputs, ranks: Ranks, model: Any
 ) -> tuple[dict[str, Any], DataSummary | None, Any]:
     """Return the trainer's data arguments, the data's summary and the tokenizer."""
-    from launcher.worker.batches import RandomTokens, RightPadding
-    from launcher.worker.data import DATA, load_summary, load_tokenizer
+    from launcher.data_cache import load_summary
+    from launcher.worker.batches import PackedRows, RandomTokens, RightPadding
+    from launcher.worker.chat_templates import load_tokenizer
+    from launcher.worker.data import DATA, EVAL, TRAIN
+    from launcher.worker.data_writer import read_rows
     from launcher.worker.trainer import SYNTHETIC_STEPS
 
     recipe, strategy = inputs.recipe, inputs.strategy
-    if recipe.data.path is None:
+    if not recipe.data.has_training_data:
         batch = strategy.micro_batch_size_per_gpu * strategy.gradient_accumulation_steps
         tokens = RandomTokens(
             num_examples=batch * ranks.world_size * (recipe.optim.max_steps or SYNTHETIC_STEPS),
@@ -208,18 +211,20 @@ def _data_options(
             "lengths": None,
         }
         return options, None, None
-    from datasets import load_from_disk
-
     folder = inputs.folder / DATA
     summary = load_summary(folder)
-    train = load_from_disk(str(folder / "train")).with_format("numpy")
+    train = read_rows(folder / TRAIN).with_format("numpy")
     held_out = None
     if summary.eval is not None:
-        held_out = load_from_disk(str(folder / "eval")).with_format("numpy")
+        held_out = read_rows(folder / EVAL).with_format("numpy")
+    collator: Any = RightPadding(pad_token_id=summary.pad_token_id)
+    if summary.packing:
+        is_flash = strategy.attention is Attention.flash_attention_2
+        collator = PackedRows(pad_token_id=summary.pad_token_id, is_one_row=is_flash)
     options = {
         "train_dataset": train,
         "eval_dataset": held_out,
-        "data_collator": RightPadding(pad_token_id=summary.pad_token_id),
+        "data_collator": collator,
         "lengths": [int(length) for length in train["length"]],
     }
     return options, summary, load_tokenizer(recipe)

@@ -44,7 +44,7 @@ def training_arguments(
     the model is made: that is how ZeRO-3 partitions weights as they are created.
     """
     optim = recipe.optim
-    default_steps = SYNTHETIC_STEPS if recipe.data.path is None else -1
+    default_steps = -1 if recipe.data.has_training_data else SYNTHETIC_STEPS
     return TrainingArguments(
         output_dir=str(folder / run_dir.CHECKPOINTS),
         deepspeed=dict(ds_config),

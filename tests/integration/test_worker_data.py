@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 from worker_runs import CHAT_TEMPLATE, make_model, make_tokenizer, tokenize_data, write_chats
 
+from launcher.data_cache import load_summary
 from launcher.errors import DataError
 from launcher.recipe import parse_recipe
 from launcher.recipe_sections import Recipe
 from launcher.worker.batches import LongestFirst, RankBatches, RightPadding
-from launcher.worker.data import load_summary, main, percentiles, prepare_data
+from launcher.worker.data import main, prepare_data
+from launcher.worker.data_writer import percentiles
 from launcher.worker.records import Conversation, Passage
-from launcher.worker.tokenization import IGNORE_INDEX, prompt_ids, tokenize
+from launcher.worker.tokenization import IGNORE_INDEX, Tokens, prompt_ids, tokenize
 
 pytestmark = pytest.mark.integration
 
@@ -47,10 +49,15 @@ def recipe_for(path: Path, **changes: Any) -> Recipe:
     )
 
 
+def one(example: Any, tokenizer: Any, *, train_on_prompt: bool = False) -> Tokens:
+    (tokens,) = tokenize([("line 1", example)], tokenizer, train_on_prompt=train_on_prompt)
+    return tokens
+
+
 def learned(example: Any, *, template: str | None = CHAT_TEMPLATE) -> str:
     """Return the text of the tokens that count."""
     tokenizer = make_tokenizer(chat_template=template)
-    tokens = tokenize(example, tokenizer, train_on_prompt=False, where="line 1")
+    tokens = one(example, tokenizer)
     return str(tokenizer.decode([label for label in tokens.labels if label != IGNORE_INDEX]))
 
 
@@ -77,15 +84,14 @@ def test_a_template_that_forgets_reasoning_teaches_the_last_answer_whole() -> No
 
 def test_every_token_counts_when_the_recipe_trains_on_prompts() -> None:
     tokenizer = make_tokenizer()
-    tokens = tokenize(Conversation(messages=TURNS), tokenizer, train_on_prompt=True, where="line 1")
-    assert tokens.labels == tokens.input_ids
+    tokens = one(Conversation(messages=TURNS), tokenizer, train_on_prompt=True)
+    # Nothing stands before the first token to predict it from.
+    assert tokens.labels == [IGNORE_INDEX, *tokens.input_ids[1:]]
 
 
 def test_the_tokens_are_those_of_the_whole_rendered_conversation() -> None:
     tokenizer = make_tokenizer()
-    tokens = tokenize(
-        Conversation(messages=TURNS), tokenizer, train_on_prompt=False, where="line 1"
-    )
+    tokens = one(Conversation(messages=TURNS), tokenizer)
     assert tokenizer.decode(tokens.input_ids) == (
         "<|system|>\nBe brief.<|end|>\n<|user|>\none<|end|>\n<|assistant|>\n1<|end|>\n"
         "<|user|>\ntwo<|end|>\n<|assistant|>\n2, and so on<|end|>\n"
@@ -96,8 +102,8 @@ def test_a_completion_counts_and_ends_with_the_end_of_sequence() -> None:
     assert learned(Passage(prompt="2+2=", completion="4")) == "4<|end|>"
 
 
-def test_a_text_counts_whole() -> None:
-    assert learned(Passage(prompt="", completion="abc")) == "abc<|end|>"
+def test_a_text_counts_but_for_its_first_token() -> None:
+    assert learned(Passage(prompt="", completion="abc")) == "bc<|end|>"
 
 
 def test_the_sample_prompt_ends_where_the_last_answer_begins() -> None:
@@ -211,7 +217,7 @@ def test_a_bad_line_ends_the_data_step_with_its_place(
     model = tmp_path / "model"
     model.mkdir()
     make_tokenizer(model)
-    (tmp_path / "train.jsonl").write_text('{"text": "a"}\nnot json\n')
+    (tmp_path / "train.jsonl").write_text('{"text": "ab"}\nnot json\n')
     (tmp_path / "recipe.yaml").write_text(
         f"model: {{name_or_path: {model}}}\ndata: {{path: {tmp_path / 'train.jsonl'}}}\n"
     )

@@ -149,7 +149,7 @@ def test_bad_input_leaves_with_2_and_says_what_and_where(
     [
         ("data.path=missing.jsonl", ["missing.jsonl", "no such data file", "data.path"]),
         ("data.eval_path=missing.jsonl", ["missing.jsonl", "data.eval_path"]),
-        ("data.path=tiny", ["this is not a file"]),
+        ("data.path=tiny", ["no file in this folder ends in .jsonl"]),
         ("cluster.gpu=A100-80GB", ["1 x A100-80GB", "no GPU", "zerofit render"]),
     ],
 )

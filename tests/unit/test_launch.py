@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import pytest
+from data_inputs import data_summary
 
-from launcher.launch import describe_data, disk_bytes
+from launcher.data_view import describe_data
+from launcher.errors import DataError
+from launcher.launch import disk_bytes
 from launcher.prepare import prepare
 from launcher.recipe import parse_recipe
+from launcher.recipe_paths import check_data_paths
 from launcher.units import MIB
 
 SMALL_FILES_BYTES = 64 * MIB
@@ -40,19 +44,10 @@ def test_with_save_steps_the_kept_checkpoints_and_the_one_being_written_need_roo
 
 
 def test_the_data_is_described_in_sentences() -> None:
-    split = {
-        "num_examples": 1500,
-        "num_tokens": 30_000,
-        "num_loss_tokens": 7_500,
-        "num_truncated": 12,
-        "num_dropped": 3,
-        "length_percentiles": {"50": 18, "95": 60, "99": 100, "100": 128},
-    }
-    summary = {"format": "messages", "train": split, "eval": None, "notes": ["a note"]}
-    assert "\n".join(describe_data(summary)) == (
+    assert "\n".join(describe_data(data_summary(notes=("a note",)))) == (
         "data: messages records\n"
         "  train: 1,500 examples of 30,000 tokens (25 % count in the loss), 12 truncated, "
-        "3 dropped\n"
+        "15 dropped\n"
         "    tokens each: half have at most 18, 95 % 60, 99 % 100, the longest 128\n"
         "  note: a note"
     )
@@ -60,11 +55,8 @@ def test_the_data_is_described_in_sentences() -> None:
 
 @pytest.mark.parametrize("key", ["path", "eval_path"])
 def test_each_data_file_is_looked_for_before_anything_is_written(key: str) -> None:
-    from launcher.errors import DataError
-    from launcher.launch import _check_data
-
     recipe = parse_recipe(
         "", source="test", options={"model.name_or_path": "x", f"data.{key}": "/no/such.jsonl"}
     )
     with pytest.raises(DataError, match=f"correct data.{key}"):
-        _check_data(recipe)
+        check_data_paths(recipe)
