@@ -149,7 +149,7 @@ def test_bad_input_leaves_with_2_and_says_what_and_where(
     [
         ("data.path=missing.jsonl", ["missing.jsonl", "no such data file", "data.path"]),
         ("data.eval_path=missing.jsonl", ["missing.jsonl", "data.eval_path"]),
-        ("data.path=tiny", ["no file in this folder ends in .jsonl"]),
+        ("data.path=empty", ["no file in this folder"]),
         ("cluster.gpu=A100-80GB", ["1 x A100-80GB", "no GPU", "zerofit render"]),
     ],
 )
@@ -161,6 +161,7 @@ def test_training_that_cannot_start_leaves_with_2_and_no_run_directory(
     override: str,
     parts: list[str],
 ) -> None:
+    (tmp_path / "empty").mkdir()
     monkeypatch.setattr(worker_command, "_TRAIN_EXTRA", ())
     outcome = zerofit("train", "recipe.yaml", override, "--output-dir", "run")
     assert outcome.status == 2
