@@ -30,7 +30,7 @@ from launcher.bench.sweep import Case, parse_sweep
 from launcher.dispatch.base import Backend, JobInterruptedError
 from launcher.dispatch.failure import read_failures
 from launcher.dispatch.source_version import source_version
-from launcher.dispatch.warm import ForkServer
+from launcher.dispatch.warm import ForkServers
 from launcher.errors import JobFailedError, LauncherError, RecipeError, RunDirError
 from launcher.job_script import JobRequest
 from launcher.launch import check_can_start, create_run, start_run
@@ -193,16 +193,16 @@ def start_with(outputs: Outputs, stack: ExitStack, *, is_warm: bool) -> Start:
     """Return how jobs are run here; what they print stays in their logs.
 
     Args:
-        outputs: where the fork server logs.
-        stack: ends the fork server when it is closed.
+        outputs: where the fork servers log.
+        stack: ends the fork servers when it is closed.
         is_warm: fork ranks from a process that has imported the training stack.
     """
-    server = None
+    servers = None
     if is_warm:
-        server = stack.enter_context(ForkServer(log_file=outputs.runs / "fork-server.log"))
+        servers = stack.enter_context(ForkServers(outputs.runs / "fork-server.log"))
 
     def start(run_dir: Path, backend: Backend, request: JobRequest, plan: Plan) -> None:
-        chosen = backend if server is None else server.warmed(backend, plan)
+        chosen = backend if servers is None else servers.warmed(backend, plan)
         start_run(run_dir, chosen, request, say=lambda _line: None, console=None)
 
     return start

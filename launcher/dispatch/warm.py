@@ -70,24 +70,15 @@ class ForkedJob:
 
 @dataclass(kw_only=True)
 class ForkServer:
-    """The process that forks ranks; use as a context manager around a sweep."""
+    """The process that forks ranks, started when it is first needed."""
 
     log_file: Path
     """What it prints, import errors above all."""
+    has_bitsandbytes: bool
+    """Whether its ranks can use bitsandbytes; they then have to import more by themselves."""
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _env: Mapping[str, str] = field(default_factory=dict, repr=False)
     _unread: bytes = field(default=b"", repr=False)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the process; a job of it would have been ended by whoever watches it."""
@@ -103,21 +94,6 @@ class ForkServer:
             process.kill()
             process.wait()
         process.stdout.close()
-
-    def warmed(self, backend: Backend, plan: Plan) -> Backend:
-        """Return a backend that forks this plan's ranks, or the given one where it cannot.
-
-        Forking is for ranks on this machine that need no bitsandbytes, which looks at the GPU
-        when it is imported.
-        """
-        needs_bitsandbytes = plan.workload.method is Method.qlora or plan.strategy.optimizer in (
-            Optimizer.adamw_8bit,
-            Optimizer.paged_adamw_8bit,
-        )
-        # Not isinstance: the backend for a hostfile's hosts is built on the local one.
-        if type(backend) is not LocalBackend or needs_bitsandbytes:
-            return backend
-        return WarmBackend(local=backend, plan=plan, server=self)
 
     def fork(
         self, run_dir: Path, env: Mapping[str, str], places: list[dict[str, str]]
@@ -169,11 +145,12 @@ class ForkServer:
 
     def _start(self, env: Mapping[str, str]) -> None:
         self._env, self._unread = dict(env), b""
+        flags = [] if self.has_bitsandbytes else ["--without-bitsandbytes"]
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as log:
             # Its own session: Ctrl-C comes to us alone.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", SERVER_MODULE],
+                [sys.executable, "-m", SERVER_MODULE, *flags],
                 env={**os.environ, **env},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -195,9 +172,41 @@ class ForkServer:
         )
 
 
+class ForkServers:
+    """A fork server for jobs with bitsandbytes and one for those without; a context manager."""
+
+    def __init__(self, log_file: Path) -> None:
+        self._servers = {
+            has: ForkServer(log_file=log_file, has_bitsandbytes=has) for has in (False, True)
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for server in self._servers.values():
+            server.close()
+
+    def warmed(self, backend: Backend, plan: Plan) -> Backend:
+        """Return a backend that forks this plan's ranks, or the given one for other machines."""
+        # Not isinstance: the backend for a hostfile's hosts is built on the local one.
+        if type(backend) is not LocalBackend:
+            return backend
+        needs_bitsandbytes = plan.workload.method is Method.qlora or plan.strategy.optimizer in (
+            Optimizer.adamw_8bit,
+            Optimizer.paged_adamw_8bit,
+        )
+        return WarmBackend(local=backend, plan=plan, server=self._servers[needs_bitsandbytes])
+
+
 @dataclass(kw_only=True)
 class WarmBackend:
-    """Runs one job with forked ranks; made by :meth:`ForkServer.warmed`."""
+    """Runs one job with forked ranks; made by :meth:`ForkServers.warmed`."""
 
     local: LocalBackend
     plan: Plan

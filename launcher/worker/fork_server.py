@@ -4,12 +4,15 @@ Importing torch, DeepSpeed and transformers takes longer than a short run. ``zer
 --warm`` talks to this program: a JSON object a line on standard input asks for a job, lines on
 standard output say its processes and, later, how it ended. One job runs at a time.
 
-A process that has looked at a GPU cannot be forked into ranks that use it, so whatever does so
-when it is imported (bitsandbytes) is hidden here; jobs that need it start the usual way.
+A process that has looked at a GPU cannot be forked into ranks that use it. bitsandbytes does so
+when it is imported, and PEFT imports it where it is installed. So this program exists in two
+kinds: with ``--without-bitsandbytes`` it hides that package and imports everything else; without,
+it leaves PEFT, and what imports PEFT, to the ranks.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.machinery
 import json
@@ -27,10 +30,11 @@ from launcher.worker.program import QUIET_ENVIRONMENT, quiet_libraries
 
 _HIDDEN = "bitsandbytes"
 _STACK = (
-    "deepspeed", "transformers", "peft", "launcher.worker.model", "launcher.worker.train",
-    "launcher.worker.trainer", "launcher.worker.peak_memory",
+    "deepspeed", "transformers", "accelerate", "launcher.worker.train",
+    "launcher.worker.peak_memory",
     *(f"transformers.models.{m}.modeling_{m}" for m in ("llama", "qwen2", "mistral", "phi3")),
 )  # fmt: skip
+_STACK_WITH_PEFT = (*_STACK, "peft", "launcher.worker.model", "launcher.worker.trainer")
 
 
 class _WithoutHidden:
@@ -50,21 +54,22 @@ class _WithoutHidden:
         importlib.machinery.PathFinder.invalidate_caches()
 
 
-def import_stack() -> None:
-    """Import all that a rank needs and that does not look at a GPU.
+def import_stack(*, without_bitsandbytes: bool) -> None:
+    """Import what a rank needs and what does not look at a GPU.
 
     Raises:
         RuntimeError: a module did look at it.
     """
-    position = sys.meta_path.index(importlib.machinery.PathFinder)
-    sys.meta_path[position] = _WithoutHidden()
+    if without_bitsandbytes:
+        position = sys.meta_path.index(importlib.machinery.PathFinder)
+        sys.meta_path[position] = _WithoutHidden()
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # torch's other way to ask whether there is a GPU starts CUDA.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
-    for name in _STACK:
+    for name in _STACK_WITH_PEFT if without_bitsandbytes else _STACK:
         importlib.import_module(name)
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             raise RuntimeError(f"importing {name} touched the GPU, so ranks cannot be forked")
@@ -149,11 +154,14 @@ def _leave(status: int) -> None:
 
 def main() -> int:
     """Import the stack, say so, and serve."""
+    parser = argparse.ArgumentParser(prog="python -m launcher.worker.fork_server")
+    parser.add_argument("--without-bitsandbytes", action="store_true")
+    options = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not look like an answer
     quiet_libraries(10)
     try:
-        import_stack()
+        import_stack(without_bitsandbytes=options.without_bitsandbytes)
     except (ImportError, RuntimeError) as error:
         _answer(answers, {"error": str(error)})
         return 1

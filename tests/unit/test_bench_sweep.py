@@ -121,3 +121,5 @@ def test_the_sweeps_of_the_repository_are_all_valid() -> None:
     assert found["h100"] == 60
     assert found["h200x2"] >= 16
     assert found["blind_h100"] == 24
+    # Figure 2: 5 x 3; figure 3: 3 x 2; figure 4: 3 models x 5 lengths x 3 x 2, Falcon 4 x 3 x 2.
+    assert found["paper"] == 15 + 6 + 90 + 24
