@@ -20,6 +20,11 @@ _COMMANDS = {
     "render": "launcher.commands.train",
     "train": "launcher.commands.train",
     "resume": "launcher.commands.resume",
+    "submit": "launcher.commands.submit",
+    "status": "launcher.commands.jobs",
+    "logs": "launcher.commands.jobs",
+    "cancel": "launcher.commands.jobs",
+    "list": "launcher.commands.jobs",
     "report": "launcher.commands.results",
     "export": "launcher.commands.results",
     "trace": "launcher.commands.trace",
@@ -36,7 +41,9 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return super().get_command(ctx, cmd_name)
-        command = getattr(importlib.import_module(_COMMANDS[cmd_name]), cmd_name)
+        module = importlib.import_module(_COMMANDS[cmd_name])
+        # `list` would hide Python's own.
+        command = getattr(module, "list_" if cmd_name == "list" else cmd_name)
         assert isinstance(command, click.Command)
         return command
 

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from launcher import run_dir as rd
+from launcher.backends import choose_backend
 from launcher.data_cache import summary_from_json
 from launcher.data_view import describe_data
 from launcher.dispatch.base import Backend, run_to_end, write_files
-from launcher.dispatch.deepspeed import HostfileBackend, is_only_this_machine, read_hostfile
-from launcher.dispatch.local import LocalBackend
 from launcher.dispatch.worker_command import check_train_extra, run_worker
 from launcher.ds_config import build_ds_config
-from launcher.errors import LauncherError, RecipeError, SetupError
+from launcher.errors import LauncherError
 from launcher.job_script import JobRequest
 from launcher.planning.plan import plan_to_json
 from launcher.prepare import Prepared
@@ -73,18 +72,25 @@ def check_can_start(prepared: Prepared) -> None:
     check_train_extra()
     recipe = _resolved(prepared.recipe)
     check_data_paths(recipe)
-    _backend(recipe).check_place(prepared.plan)
+    choose_backend(recipe).check_place(prepared.plan)
 
 
-def create_run(prepared: Prepared, output_dir: Path | None) -> tuple[Path, Backend, JobRequest]:
+def create_run(
+    prepared: Prepared, output_dir: Path | None, *, backend: Backend | None = None
+) -> tuple[Path, Backend, JobRequest]:
     """Make the run directory with all files of the job in it; start nothing.
+
+    Args:
+        prepared: a plan that fits.
+        output_dir: the directory to make; ``None`` leaves it to the recipe, or picks a name.
+        backend: where it will run; by default as the recipe says.
 
     Raises:
         LauncherError: the directory exists or cannot be written, the data is missing, or the
             job cannot be rendered for this place. Nothing is left behind then.
     """
     recipe = _resolved(prepared.recipe)
-    backend = _backend(recipe)
+    backend = backend or choose_backend(recipe)
     target = output_dir or (Path(recipe.output_dir) if recipe.output_dir else None)
     needed_bytes = disk_bytes(prepared)
     if target is not None:
@@ -98,14 +104,14 @@ def create_run(prepared: Prepared, output_dir: Path | None) -> tuple[Path, Backe
             needed_bytes=needed_bytes,
         )
     try:
-        request = backend.render(prepared.plan, run_dir=run_dir, files=_files(prepared, recipe))
+        request = backend.render(prepared.plan, run_dir=run_dir, files=run_files(prepared))
         write_files(request, run_dir)
         if recipe.model.random_weights:
             config_dir = run_dir / rd.MODEL_CONFIG
             config_dir.mkdir()
             rd.write_json(config_dir / "config.json", dict(prepared.model_config))
     except BaseException:
-        _remove(run_dir)
+        remove_run(run_dir)
         raise
     return run_dir, backend, request
 
@@ -116,9 +122,8 @@ def render_again(prepared: Prepared, run_dir: Path) -> tuple[Backend, JobRequest
     Raises:
         LauncherError: the job cannot be rendered for this place.
     """
-    recipe = _resolved(prepared.recipe)
-    backend = _backend(recipe)
-    return backend, backend.render(prepared.plan, run_dir=run_dir, files=_files(prepared, recipe))
+    backend = choose_backend(_resolved(prepared.recipe))
+    return backend, backend.render(prepared.plan, run_dir=run_dir, files=run_files(prepared))
 
 
 def disk_bytes(prepared: Prepared) -> int:
@@ -133,14 +138,15 @@ def disk_bytes(prepared: Prepared) -> int:
     return needed
 
 
-def describe_job(prepared: Prepared, output_dir: Path | None) -> str:
+def describe_job(
+    prepared: Prepared, output_dir: Path | None, *, backend: Backend | None = None
+) -> str:
     """Return what :func:`create_run` would write and run, as text."""
     recipe = _resolved(prepared.recipe)
+    backend = backend or choose_backend(recipe)
     target = output_dir or Path(recipe.output_dir or DEFAULT_PARENT / "<model>-<method>-<time>")
     run_dir = target if target.is_absolute() else Path.cwd() / target
-    request = _backend(recipe).render(
-        prepared.plan, run_dir=run_dir, files=_files(prepared, recipe)
-    )
+    request = backend.render(prepared.plan, run_dir=run_dir, files=run_files(prepared))
     parts = [f"would write {len(request.files)} files into {run_dir}:"]
     for name, text in request.files.items():
         shown = text if name != rd.PLAN else f"({format_bytes(len(text))}; see zerofit plan)\n"
@@ -174,7 +180,7 @@ def start_run(
         try:
             summary = run_worker("launcher.worker.data", ["--run-dir", str(run_dir)])
         except LauncherError:
-            _remove(run_dir)
+            remove_run(run_dir)
             say(f"removed {run_dir}: nothing has run in it")
             raise
         for line in describe_data(summary_from_json(summary)):
@@ -194,7 +200,7 @@ def _resolved(recipe: Recipe) -> Recipe:
     return with_absolute_paths(recipe)
 
 
-def _remove(run_dir: Path) -> None:
+def remove_run(run_dir: Path) -> None:
     """Remove a run directory that was made a moment ago and that nothing has run in."""
     shutil.rmtree(run_dir, ignore_errors=True)
     if run_dir.parent.name == DEFAULT_PARENT.name:
@@ -202,36 +208,9 @@ def _remove(run_dir: Path) -> None:
             run_dir.parent.rmdir()  # unless it holds other runs
 
 
-def _backend(recipe: Recipe) -> Backend:
-    has_data = recipe.data.has_training_data
-    if recipe.cluster.backend == "slurm":
-        raise SetupError(
-            "zerofit cannot submit to Slurm yet",
-            where="cluster.backend",
-            fix="start `zerofit train` with backend local or deepspeed inside an allocation",
-        )
-    if recipe.cluster.hostfile is None:
-        if recipe.cluster.backend == "deepspeed":
-            raise RecipeError(
-                "the deepspeed backend needs to know its hosts",
-                where="cluster.hostfile",
-                fix="name a hostfile with lines like 'node1 slots=8', or use the local backend",
-            )
-        return LocalBackend.here(has_data=has_data)
-    hosts = read_hostfile(Path(recipe.cluster.hostfile))
-    if recipe.cluster.backend == "local" and not is_only_this_machine(hosts):
-        raise RecipeError(
-            "the hostfile names other hosts than this machine",
-            where="cluster.backend",
-            fix="use backend deepspeed, or leave the hostfile out",
-        )
-    if is_only_this_machine(hosts):
-        return LocalBackend.here(has_data=has_data)
-    return HostfileBackend.for_hosts(hosts, has_data=has_data)
-
-
-def _files(prepared: Prepared, recipe: Recipe) -> dict[str, str]:
-    plan = prepared.plan
+def run_files(prepared: Prepared) -> dict[str, str]:
+    """Return the files of a run by name, whatever the backend."""
+    recipe, plan = _resolved(prepared.recipe), prepared.plan
     ds_config = build_ds_config(
         recipe, plan.workload, plan.strategy, world_size=plan.cluster.world_size
     )

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import RecipeError
+from launcher.allocation import current_allocation
+from launcher.errors import RecipeError, SetupError
 from launcher.hardware import ClusterSpec, GpuSpec, default_cluster, find_gpu, gpu_names
 from launcher.hostfile import equal_slots
 from launcher.model_source import resolve_model
@@ -94,12 +95,24 @@ def prepare(recipe: Recipe, *, source: str) -> Prepared:
 
 
 def resolve_cluster(section: ClusterSection) -> ClusterSpec:
-    """Return the cluster that the recipe names, or this machine where it names none.
+    """Return the cluster that the recipe names, else the Slurm allocation, else this machine.
 
     Raises:
-        LauncherError: the GPU is unknown, or the hostfile cannot be used.
+        LauncherError: the GPU is unknown, the hostfile cannot be used, or inside a Slurm
+            allocation nothing says which GPUs it has.
     """
     num_nodes, gpus_per_node = section.num_nodes, section.gpus_per_node
+    allocation = current_allocation() if section.backend in ("auto", "slurm") else None
+    if allocation is not None and section.hostfile is None:
+        num_nodes = num_nodes or allocation.num_nodes
+        gpus_per_node = gpus_per_node or allocation.gpus_per_node or allocation.tasks_per_node
+        if section.gpu is None and allocation.gpus_per_node and not _has_gpus():
+            raise SetupError(
+                f"job {allocation.job_id} has {allocation.gpus_per_node} GPUs on each node, and "
+                "this machine has none to look at",
+                where="this allocation",
+                fix="say which GPUs they are: cluster.gpu=H100-80GB",
+            )
     if section.hostfile is not None:
         from launcher.dispatch.deepspeed import read_hostfile
 
@@ -119,6 +132,12 @@ def resolve_cluster(section: ClusterSection) -> ClusterSpec:
     if section.inter_node_gbit_per_s is not None:
         cluster = replace(cluster, inter_node_bytes_per_s=section.inter_node_gbit_per_s * 1e9 / 8)
     return cluster
+
+
+def _has_gpus() -> bool:
+    from launcher.dispatch.probe import probe_machine
+
+    return bool(probe_machine().gpus)
 
 
 def _larger_gpus(gpu: GpuSpec) -> list[GpuSpec]:

@@ -34,25 +34,14 @@ def parse_recipe(
     """
     # Imported here: it costs 60 ms, and `zerofit version` or a finished plan needs none of it.
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    tree = OmegaConf.structured(Recipe, flags={"readonly": False})
-    parts = [(source, _read_yaml(text, source))]
+    parts = [(source, read_yaml(text, source))]
     given = OmegaConf.create({})
     for key, value in (options or {}).items():
         OmegaConf.update(given, key, value)
     parts.append(("command line", given))
     parts += [_parse_override(item) for item in overrides]
-    problems = [problem for where, part in parts for problem in _unknown_keys(part, where)]
-    if not problems:
-        for where, part in parts:
-            try:
-                tree = OmegaConf.merge(tree, part)
-                OmegaConf.to_container(part, resolve=True)
-            except OmegaConfBaseException as error:
-                problems.append(_describe(error, where))
-    if problems:
-        raise RecipeError(list_problems(problems), where=source, fix="correct the keys named above")
+    tree = merge_strictly(Recipe, parts, source=source)
     if OmegaConf.is_missing(tree.model, "name_or_path"):
         raise RecipeError(
             "no model is named",
@@ -90,7 +79,40 @@ def _with_typed_sources(recipe: Recipe, source: str) -> Recipe:
     return replace(recipe, data=data)
 
 
-def _read_yaml(text: str, source: str) -> Any:
+def merge_strictly(kind: type, parts: Sequence[tuple[str, Any]], *, source: str) -> Any:
+    """Merge parsed parts, later ones over earlier ones, into OmegaConf's tree of a dataclass.
+
+    Args:
+        kind: the dataclass that says which keys there are.
+        parts: what to call each part in errors, and the part.
+        source: what to call the whole.
+
+    Raises:
+        RecipeError: a key is unknown or a value has the wrong type; all are listed.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    tree = OmegaConf.structured(kind, flags={"readonly": False})
+    problems = [line for where, part in parts for line in _unknown_keys(part, kind, where)]
+    if not problems:
+        for where, part in parts:
+            try:
+                tree = OmegaConf.merge(tree, part)
+                OmegaConf.to_container(part, resolve=True)
+            except OmegaConfBaseException as error:
+                problems.append(_describe(error, where))
+    if problems:
+        raise RecipeError(list_problems(problems), where=source, fix="correct the keys named above")
+    return tree
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """Return the mapping that a YAML text holds.
+
+    Raises:
+        RecipeError: it is not YAML, or not a mapping.
+    """
     import yaml
     from omegaconf import OmegaConf
 
@@ -161,7 +183,7 @@ def _parse_override(item: str) -> tuple[str, Any]:
         ) from None
 
 
-def _unknown_keys(part: Any, where: str) -> Iterator[str]:
+def _unknown_keys(part: Any, kind: type, where: str) -> Iterator[str]:
     """Yield a line for each key that no field reads: a typo must not become a default."""
     from omegaconf import OmegaConf
 
@@ -188,7 +210,7 @@ def _unknown_keys(part: Any, where: str) -> Iterator[str]:
             elif hasattr(child, "keys"):
                 yield f"{name!r} is a value or a list, not a section ({where})"
 
-    yield from walk(part, Recipe, "")
+    yield from walk(part, kind, "")
 
 
 # OmegaConf 2.4's words for a value of the wrong type, and what they mean to someone who typed it.
@@ -238,6 +260,8 @@ def _impossible_values(recipe: Recipe) -> Iterable[str]:
         "cluster.gpus_per_node": recipe.cluster.gpus_per_node,
         "cluster.host_memory_gib": recipe.cluster.host_memory_gib,
         "cluster.inter_node_gbit_per_s": recipe.cluster.inter_node_gbit_per_s,
+        "slurm.cpus_per_task": recipe.slurm.cpus_per_task,
+        "slurm.signal_seconds": recipe.slurm.signal_seconds,
         "strategy.micro_batch_size_per_gpu": recipe.strategy.micro_batch_size_per_gpu,
         "data.max_train_samples": recipe.data.max_train_samples,
         "data.max_eval_samples": recipe.data.max_eval_samples,

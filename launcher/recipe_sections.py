@@ -150,16 +150,39 @@ class StrategySection:
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmSection:
-    """Directives of the Slurm script; ``extra`` lines are passed through as they are."""
+    """What the Slurm script asks for; a site file may set the same keys for all recipes.
+
+    ``None`` and an empty list mean "not said": the site file's value, else Slurm's own.
+    """
 
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     time: str | None = None
+    """Limit in Slurm's notation; by default suggested from the predicted run time."""
     constraint: str | None = None
     gres: str | None = None
+    """GPUs by ``--gres`` (gpu, gpu:a100, gpu:a100:8); else by ``--gpus-per-node``."""
+    mem: str | None = None
+    """Host memory of a node: 200G, or 0 for all of it."""
+    cpus_per_task: int | None = None
+    exclusive: bool | None = None
     job_name: str | None = None
+    modules: tuple[str, ...] = ()
+    """Environment modules to load before the ranks start."""
+    container: str | None = None
+    """Image that the ranks run in; zerofit must be installed in it."""
+    container_runtime: Literal["pyxis", "apptainer"] | None = None
+    container_mounts: tuple[str, ...] = ()
+    """``source:target``; the run directory is always mounted."""
+    python: str | None = None
+    """Interpreter on the nodes; by default this one, in a container ``python3``."""
+    requeue: bool | None = None
+    """Whether Slurm may start the job again after a time limit or a lost node; by default yes."""
+    signal_seconds: int | None = None
+    """How long before the time limit the ranks are told to save and stop."""
     extra: tuple[str, ...] = ()
+    """Further options of sbatch, such as ``--mail-type=END``, one each."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ PLAN = "plan.json"
 DS_CONFIG = "ds_config.json"
 ENVIRONMENT = "environment.json"
 JOB_SCRIPT = "job.sh"
+JOB_SBATCH = "job.sbatch"
 HOSTFILE = "hostfile"
 STATUS = "status.json"
 """State of the run, read by :func:`read_status`; who wrote it last wins."""
@@ -141,6 +142,21 @@ def create_default(
     raise RunDirError(
         "a thousand runs of this second exist", where=str(parent / name), fix="name the folder"
     )
+
+
+def create_folder(folder: Path) -> Path:
+    """Make a folder that will hold several runs; return its absolute path.
+
+    Raises:
+        RunDirError: it exists and is not empty, or cannot be made.
+    """
+    folder = _absolute(folder)
+    _make_folders(folder)
+    if any(folder.iterdir()):
+        raise RunDirError(
+            "the folder exists and is not empty", where=str(folder), fix="choose another folder"
+        )
+    return folder
 
 
 def create_file(path: Path, text: str) -> None:

@@ -21,18 +21,17 @@ from launcher.console import say, say_aside
 def render(*, args: tuple[str, ...], output_dir: Path | None, as_json: bool) -> None:
     """Write a run's files (DeepSpeed config, job script, plan) and start nothing.
 
-    `bash RUN/job.sh` then tokenises the data and trains.
+    `bash RUN/job.sh`, or `sbatch RUN/job.sbatch`, then tokenises the data and trains.
     """
     from launcher.launch import create_run
-    from launcher.run_dir import JOB_SCRIPT
 
     prepared = fitting(args, as_json=as_json)
-    run_dir, _, _ = create_run(prepared, output_dir)
-    script = run_dir / JOB_SCRIPT
+    run_dir, _, request = create_run(prepared, output_dir)
+    script = run_dir / request.argv[-1]
     if as_json:
         print(json.dumps({"run_dir": str(run_dir), "job_script": str(script)}))
     else:
-        say(f"wrote {run_dir}; start it with: bash {script}")
+        say(f"wrote {run_dir}; start it with: {request.argv[0]} {script}")
 
 
 @click.command()
@@ -46,9 +45,10 @@ def render(*, args: tuple[str, ...], output_dir: Path | None, as_json: bool) -> 
     help="Print JSON at the end; what the job prints goes to stderr.",
 )
 def train(*, args: tuple[str, ...], output_dir: Path | None, dry_run: bool, as_json: bool) -> None:
-    """Plan, write the run directory, and train on this machine or a hostfile's hosts.
+    """Plan, write the run directory, and train: here, on a hostfile's hosts, or through Slurm.
 
-    Ctrl-C ends all ranks. Exit status 3 when no strategy fits, 4 when the job failed.
+    Ctrl-C ends all ranks; a job of its own in Slurm goes on, unless it comes twice. Exit status
+    3 when no strategy fits, 4 when the job failed.
     """
     if dry_run:
         from launcher.launch import describe_job
@@ -87,8 +87,11 @@ def demo(*, output_dir: Path | None) -> None:
 
 def _train(args: tuple[str, ...], output_dir: Path | None, *, as_json: bool = False) -> Path:
     from launcher.launch import train_run
+    from launcher.submit import goes_to_slurm, train_on_slurm
 
     # With --json, stdout is for the result alone.
     show, stream = (say_aside, sys.stderr) if as_json else (say, sys.stdout)
     prepared = fitting(args, as_json=as_json)
+    if goes_to_slurm(prepared.recipe):
+        return train_on_slurm(prepared, output_dir, say=show, console=stream.buffer)
     return train_run(prepared, output_dir, say=show, console=stream.buffer)

@@ -35,13 +35,16 @@ class JobHandle:
     job_id: str
     """For people: a process id here, a job number elsewhere."""
     host: str
-    session_id: int
+    """Where the job was started."""
+    session_id: int | None = None
     """Session of the job's processes on ``host``, which is also the launcher's process id."""
-    master_port: int
+    master_port: int | None = None
+    watcher_pid: int | None = None
+    """The zerofit process on ``host`` that sees the job to its end; it also ends it."""
 
 
 class Backend(Protocol):
-    """A place that runs jobs: this machine, or the hosts of a hostfile."""
+    """A place that runs jobs: this machine, the hosts of a hostfile, or Slurm."""
 
     @property
     def name(self) -> str:

@@ -117,6 +117,7 @@ class LocalBackend:
                 host=socket.gethostname(),
                 session_id=self._process.pid,
                 master_port=self.master_port,
+                watcher_pid=os.getpid(),
             )
             write_handle(handle)
         except OSError as error:

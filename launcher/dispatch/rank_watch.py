@@ -24,7 +24,7 @@ class RankWatch:
     """
 
     run_id: str
-    session_id: int
+    session_id: int | None
     seen: dict[int, psutil.Process] = field(default_factory=dict)
     ended: dict[int, DeadRank] = field(default_factory=dict)
     """In the order in which they ended."""

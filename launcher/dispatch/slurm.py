@@ -1,0 +1,134 @@
+"""Backend ``slurm``: a batch job of one task per GPU, submitted by sbatch."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from launcher import run_dir as rd
+from launcher.dispatch import slurm_commands as slurm
+from launcher.dispatch.base import JobHandle, new_run_id, write_files, write_handle
+from launcher.dispatch.interruptions import Interruptions
+from launcher.dispatch.slurm_watch import watch_job
+from launcher.errors import RunDirError, SetupError
+from launcher.job_script import WORKER_MODULE, DeepSpeedJob, JobRequest
+from launcher.planning.plan import Plan
+from launcher.recipe_sections import SlurmSection
+from launcher.sbatch_directives import suggest_signal_seconds, suggest_time_limit_minutes
+from launcher.sbatch_script import JOB_SBATCH, SlurmJob, render_slurm_job
+
+NAME = "slurm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmBackend:
+    """Submits a job to Slurm; whoever waits for it may leave, and the job goes on."""
+
+    settings: SlurmSection
+    """Of the recipe and the site file together."""
+    num_steps: int | None = None
+    """Optimizer steps of the run, from which its time limit follows; ``None`` if unknown."""
+    has_data: bool = False
+    python: str = sys.executable
+    run_id: str = field(default_factory=new_run_id)
+    worker_module: str = WORKER_MODULE
+    name: str = NAME
+
+    def check_place(self, plan: Plan) -> None:  # noqa: ARG002  the nodes are not seen from here
+        """Raise SetupError unless jobs can be submitted from here."""
+        slurm.check_programs()
+
+    def job(self, plan: Plan, run_dir: Path) -> SlurmJob:
+        """Return what the script says."""
+        gpu, step_seconds = plan.cluster.gpu, plan.time.step_seconds
+        ranks = DeepSpeedJob(
+            run_dir=PurePosixPath(run_dir),
+            run_id=self.run_id,
+            python=PurePosixPath(self.python),
+            ranks_per_node=plan.cluster.gpus_per_node,
+            device_type=gpu.device_type,
+            master_port=0,
+            omp_num_threads=1,
+            compute_capability=gpu.compute_capability,
+            expandable_segments=plan.strategy.expandable_segments,
+            worker_module=self.worker_module,
+            has_data=self.has_data,
+        )
+        limit = self.num_steps and suggest_time_limit_minutes(self.num_steps, step_seconds)
+        return SlurmJob(
+            ranks=ranks,
+            num_nodes=plan.cluster.num_nodes,
+            settings=self.settings,
+            signal_seconds=suggest_signal_seconds(plan.memory.checkpoint_bytes, step_seconds),
+            time_limit_minutes=limit or None,
+        )
+
+    def with_steps(self, num_steps: int) -> SlurmBackend:
+        """Return the same backend for a run whose number of steps is known by now."""
+        return replace(self, num_steps=num_steps)
+
+    def render(self, plan: Plan, *, run_dir: Path, files: Mapping[str, str]) -> JobRequest:
+        """Return what :meth:`submit` would run. Pure; ``--dry-run`` stops here.
+
+        Raises:
+            SetupError: the Slurm settings cannot be used.
+            RunDirError: the path cannot stand in a script.
+        """
+        return render_slurm_job(self.job(plan, run_dir), files=files)
+
+    def submit(self, request: JobRequest, *, run_dir: Path) -> JobHandle:
+        """Write the files and submit the job.
+
+        Raises:
+            RejectedError: Slurm did not take it.
+            RunDirError: the files cannot be written.
+        """
+        write_files(request, run_dir)
+        # Slurm makes it only when the job starts, and whoever watches looks at once.
+        (run_dir / rd.LAUNCHER_LOG).touch()
+        job_id = slurm.submit(request.argv, env=request.env, cwd=run_dir)
+        handle = handle_of(job_id, run_id=self.run_id, run_dir=run_dir)
+        try:
+            write_handle(handle)
+        except OSError as error:
+            slurm.cancel(job_id)
+            raise RunDirError(
+                f"cannot write: {error.strerror}; job {job_id} is cancelled again",
+                where=str(run_dir),
+                fix="free some disk space, or choose another folder",
+            ) from None
+        return handle
+
+    def wait(
+        self, handle: JobHandle, *, interruptions: Interruptions, console: BinaryIO | None
+    ) -> None:
+        """Return when the run has finished.
+
+        Raises:
+            JobFailedError: it did not finish.
+            JobInterruptedError: a signal ended the waiting; the job goes on, or is cancelled
+                if the signal came twice.
+        """
+        watch_job(handle, interruptions=interruptions, console=console)
+
+
+def handle_of(job_id: str, *, run_id: str, run_dir: Path) -> JobHandle:
+    """Return the handle of a Slurm job; Slurm knows everything else."""
+    return JobHandle(
+        backend=NAME, run_dir=run_dir, run_id=run_id, job_id=job_id, host=socket.gethostname()
+    )
+
+
+def check_accepted(run_dir: Path) -> None:
+    """Ask Slurm whether it would take the job of a run directory, before more is prepared.
+
+    Raises:
+        RejectedError: it would not; its message is in the error.
+    """
+    slurm.check_accepted(JOB_SBATCH, cwd=run_dir)
+    if not (run_dir / rd.LOGS).is_dir():
+        raise SetupError("there is no logs folder", where=str(run_dir), fix="make the run anew")

@@ -1,0 +1,270 @@
+"""job.sbatch: a run as a Slurm job, and several as an array; the files need no zerofit."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from launcher.job_script import (
+    DATA_MODULE,
+    DATA_SUMMARY,
+    RUN_ID_VARIABLE,
+    DeepSpeedJob,
+    JobRequest,
+    job_environment,
+)
+from launcher.recipe_sections import SlurmSection
+from launcher.sbatch_directives import directive, directives
+
+JOB_SBATCH = "job.sbatch"
+LOG = "logs/launcher.log"
+REQUEUE_MARKER = "requeue"
+"""Left in the run directory by rank 0 when it was told to stop and has saved a checkpoint."""
+IN_ALLOCATION_VARIABLE = "ZEROFIT_IN_ALLOCATION"
+"""Set where the script is one command of somebody else's allocation: it requeues nothing."""
+FIRST_PORT = 20_000
+NUM_PORTS = 12_000
+"""Ports end below 32768, where Linux's range for outgoing connections begins."""
+
+# A rank that inherits these from the shell that submitted would take itself for another one.
+_OTHERS_RANKS = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
+
+_RENDEZVOUS = (
+    "# The ranks meet on the first host; without its name every host would wait for itself.",
+    'hosts=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?not inside a Slurm job}") || {',
+    '  echo "error: scontrol cannot name the hosts of job $SLURM_JOB_ID" >&2',
+    "  exit 1",
+    "}",
+    "MASTER_ADDR=${hosts%%$'\\n'*}",
+    '[[ -n $MASTER_ADDR ]] || { echo "error: job $SLURM_JOB_ID has no hosts" >&2; exit 1; }',
+    "# Two jobs must not share a port on a host.",
+    f"MASTER_PORT=$(({FIRST_PORT} + SLURM_JOB_ID % {NUM_PORTS}))",
+    "export MASTER_ADDR MASTER_PORT",
+    'echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, rendezvous $MASTER_ADDR:$MASTER_PORT"',
+)
+_SIGNAL = (
+    "# Shortly before the time limit Slurm sends USR1; the ranks save a checkpoint and end.",
+    "srun_pid=",
+    "stop() {",
+    '  echo "time is nearly up: asking the ranks to save a checkpoint"',
+    '  [[ -z $srun_pid ]] || kill -USR1 "$srun_pid" || true',
+    "}",
+    "trap stop USR1",
+)
+_ENDING = (
+    'code=0; wait "$srun_pid" || code=$?',
+    "# The signal ends the wait, not the ranks.",
+    'while ((code > 128)) && kill -0 "$srun_pid" 2> /dev/null; do',
+    '  code=0; wait "$srun_pid" || code=$?',
+    "done",
+    f"if [[ -e {REQUEUE_MARKER} && -z ${{{IN_ALLOCATION_VARIABLE}:-}} ]]; then",
+    '  echo "saved; asking Slurm to start job $SLURM_JOB_ID again"',
+    '  scontrol requeue "$SLURM_JOB_ID"',
+    "fi",
+    'exit "$code"',
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlurmJob:
+    """One run as a Slurm job: one task per GPU, started by ``srun``.
+
+    ``ranks`` says what every rank runs; its hosts, port and GPU indices are Slurm's to choose.
+    """
+
+    ranks: DeepSpeedJob
+    num_nodes: int
+    settings: SlurmSection
+    signal_seconds: int
+    """How long before the time limit the ranks are told to save and stop."""
+    time_limit_minutes: int | None = None
+    """Used where the settings name none; ``None`` leaves it to the partition."""
+
+    @property
+    def name(self) -> str:
+        """The job's name in Slurm."""
+        return self.settings.job_name or f"zerofit-{self.ranks.run_dir.name}"
+
+
+def port_of(job_id: int) -> int:
+    """Return the port at which the ranks of a job meet, as the script computes it."""
+    return FIRST_PORT + job_id % NUM_PORTS
+
+
+def render_slurm_job(job: SlurmJob, *, files: Mapping[str, str]) -> JobRequest:
+    """Return the files of a Slurm job and the command that submits it; pure.
+
+    Raises:
+        SetupError: a setting cannot stand in a script, or contradicts the plan.
+        RunDirError: the run directory's path cannot.
+    """
+    script = "\n".join([*_header(job), "", *_body(job)]) + "\n"
+    return JobRequest(
+        files={**files, JOB_SBATCH: script},
+        argv=("sbatch", "--parsable", JOB_SBATCH),
+        env={RUN_ID_VARIABLE: job.ranks.run_id},
+    )
+
+
+def render_array(
+    jobs: Sequence[SlurmJob], *, folder: PurePosixPath, max_parallel: int | None
+) -> JobRequest:
+    """Return a script that runs several jobs as one job array, a task each.
+
+    Args:
+        jobs: of one shape and with the same settings.
+        folder: where the script is written.
+        max_parallel: tasks that may run at the same time.
+
+    Raises:
+        RunDirError: a path cannot stand in a script.
+    """
+    first = jobs[0]
+    limits = [job.time_limit_minutes for job in jobs]
+    longest = None if None in limits else max(limit for limit in limits if limit is not None)
+    together = f"%{max_parallel}" if max_parallel else ""
+    lines = [
+        "#!/usr/bin/env bash",
+        "# Written by zerofit; runs without it: sbatch job.sbatch",
+        *directives(
+            first.settings,
+            name=first.settings.job_name or f"zerofit-{folder.name}",
+            run_dir=folder,
+            log="array-%a.log",
+            num_nodes=first.num_nodes,
+            ranks_per_node=first.ranks.ranks_per_node,
+            has_gpus=first.ranks.device_type == "cuda",
+            signal_seconds=max(job.signal_seconds for job in jobs),
+            time_limit_minutes=longest,
+        ),
+        directive("array", f"0-{len(jobs) - 1}{together}"),
+        "",
+        "set -euo pipefail",
+        "runs=(",
+        *(f"  {shlex.quote(str(job.ranks.run_dir))}" for job in jobs),
+        ")",
+        'cd -- "${runs[SLURM_ARRAY_TASK_ID]}"',
+        f"exec bash {JOB_SBATCH} >> {LOG} 2>&1",
+    ]
+    return JobRequest(
+        files={JOB_SBATCH: "\n".join(lines) + "\n"}, argv=("sbatch", "--parsable", JOB_SBATCH)
+    )
+
+
+def _header(job: SlurmJob) -> list[str]:
+    return [
+        "#!/usr/bin/env bash",
+        "# Written by zerofit; runs without it: sbatch job.sbatch",
+        "# Inside an allocation of the same shape: bash job.sbatch",
+        "# Secrets such as HF_TOKEN are not here; the job inherits them from your environment.",
+        *directives(
+            job.settings,
+            name=job.name,
+            run_dir=job.ranks.run_dir,
+            log=LOG,
+            num_nodes=job.num_nodes,
+            ranks_per_node=job.ranks.ranks_per_node,
+            has_gpus=job.ranks.device_type == "cuda",
+            signal_seconds=job.signal_seconds,
+            time_limit_minutes=job.time_limit_minutes,
+        ),
+    ]
+
+
+def _body(job: SlurmJob) -> list[str]:
+    lines = []
+    if job.settings.modules:
+        # Before `set -u`, which the shell function `module` of some sites does not survive.
+        lines += [
+            "type module > /dev/null 2>&1 || source /etc/profile",
+            f"module load {shlex.join(job.settings.modules)} || exit",
+        ]
+    lines += ["set -euo pipefail", f"cd -- {shlex.quote(str(job.ranks.run_dir))}", ""]
+    lines += [*_environment(job), "", *_RENDEZVOUS, ""]
+    if job.ranks.has_data:
+        tokenise = shlex.join(_program(job, DATA_MODULE))
+        lines += [
+            "# Tokenise the data that recipe.yaml names, once and not in every rank.",
+            f"test -e {DATA_SUMMARY} ||",
+            f"  srun --nodes=1 --ntasks=1 --ntasks-per-node=1{_container_options(job)} \\",
+            f"    {tokenise} > /dev/null",
+            "",
+        ]
+    return [*lines, *_SIGNAL, "", *_ranks(job), *_ENDING]
+
+
+def _environment(job: SlurmJob) -> list[str]:
+    ranks = job.ranks
+    env = {**job_environment(ranks), "LOCAL_SIZE": str(ranks.ranks_per_node)}
+    # Slurm knows how many cores a rank has.
+    del env["OMP_NUM_THREADS"]
+    lines = [
+        "# What another launcher left in the environment must not reach the ranks.",
+        f"unset {_OTHERS_RANKS}",
+    ]
+    if job.settings.container is None:
+        bin_dir = shlex.quote(str(_python(job).parent))
+        if _python(job).is_absolute():
+            lines.append(f'export PATH={bin_dir}:"$PATH"  # the ninja that kernels are built with')
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(env.items())]
+    return [
+        *lines,
+        'export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"',
+        "# Since Slurm 22.05 srun does not take it over from sbatch.",
+        'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"',
+    ]
+
+
+def _ranks(job: SlurmJob) -> list[str]:
+    shape = f"--nodes={job.num_nodes} --ntasks-per-node={job.ranks.ranks_per_node}"
+    name = shlex.quote(step_name(job.ranks.run_id))
+    return [
+        "# One task per GPU; when one fails, Slurm ends the others.",
+        f"rm -f {REQUEUE_MARKER}",
+        f"srun {shape} --kill-on-bad-exit=1 --label \\",
+        f"  --job-name={name}{_container_options(job)} \\",
+        f"  {shlex.join(_program(job, job.ranks.worker_module))} < /dev/null &",
+        "srun_pid=$!",
+    ]
+
+
+def step_name(run_id: str) -> str:
+    """Return the name of the ranks' step, by which it is found again."""
+    return f"zerofit-{run_id}"
+
+
+def _python(job: SlurmJob) -> PurePosixPath:
+    if job.settings.python is not None:
+        return PurePosixPath(job.settings.python)
+    return PurePosixPath("python3") if job.settings.container else job.ranks.python
+
+
+def _program(job: SlurmJob, module: str) -> list[str]:
+    """Return the command that runs a module, in the container if there is one."""
+    program = [str(_python(job)), "-m", module, "--run-dir", str(job.ranks.run_dir)]
+    settings = job.settings
+    if settings.container is None or settings.container_runtime != "apptainer":
+        return program
+    binds = [word for mount in _mounts(job) for word in ("--bind", mount)]
+    nvidia = ["--nv"] if job.ranks.device_type == "cuda" else []
+    return ["apptainer", "exec", *nvidia, *binds, settings.container, *program]
+
+
+def _container_options(job: SlurmJob) -> str:
+    """Return srun's options for pyxis, Slurm's container plugin; empty for anything else."""
+    settings = job.settings
+    if settings.container is None or settings.container_runtime == "apptainer":
+        return ""
+    options = {
+        "--container-image": settings.container,
+        "--container-mounts": ",".join(_mounts(job)),
+        "--container-workdir": str(job.ranks.run_dir),
+    }
+    return "".join(f" \\\n    {name}={shlex.quote(value)}" for name, value in options.items())
+
+
+def _mounts(job: SlurmJob) -> list[str]:
+    run_dir = str(job.ranks.run_dir)
+    return [f"{run_dir}:{run_dir}", *job.settings.container_mounts]

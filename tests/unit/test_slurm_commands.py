@@ -1,0 +1,96 @@
+"""What Slurm's programs print, read as values; the programs here are scripted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.dispatch import slurm_commands as slurm
+from launcher.errors import SetupError
+
+Program = Callable[[str, str], None]
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
+    """Return a function that puts a scripted program first on PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    def make(name: str, body: str) -> None:
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+
+    return make
+
+
+def test_the_job_number_is_read_with_and_without_a_cluster_name(
+    program: Program, tmp_path: Path
+) -> None:
+    program("sbatch", "echo '4242;main'")
+    assert slurm.submit(("sbatch", "job.sbatch"), env={}, cwd=tmp_path) == "4242"
+
+
+def test_a_rejection_shows_slurm_s_own_message_and_exits_with_4(
+    program: Program, tmp_path: Path
+) -> None:
+    program(
+        "sbatch",
+        "echo 'sbatch: error: invalid partition specified: nosuch' >&2\n"
+        "echo 'sbatch: error: Batch job submission failed: Invalid partition name' >&2\nexit 1",
+    )
+    with pytest.raises(
+        slurm.RejectedError, match="invalid partition specified: nosuch; Batch"
+    ) as e:
+        slurm.submit(("sbatch", "job.sbatch"), env={}, cwd=tmp_path)
+    assert e.value.exit_code == 4
+
+
+def test_no_slurm_here_is_said_plainly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SetupError, match="sbatch, squeue, scontrol, scancel not found"):
+        slurm.check_programs()
+
+
+def test_states_reasons_and_nodes_are_read(program: Program) -> None:
+    # The format asked for, as squeue 22.05.8 prints it.
+    program(
+        "squeue",
+        "echo '7|RUNNING|None|node[1-2]|2026-11-22T21:00:00'\n"
+        "echo '8_1|PENDING|Resources||N/A'\necho '9|NODE_FAIL|NodeDown|node3|N/A'",
+    )
+    seen = slurm.ask(["7", "8_1", "9"])
+    assert (seen["7"].state, seen["7"].nodes, seen["7"].reason) == ("RUNNING", "node[1-2]", "")
+    assert not seen["7"].has_ended
+    assert seen["8_1"].is_pending
+    assert seen["8_1"].reason == "Resources"
+    assert seen["9"].has_ended
+
+
+def test_a_job_that_the_controller_forgot_is_looked_up_in_the_accounting(program: Program) -> None:
+    program("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    program("sacct", "echo '7|CANCELLED by 1000|node1|None'")
+    assert slurm.ask(["7"])["7"].state == "CANCELLED"
+    program("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    assert slurm.ask(["7"]) == {}
+
+
+def test_a_controller_that_is_down_is_an_error_and_not_a_job_that_ended(program: Program) -> None:
+    program(
+        "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
+    )
+    with pytest.raises(slurm.ControllerError, match="Unable to contact slurm controller"):
+        slurm.ask(["7"])
+
+
+def test_variables_of_another_job_do_not_reach_sbatch(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "64")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    program("sbatch", 'echo "${SLURM_NTASKS:-none}$SLURM_CONF"')
+    assert slurm.submit(("sbatch",), env={}, cwd=tmp_path) == "none/etc/slurm.conf"
