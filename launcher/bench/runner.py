@@ -23,7 +23,6 @@ from launcher.bench.result import (
     measurement_of,
     parse_results,
     prediction_of,
-    results_to_csv,
     state_of,
 )
 from launcher.bench.sweep import Case, parse_sweep
@@ -61,6 +60,10 @@ class Outputs:
     def csv(self) -> Path:
         """The same as a table."""
         return self.folder / f"{self.stem}.csv"
+
+    def picture(self, kind: str, number: int) -> Path:
+        """Where a picture goes; the first of its kind has no number."""
+        return self.folder / f"{self.stem}-{kind}{f'-{number}' if number > 1 else ''}.png"
 
     def new_run_dir(self, case: str) -> Path:
         """Return a folder for a run that is not there yet; an interrupted one stays."""
@@ -177,16 +180,16 @@ def run_sweep(
     return tuple(made)
 
 
-def write_csv(outputs: Outputs, results: Sequence[Result]) -> None:
-    """Write the results as a table beside the JSON Lines.
+def write_summary(path: Path, content: bytes) -> None:
+    """Write a table or a picture, replacing an older one.
 
     Raises:
         RunDirError: it cannot be written.
     """
     try:
-        rd.write_text(outputs.csv, results_to_csv(results))
+        path.write_bytes(content)
     except OSError as error:
-        raise _unwritable(outputs.csv, error) from None
+        raise _unwritable(path, error) from None
 
 
 def start_with(outputs: Outputs, stack: ExitStack, *, is_warm: bool) -> Start:

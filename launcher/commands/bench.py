@@ -132,7 +132,16 @@ def _run(
 
 
 def _write_summaries(outputs: Outputs, results: tuple[Result, ...]) -> list[Path]:
-    from launcher.bench.runner import write_csv
+    from launcher.bench.bars import draw_bar_chart, make_bar_charts
+    from launcher.bench.heat_map import draw_heat_map, make_heat_maps
+    from launcher.bench.result import results_to_csv
+    from launcher.bench.runner import write_summary
 
-    write_csv(outputs, results)
-    return [outputs.results, outputs.csv]
+    contents = {outputs.csv: results_to_csv(results).encode()}
+    for number, heat_map in enumerate(make_heat_maps(results), start=1):
+        contents[outputs.picture("heat-map", number)] = draw_heat_map(heat_map)
+    for number, chart in enumerate(make_bar_charts(results), start=1):
+        contents[outputs.picture("bars", number)] = draw_bar_chart(chart)
+    for path, content in contents.items():
+        write_summary(path, content)
+    return [outputs.results, *contents]

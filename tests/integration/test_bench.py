@@ -15,6 +15,7 @@ import pytest
 from worker_runs import environment, make_model
 
 from launcher import run_dir as rd
+from launcher.bench.runner import plan_case, read_sweep
 
 pytestmark = pytest.mark.integration
 
@@ -123,3 +124,26 @@ def test_a_folder_that_cannot_be_written_stops_the_sweep_before_it_begins(folder
     done = bench(folder, "--out", "a-file")
     assert done.returncode == 2
     assert "results cannot be written here" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "num_cases"),
+    [
+        ("h200x2", "H200", 22),
+        ("blind_h100", "H100-80GB", 24),
+        ("study_h100", "H100-80GB", 27),
+        # Figures 2 and 3: 5 x 3 and 3 x 2; 4: 3 models x 5 lengths x 3 x 2, Falcon 4 x 3 x 2.
+        ("paper", None, 15 + 6 + 90 + 24),
+    ],
+)
+def test_the_repositorys_sweeps_are_planned_and_expected_to_fit_where_they_should(
+    name: str, gpu: str | None, num_cases: int
+) -> None:
+    sweep = Path(__file__).parents[2] / "benchmarks" / f"{name}.yaml"
+    cases = read_sweep(sweep, [f"cluster.gpu={gpu}"] if gpu else [])
+    assert len(cases) == num_cases
+    planned = {case.name: plan_case(case) for case in cases[:27]}
+    assert all("predicted" in item for item in planned.values())
+    if name != "paper":
+        unfit = [case for case, item in planned.items() if not item["predicted"]["fits"]]
+        assert unfit == [case for case in planned if case.endswith("-oom")]
