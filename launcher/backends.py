@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from launcher.allocation import current_allocation
 from launcher.dispatch.allocation import AllocationBackend
 from launcher.dispatch.base import Backend
-from launcher.dispatch.deepspeed import HostfileBackend, is_only_this_machine, read_hostfile
+from launcher.dispatch.deepspeed import HostfileBackend, is_only_this_machine, read_hosts
 from launcher.dispatch.local import LocalBackend
 from launcher.dispatch.slurm import SlurmBackend
 from launcher.errors import RecipeError
@@ -36,7 +34,7 @@ def choose_backend(recipe: Recipe) -> Backend:
                 fix="name a hostfile with lines like 'node1 slots=8', or use the local backend",
             )
         return LocalBackend.here(has_data=has_data)
-    hosts = read_hostfile(Path(recipe.cluster.hostfile))
+    hosts = read_hosts(recipe.cluster)
     if recipe.cluster.backend == "local" and not is_only_this_machine(hosts):
         raise RecipeError(
             "the hostfile names other hosts than this machine",
@@ -45,7 +43,7 @@ def choose_backend(recipe: Recipe) -> Backend:
         )
     if is_only_this_machine(hosts):
         return LocalBackend.here(has_data=has_data)
-    return HostfileBackend.for_hosts(hosts, has_data=has_data)
+    return HostfileBackend.for_hosts(hosts, recipe.cluster, has_data=has_data)
 
 
 def slurm_backend(recipe: Recipe) -> SlurmBackend:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -11,11 +12,14 @@ from types import MappingProxyType
 from typing import Literal
 
 from launcher.errors import RunDirError, SetupError
-from launcher.hostfile import Host, equal_slots, render_hostfile
+from launcher.hostfile import Host, equal_slots, render_filter, render_hostfile
 
 JOB_SCRIPT = "job.sh"
 HOSTFILE = "hostfile"
-DEEPSPEED_ENV = "deepspeed_env"
+HOST_ENVIRONMENT = "environment.sh"
+"""Variables of the ranks on other hosts: written by job.sh, readable by its owner alone."""
+RANK_SCRIPT = "rank.sh"
+"""One rank under ``mpirun``."""
 RUN_ID_VARIABLE = "ZEROFIT_RUN_ID"
 """Marks every process of a run, so that none is left behind when it ends."""
 WORKER_MODULE = "launcher.worker.train"
@@ -32,6 +36,16 @@ _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|(API)?KEY|CREDENTIALS?)($|_)", re.IGNORECASE)
 # Else a host whose cable is pulled is noticed by TCP only, after hours.
 _SSH_KEEP_ALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"
+# What other hosts get of the environment that a job is started in: where things are and how to
+# reach them. All else stays here.
+PASSED_ON = (
+    "CUDA_HOME", "CUDA_DEVICE_ORDER", "DS_*", "GLOO_*", "HF_*", "HTTP_PROXY", "HTTPS_PROXY",
+    "HUGGING_FACE_HUB_TOKEN", "LD_LIBRARY_PATH", "MLFLOW_*", "NCCL_*", "NO_PROXY", "PYTHONPATH",
+    "TORCH_*", "TRITON_*", "UCX_*", "WANDB_*", "XDG_CACHE_HOME", "http_proxy", "https_proxy",
+    "no_proxy",
+)  # fmt: skip
+_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\*?")
+HostLauncher = Literal["pdsh", "openmpi"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +80,9 @@ class DeepSpeedJob:
     expandable_segments: bool = True
     gpu_ids: tuple[int, ...] = ()
     hosts: tuple[Host, ...] = ()
+    host_launcher: HostLauncher = "pdsh"
+    pass_env: tuple[str, ...] = ()
+    """Variables that other hosts get beside those of ``PASSED_ON``; ``A_*`` is a prefix."""
     worker_module: str = WORKER_MODULE
     has_data: bool = False
     """Whether there is data to tokenise before the ranks start, unless that was done."""
@@ -133,10 +150,7 @@ def deepspeed_argv(job: DeepSpeedJob) -> tuple[str, ...]:
     """Return the ``deepspeed`` command line of a job, unquoted."""
     argv = ["deepspeed"]
     if job.hosts:
-        argv += ["--hostfile", str(job.run_dir / HOSTFILE), "--launcher", "pdsh"]
-        if len(job.hosts) == 1:
-            # Else DeepSpeed runs the ranks here, not on the one host that is named.
-            argv.append("--force_multi")
+        argv += _host_options(job)
     else:
         # DeepSpeed's default, /job/hostfile, is taken if some container has one; a path that
         # is no regular file means this machine.
@@ -149,7 +163,30 @@ def deepspeed_argv(job: DeepSpeedJob) -> tuple[str, ...]:
             argv += ["--num_gpus", str(job.ranks_per_node)]
     # Quiet: its information lines, and a warning that there is no hostfile, only confuse.
     argv += ["--master_port", str(job.master_port), "--no_local_rank", "--quiet"]
+    if job.hosts and job.host_launcher == "openmpi":
+        return (*argv, "--no_python", str(job.run_dir / RANK_SCRIPT))
     return (*argv, "--module", job.worker_module, "--run-dir", str(job.run_dir))
+
+
+def _host_options(job: DeepSpeedJob) -> list[str]:
+    options = ["--hostfile", str(job.run_dir / HOSTFILE), "--launcher", job.host_launcher]
+    # The name that the user gave; by itself DeepSpeed takes the first address of the host.
+    options += ["--master_addr", job.hosts[0].name]
+    if job.host_launcher == "pdsh":
+        # DeepSpeed has the hosts source this file. Values that it passes on itself stand on
+        # command lines, which everybody on a host can read; and Ctrl-C makes it run `pkill -f`
+        # for all of the user's DeepSpeed jobs on the hosts, with a pattern that this option
+        # confines to this run (0.19.8 launcher/multinode_runner.py, cmd_to_search).
+        options += ["--venv_script", str(job.run_dir / HOST_ENVIRONMENT)]
+    else:
+        # Open MPI binds each rank to one core, with all of its threads.
+        options += ["--launcher_args", "--bind-to none"]
+    if any(host.gpu_ids for host in job.hosts):
+        options += ["--include", render_filter(job.hosts)]
+    if len(job.hosts) == 1:
+        # Else DeepSpeed runs the ranks here, not on the one host that is named.
+        options.append("--force_multi")
+    return options
 
 
 def render_job(job: DeepSpeedJob, *, files: Mapping[str, str]) -> JobRequest:
@@ -171,13 +208,22 @@ def render_job(job: DeepSpeedJob, *, files: Mapping[str, str]) -> JobRequest:
         equal_slots(job.hosts, source=HOSTFILE)
         _check_remote_path(str(job.run_dir))
         written[HOSTFILE] = render_hostfile(job.hosts)
-        written[DEEPSPEED_ENV] = _render_deepspeed_env(env)
+        if job.host_launcher == "openmpi":
+            written[RANK_SCRIPT] = _render_rank_script(job)
     written[JOB_SCRIPT] = _render_script(job, env)
-    return JobRequest(files=written, argv=("bash", JOB_SCRIPT), env={RUN_ID_VARIABLE: job.run_id})
+    mark = launcher_mark(job.run_id) if job.hosts else job.run_id
+    return JobRequest(files=written, argv=("bash", JOB_SCRIPT), env={RUN_ID_VARIABLE: mark})
+
+
+def launcher_mark(run_id: str) -> str:
+    """Return the mark of processes that start ranks on hosts; the ranks have the run id itself.
+
+    This machine may be one of the hosts, and the two are ended one after the other.
+    """
+    return f"{run_id}.launcher"
 
 
 def _render_script(job: DeepSpeedJob, env: Mapping[str, str]) -> str:
-    bin_dir = shlex.quote(str(job.python.parent))
     lines = [
         "#!/usr/bin/env bash",
         "# Written by zerofit; runs without it: bash job.sh",
@@ -185,20 +231,20 @@ def _render_script(job: DeepSpeedJob, env: Mapping[str, str]) -> str:
         "set -euo pipefail",
         "",
         "# deepspeed, and the ninja that its kernels are built with.",
-        f'export PATH={bin_dir}:"$PATH"',
+        _path_line(job),
     ]
-    if job.hosts:
-        lines += [
-            "",
-            "# DeepSpeed passes on to the hosts what this file names, and PYTHONPATH with the",
-            "# folder that it was started in.",
-            f"export DS_ENV_FILE={shlex.quote(str(job.run_dir / DEEPSPEED_ENV))}",
-            f'export PDSH_SSH_ARGS_APPEND="${{PDSH_SSH_ARGS_APPEND:-}} {_SSH_KEEP_ALIVE}"',
-        ]
     lines += ["", f"cd -- {shlex.quote(str(job.run_dir))}"]
     if inherited := env.get("TORCH_CUDA_ARCH_LIST"):
         lines.append(f"# Fixed: DeepSpeed's JIT cannot read values like {inherited}a.")
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(env.items())]
+    exports = dict(env)
+    if job.hosts:
+        # DeepSpeed's own launch.py sets these two as well, mpirun does not.
+        exports |= {"MASTER_ADDR": job.hosts[0].name, "MASTER_PORT": str(job.master_port)}
+        # For the hosts alone, below: see launcher_mark.
+        del exports[RUN_ID_VARIABLE]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(exports.items())]
+    if job.hosts:
+        lines += _host_environment_lines(job, exports)
     if job.has_data:
         tokenise = (job.python.name, "-m", DATA_MODULE, "--run-dir", str(job.run_dir))
         lines += [
@@ -210,28 +256,54 @@ def _render_script(job: DeepSpeedJob, env: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _path_line(job: DeepSpeedJob) -> str:
+    return f'export PATH={shlex.quote(str(job.python.parent))}:"$PATH"'
+
+
 def _quoted_lines(argv: tuple[str, ...]) -> list[str]:
     """Quote arguments; each option starts a new line."""
     return [("\\\n  " if arg.startswith("--") else "") + shlex.quote(arg) for arg in argv]
 
 
-def _render_deepspeed_env(env: Mapping[str, str]) -> str:
-    """Return the file that DeepSpeed reads variables from: no comments, no blank lines.
-
-    DeepSpeed puts values in double quotes when they hold special characters and hands them to
-    a remote shell, so what stays special inside double quotes is escaped here.
-    """
-    lines = []
-    for name, value in sorted(env.items()):
-        if "\n" in value or "%" in value:
+def _host_environment_lines(job: DeepSpeedJob, exports: Mapping[str, str]) -> list[str]:
+    """Return the part of job.sh that writes what the ranks on other hosts get."""
+    for pattern in job.pass_env:
+        if not _PATTERN.fullmatch(pattern):
             raise SetupError(
-                f"{name} holds a line break or a percent sign, which pdsh cannot pass on",
-                where="environment of the job",
-                fix=f"set {name} on the hosts themselves",
+                f"{pattern!r} is not the name of a variable",
+                where="cluster.pass_env",
+                fix="write names like WANDB_MODE, or prefixes like NCCL_*",
             )
-        escaped = re.sub(r'([\\"$`])', r"\\\1", value)
-        lines.append(f"{name}={escaped}")
-    return "\n".join(lines) + "\n"
+    patterns = sorted({*PASSED_ON, *job.pass_env, *exports})
+    return [
+        "",
+        "# What the hosts get of this environment, and no more. The file may hold secrets, so only",
+        "# its owner can read it.",
+        f"rm -f {HOST_ENVIRONMENT}",
+        f"(umask 077 && echo export {RUN_ID_VARIABLE}={job.run_id} > {HOST_ENVIRONMENT})",
+        f"echo {shlex.quote(_path_line(job))} >> {HOST_ENVIRONMENT}",
+        "for name in $(compgen -e); do",
+        '  case "$name" in',
+        "    " + " \\\n    ".join(textwrap.wrap(" | ".join(patterns), 90)) + ")",
+        f'      printf \'export %s=%q\\n\' "$name" "${{!name}}" >> {HOST_ENVIRONMENT} ;;',
+        "  esac",
+        "done",
+        "# DeepSpeed would put these on command lines.",
+        "unset ${!MLFLOW@}",
+        f'export PDSH_SSH_ARGS_APPEND="${{PDSH_SSH_ARGS_APPEND:-}} {_SSH_KEEP_ALIVE}"',
+    ]
+
+
+def _render_rank_script(job: DeepSpeedJob) -> str:
+    """Return what mpirun starts; the path was checked, so that any shell takes it as it is."""
+    argv = (str(job.python), "-u", "-m", job.worker_module, "--run-dir", str(job.run_dir))
+    return (
+        "#!/usr/bin/env bash\n"
+        "# One rank; started by mpirun, which says which one.\n"
+        f"source {job.run_dir / HOST_ENVIRONMENT}\n"
+        f"cd {job.run_dir}\n"
+        f"exec {shlex.join(argv)}\n"
+    )
 
 
 def _check_remote_path(path: str) -> None:

@@ -114,9 +114,9 @@ def resolve_cluster(section: ClusterSection) -> ClusterSpec:
                 fix="say which GPUs they are: cluster.gpu=H100-80GB",
             )
     if section.hostfile is not None:
-        from launcher.dispatch.deepspeed import read_hostfile
+        from launcher.dispatch.deepspeed import read_hosts
 
-        hosts = read_hostfile(Path(section.hostfile))
+        hosts = read_hosts(section)
         num_nodes = num_nodes or len(hosts)
         gpus_per_node = gpus_per_node or equal_slots(hosts, source=section.hostfile)
     if section.gpu is None:

@@ -128,7 +128,14 @@ class ClusterSection:
     host_memory_gib: float | None = None
     inter_node_gbit_per_s: float | None = None
     hostfile: str | None = None
+    include: str | None = None
+    """Hosts of the hostfile to use, as DeepSpeed writes them: ``node1@node[3-4]:0,2``."""
+    exclude: str | None = None
     backend: Literal["auto", "local", "deepspeed", "slurm"] = "auto"
+    launcher: Literal["pdsh", "openmpi", "mpich", "slurm", "impi", "mvapich"] = "pdsh"
+    """DeepSpeed's launcher on a hostfile's hosts; some are refused, with the reason."""
+    pass_env: tuple[str, ...] = ()
+    """Variables that other hosts get beside the usual ones; ``NAME_*`` is a prefix."""
 
 
 @dataclass(frozen=True, kw_only=True)

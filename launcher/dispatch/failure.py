@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +21,35 @@ _CONSEQUENCE = re.compile(
     r"remote process exited|Timed out waiting",
     re.IGNORECASE,
 )
-_ERROR_LINE = re.compile(r"(?:\[rank ?\d+\]:? )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
+# pdsh puts the host before each line.
+_ERROR_LINE = re.compile(
+    r"(?:[\w.-]+: )?(?:\[rank ?\d+\]:? )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)"
+)
 _LOG_TAIL_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadRank:
-    """A rank of this machine that ended; ``exit_status`` is negative for a signal."""
+    """A rank that ended; ``exit_status`` is negative for a signal.
+
+    ``host`` is given where it is not this machine.
+    """
 
     rank: int
     exit_status: int | None
+    host: str | None = None
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}" + (f" on {self.host}" if self.host else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostHost:
+    """A host that crashed, was cut off, or hangs."""
+
+    host: str
+    problem: str
+    fix: str
 
 
 def read_failures(run_dir: Path) -> tuple[RankPeaks, ...]:
@@ -48,13 +67,21 @@ def read_failures(run_dir: Path) -> tuple[RankPeaks, ...]:
             _log.warning("cannot read a rank's file: %s", error)
             continue
         if peaks.failure is not None and peaks.state in ("failed", "out_of_memory"):
-            text = f"{peaks.failure.type}: {peaks.failure.message}"
-            found.append((_CONSEQUENCE.search(text) is not None, written, peaks))
+            found.append((_is_consequence(peaks), written, peaks))
     return tuple(peaks for *_, peaks in sorted(found, key=lambda item: item[:2]))
 
 
+def _is_consequence(peaks: RankPeaks) -> bool:
+    assert peaks.failure is not None
+    return bool(_CONSEQUENCE.search(f"{peaks.failure.type}: {peaks.failure.message}"))
+
+
 def describe_failure(
-    run_dir: Path, *, exit_code: int | None, dead_ranks: Iterable[DeadRank] = ()
+    run_dir: Path,
+    *,
+    exit_code: int | None,
+    dead_ranks: Iterable[DeadRank] = (),
+    lost_hosts: Sequence[LostHost] = (),
 ) -> JobFailedError:
     """Return the error for a job that did not finish.
 
@@ -62,7 +89,8 @@ def describe_failure(
         run_dir: the run's directory.
         exit_code: what the launcher ended with; not to be trusted, DeepSpeed ends with 0 when
             its own child is killed.
-        dead_ranks: ranks of this machine in the order in which they ended.
+        dead_ranks: in the order in which they ended.
+        lost_hosts: in the order in which they were lost.
     """
     log_file = run_dir / rd.LAUNCHER_LOG
     log = _tail(log_file)
@@ -70,7 +98,16 @@ def describe_failure(
     told_to_stop = (-signal.SIGTERM, 128 + signal.SIGTERM)
     dead_ranks = sorted(dead_ranks, key=lambda dead: dead.exit_status in told_to_stop)
     failures = read_failures(run_dir)
-    if failures:
+    if failures and not _is_consequence(failures[0]):
+        return _reported(failures, log, where=str(log_file))
+    if lost_hosts:
+        more = [host.host for host in lost_hosts[1:9]]
+        also = f"\n  then lost too: {', '.join(more)}" if more else ""
+        first = lost_hosts[0]
+        return JobFailedError(
+            f"{first.host} was lost: {first.problem}{also}", where=str(run_dir), fix=first.fix
+        )
+    if failures and _first_killed(dead_ranks) is None:
         return _reported(failures, log, where=str(log_file))
     by_signal = _first_killed(dead_ranks)
     if by_signal is None and exit_code is not None:
@@ -90,7 +127,7 @@ def describe_failure(
             where=str(run_dir),
             fix="free some space, or start it again in a folder on a larger disk",
         )
-    who = f"rank {died.rank}" if died else "the deepspeed launcher"
+    who = str(died) if died else "the deepspeed launcher"
     code = died.exit_status if died else exit_code
     error_line = next((m for line in reversed(log) if (m := _ERROR_LINE.fullmatch(line))), None)
     said = f": {error_line.group(1)}" if error_line else ""
@@ -141,7 +178,7 @@ def _first_killed(dead_ranks: Iterable[DeadRank]) -> tuple[str, int] | None:
     first = next((dead for dead in dead_ranks if dead.exit_status), None)
     if first is None or first.exit_status is None or first.exit_status > 0:
         return None
-    return f"rank {first.rank}", -first.exit_status
+    return str(first), -first.exit_status
 
 
 def _killed_by_exit_code(exit_code: int) -> tuple[str, int] | None:

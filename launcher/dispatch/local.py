@@ -19,6 +19,7 @@ from launcher.dispatch import process_group
 from launcher.dispatch.base import JobHandle, new_run_id, write_files, write_handle
 from launcher.dispatch.interruptions import Interruptions
 from launcher.dispatch.probe import parse_visible_gpus, probe_machine
+from launcher.dispatch.rank_watch import RankWatch
 from launcher.dispatch.watch import watch
 from launcher.errors import RunDirError, SetupError
 from launcher.job_script import WORKER_MODULE, DeepSpeedJob, JobRequest, render_job
@@ -148,7 +149,8 @@ class LocalBackend:
             JobInterruptedError: a signal ended it.
         """
         assert self._process is not None, "wait() follows submit()"
-        watch(self._process, handle, interruptions=interruptions, console=console)
+        ranks = RankWatch(run_id=handle.run_id, session_id=handle.session_id)
+        watch(self._process, handle, ranks, interruptions=interruptions, console=console)
 
     def job(self, plan: Plan, run_dir: Path) -> DeepSpeedJob:
         """Return what :meth:`render` writes down.

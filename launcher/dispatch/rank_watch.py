@@ -1,4 +1,4 @@
-"""The ranks on this machine: who was seen, and who ended how."""
+"""The ranks on this machine: who was seen, who ended how, and an end to all that are left."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import contextlib
 import os
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import psutil
 
 from launcher.dispatch import process_group
-from launcher.dispatch.failure import DeadRank
+from launcher.dispatch.failure import DeadRank, LostHost
 
 
 @dataclass(kw_only=True)
@@ -25,9 +25,12 @@ class RankWatch:
 
     run_id: str
     session_id: int | None
+    """Session that the ranks were started in, where it is known."""
     seen: dict[int, psutil.Process] = field(default_factory=dict)
     ended: dict[int, DeadRank] = field(default_factory=dict)
     """In the order in which they ended."""
+    lost: list[LostHost] = field(default_factory=list)
+    """Stays empty: this machine is not lost while it can say so."""
     _num_local_ranks: int | None = None
     _descriptors: dict[int, int] = field(default_factory=dict)
     """A pidfd of each rank that runs."""
@@ -44,18 +47,22 @@ class RankWatch:
                 self.ended[rank] = DeadRank(rank=rank, exit_status=None)
         self._num_local_ranks = len(pids) or None
 
-    def look_for_new(self) -> None:
-        """Find ranks that have started since the last look."""
+    def look(self) -> None:
+        """Note ranks that have started and ranks that have ended since the last look."""
+        self._look_for_new()
+        self._look_for_dead()
+
+    def _look_for_new(self) -> None:
         if self._num_local_ranks is not None and len(self.seen) >= self._num_local_ranks:
             return
         found = process_group.find_processes(self.run_id, session_id=self.session_id)
         for process in sorted(found, key=lambda item: item.pid):
-            env = process_group.environment_of(process)
-            if "RANK" not in env or "LOCAL_SIZE" not in env or int(env["RANK"]) in self.seen:
+            place = _place(process_group.environment_of(process))
+            if place is None or place[0] in self.seen:
                 # Workers of a data loader inherit the variables; the rank itself came first.
                 continue
-            self._see(int(env["RANK"]), process)
-            self._num_local_ranks = int(env["LOCAL_SIZE"])
+            rank, self._num_local_ranks = place
+            self._see(rank, process)
 
     def _see(self, rank: int, process: psutil.Process) -> None:
         self.seen[rank] = process
@@ -63,8 +70,7 @@ class RankWatch:
         with contextlib.suppress(OSError):
             self._descriptors[rank] = os.pidfd_open(process.pid)
 
-    def look_for_dead(self) -> None:
-        """Note the ranks that ended since the last look, and how, while it can be told."""
+    def _look_for_dead(self) -> None:
         for rank, process in self.seen.items():
             if rank in self.ended:
                 continue
@@ -74,7 +80,7 @@ class RankWatch:
                 if rank in self._descriptors:
                     os.close(self._descriptors.pop(rank))
 
-    def wait_for_an_end(self, seconds: float) -> None:
+    def wait(self, seconds: float) -> None:
         """Sleep, but wake up when a rank ends."""
         if not self._descriptors:
             time.sleep(seconds)
@@ -83,7 +89,11 @@ class RankWatch:
         for descriptor in self._descriptors.values():
             poll.register(descriptor, select.POLLIN)
         if poll.poll(seconds * 1000):
-            self.look_for_dead()
+            self._look_for_dead()
+
+    def end(self, *, at_once: bool) -> bool:
+        """End every process of the run on this machine; return whether all are gone."""
+        return process_group.end_processes(self.run_id, session_id=self.session_id, at_once=at_once)
 
     def close(self) -> None:
         """Give back what was opened."""
@@ -100,3 +110,17 @@ class RankWatch:
     def all_ended(self) -> bool:
         """Whether there were ranks and none is left."""
         return bool(self.seen) and len(self.ended) == len(self.seen)
+
+
+def _place(env: Mapping[str, str]) -> tuple[int, int] | None:
+    """Return a rank's number and the number of ranks on its host, from its environment.
+
+    Variables of DeepSpeed's launch.py, of Open MPI's mpirun (``ompi_info`` lists them).
+    """
+    for rank, local_size in (
+        ("RANK", "LOCAL_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ):
+        if rank in env and local_size in env:
+            return int(env[rank]), int(env[local_size])
+    return None

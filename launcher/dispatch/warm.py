@@ -23,6 +23,7 @@ from launcher import run_dir as rd
 from launcher.dispatch.base import Backend, JobHandle, write_files, write_handle
 from launcher.dispatch.interruptions import Interruptions
 from launcher.dispatch.local import LocalBackend
+from launcher.dispatch.rank_watch import RankWatch
 from launcher.dispatch.watch import watch
 from launcher.errors import SetupError
 from launcher.job_script import RUN_ID_VARIABLE, DeepSpeedJob, JobRequest, job_environment
@@ -253,13 +254,9 @@ class WarmBackend:
     ) -> None:
         """As the local backend."""
         assert self._process is not None, "wait() follows submit()"
-        watch(
-            self._process,
-            handle,
-            interruptions=interruptions,
-            console=console,
-            rank_pids=self._process.rank_pids,
-        )
+        ranks = RankWatch(run_id=handle.run_id, session_id=handle.session_id)
+        ranks.know(self._process.rank_pids)
+        watch(self._process, handle, ranks, interruptions=interruptions, console=console)
 
 
 def _places(job: DeepSpeedJob) -> list[dict[str, str]]:

@@ -6,7 +6,7 @@ import logging
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -14,10 +14,10 @@ from typing import BinaryIO, Protocol
 from launcher import run_dir as rd
 from launcher.dispatch import process_group
 from launcher.dispatch.base import JobHandle, JobInterruptedError
-from launcher.dispatch.failure import describe_failure, read_failures
+from launcher.dispatch.failure import DeadRank, LostHost, describe_failure, read_failures
 from launcher.dispatch.interruptions import Interruptions
-from launcher.dispatch.rank_watch import RankWatch
 from launcher.errors import RunDirError
+from launcher.job_script import launcher_mark
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +30,38 @@ FAILURE_LINGER_SECONDS = 6.0
 # When all ranks have ended well, its two processes need some seconds to end on a busy machine.
 END_LINGER_SECONDS = 30.0
 _CHUNK_BYTES = 2**16
+
+
+class Ranks(Protocol):
+    """The ranks of a job, on this machine or on others."""
+
+    @property
+    def ended(self) -> Mapping[int, DeadRank]:
+        """The ranks that have ended, in that order."""
+
+    @property
+    def lost(self) -> Sequence[LostHost]:
+        """Hosts that nothing is known of any more."""
+
+    @property
+    def has_failure(self) -> bool:
+        """Whether a rank is known to have ended badly."""
+
+    @property
+    def all_ended(self) -> bool:
+        """Whether there were ranks and none is left."""
+
+    def look(self) -> None:
+        """Note what has changed since the last look."""
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, but wake up when a rank ends."""
+
+    def end(self, *, at_once: bool) -> bool:
+        """End all processes of the ranks; return whether none is left."""
+
+    def close(self) -> None:
+        """Give back what was opened."""
 
 
 @dataclass(kw_only=True)
@@ -72,19 +104,19 @@ class JobProcess(Protocol):
 def watch(
     process: JobProcess,
     handle: JobHandle,
+    ranks: Ranks,
     *,
     interruptions: Interruptions,
     console: BinaryIO | None,
-    rank_pids: Sequence[int] = (),
 ) -> None:
     """Return when the run has finished; when it returns or raises, no process is left.
 
     Args:
         process: the launcher that was started.
         handle: the job.
+        ranks: its ranks; closed in the end.
         interruptions: already entered.
         console: where to copy the job's output.
-        rank_pids: the ranks' processes in order, where they are known already.
 
     Raises:
         JobInterruptedError: a signal arrived; the run directory says "interrupted".
@@ -92,8 +124,6 @@ def watch(
             run as finished. DeepSpeed's exit code alone proves nothing: it is 0 when its
             launch process was killed.
     """
-    ranks = RankWatch(run_id=handle.run_id, session_id=handle.session_id)
-    ranks.know(rank_pids)
     relay = LogRelay(path=handle.run_dir / rd.LAUNCHER_LOG, console=console)
     started = time.time()
     last_scan = 0.0
@@ -103,24 +133,28 @@ def watch(
         while process.poll() is None and not interruptions.received:
             relay.copy_new()
             now = time.monotonic()
-            ranks.look_for_new()
-            ranks.look_for_dead()
+            ranks.look()
             if now - last_scan >= SCAN_SECONDS:
                 last_scan = now
                 if trouble_since is None and _new_failure(handle.run_dir, started):
                     trouble_since = now
             if trouble_since is None and ranks.has_failure:
                 trouble_since = now
+            if ranks.lost:
+                # Said at once: ending what is left takes some seconds more.
+                trouble_since = trouble_since or now
+                _log.error("%s: %s", ranks.lost[0].host, ranks.lost[0].problem)
+                break
             if ended_since is None and ranks.all_ended:
                 ended_since = now
             if _has_lingered(now, trouble_since, ended_since):
                 _log.warning("ranks have ended but their launcher lingers; ending it")
                 break
-            ranks.wait_for_an_end(POLL_SECONDS)
+            ranks.wait(POLL_SECONDS)
     finally:
-        ranks.close()
         # Also when the launcher has ended by itself: ranks often outlive it.
-        _end_everything(process, handle, interruptions)
+        _end_everything(process, handle, ranks, interruptions)
+        ranks.close()
     relay.copy_new()
     stopped_by = interruptions.received[0] if interruptions.received else None
     if trouble_since is not None:
@@ -145,10 +179,17 @@ def _new_failure(run_dir: Path, started: float) -> bool:
     return changed and bool(read_failures(run_dir))
 
 
-def _end_everything(process: JobProcess, handle: JobHandle, interruptions: Interruptions) -> None:
+def _end_everything(
+    process: JobProcess, handle: JobHandle, ranks: Ranks, interruptions: Interruptions
+) -> None:
     # A second Ctrl-C means: now.
-    at_once = len(interruptions.received) > 1
-    gone = process_group.end_processes(handle.run_id, session_id=handle.session_id, at_once=at_once)
+    gone = ranks.end(at_once=len(interruptions.received) > 1)
+    # What is left here is the launcher. It must not see SIGTERM when the ranks are on other
+    # hosts: DeepSpeed 0.19.8 answers with `pkill -f` of all of the user's DeepSpeed jobs there
+    # (launcher/runner.py, sigkill_handler).
+    gone &= process_group.end_processes(
+        launcher_mark(handle.run_id), session_id=handle.session_id, at_once=True
+    )
     try:
         process.wait(timeout=1)
     except subprocess.TimeoutExpired:
@@ -160,7 +201,7 @@ def _end_everything(process: JobProcess, handle: JobHandle, interruptions: Inter
 
 
 def _conclude(
-    handle: JobHandle, exit_code: int | None, ranks: RankWatch, *, stopped_by: int | None
+    handle: JobHandle, exit_code: int | None, ranks: Ranks, *, stopped_by: int | None
 ) -> None:
     """Compare what the run directory says with how the processes ended; raise unless finished."""
     run_dir = handle.run_dir
@@ -177,7 +218,9 @@ def _conclude(
             fix=_way_on(run_dir),
             signal_number=stopped_by,
         )
-    error = describe_failure(run_dir, exit_code=exit_code, dead_ranks=ranks.ended.values())
+    error = describe_failure(
+        run_dir, exit_code=exit_code, dead_ranks=ranks.ended.values(), lost_hosts=ranks.lost
+    )
     _record(run_dir, "failed", error.problem.partition("\n")[0])
     raise error
 

@@ -27,11 +27,21 @@ class Ranks:
     world_size: int
 
 
+# Open MPI 4 (mpirun(1), "Environment Variables") and MPICH's hydra (pmi_proxy).
+_MPI_VARIABLES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+)
+
+
 def ranks_from_environment(environment: Mapping[str, str]) -> Ranks:
     """Return this process's place among the ranks.
 
-    Launchers of DeepSpeed and torch set RANK; under ``srun`` Slurm's variables say it; a
-    process started by hand is the only one.
+    Launchers of DeepSpeed and torch set RANK; under ``srun`` Slurm's variables say it, under
+    Open MPI's and MPICH's ``mpirun`` theirs; a process started by hand is the only one.
+
+    Raises:
+        SetupError: several ranks and no MASTER_ADDR to meet at.
     """
     if "RANK" in environment:
         return Ranks(
@@ -45,6 +55,21 @@ def ranks_from_environment(environment: Mapping[str, str]) -> Ranks:
             local_rank=int(environment.get("SLURM_LOCALID", "0")),
             world_size=int(environment["SLURM_NTASKS"]),
         )
+    for rank, local_rank, world_size in _MPI_VARIABLES:
+        if rank in environment:
+            found = Ranks(
+                rank=int(environment[rank]),
+                local_rank=int(environment.get(local_rank, "0")),
+                world_size=int(environment[world_size]),
+            )
+            if found.world_size > 1 and "MASTER_ADDR" not in environment:
+                raise SetupError(
+                    "mpirun has started several ranks that do not know where to meet",
+                    where="MASTER_ADDR",
+                    fix="mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500 …, with the host of rank "
+                    "0; `zerofit train` with cluster.launcher=openmpi does it",
+                )
+            return found
     return Ranks(rank=0, local_rank=0, world_size=1)
 
 

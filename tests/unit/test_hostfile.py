@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.errors import HostfileError
-from launcher.hostfile import Host, equal_slots, parse_hostfile, render_hostfile
+from launcher.hostfile import (
+    Host,
+    equal_slots,
+    filter_hosts,
+    parse_hostfile,
+    render_filter,
+    render_hostfile,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,17 +48,69 @@ def test_empty_hostfile_never_falls_back_to_this_machine(text: str) -> None:
         # DeepSpeed accepts these two without a word (measured with 0.19.8).
         ("node2 slots=4;reboot", "slots='4;reboot' is not a number"),
         ("node2 slots=4 max_slots=8", "cannot read 'max_slots=8'"),
-        ("node2:8", "'node2:8' has no slots"),
+        ("node2:8", "'node2:8' is not a host name"),
         ("slots=8", "is not a host name|has no slots"),
         ("-oProxyCommand=reboot slots=1", "is not a host name"),
         ("$(id) slots=1", "is not a host name"),
         ("node1 slots=4", "'node1' is already on line 1"),
+        ("node[1-2] slots=4", "'node1' is already on line 1"),
+        ("node[3-2] slots=4", "is not a range of host names"),
+        ("node[ slots=4", "is not a host name"),
+        ("node[1-9999999] slots=4", "stands for 9,999,999 hosts"),
+        ("x;rm slots=4", "is not a host name"),
+        ("n\u00f6de slots=4", "is not a host name"),
+        ("@all slots=4", "is not a host name"),
+        ("fd77::zz slots=4", "is not a host name"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named_with_its_number(line: str, problem: str) -> None:
     with pytest.raises(HostfileError, match=problem) as caught:
         parse_hostfile(f"node1 slots=8\n# next\n{line}\n", source="hosts")
     assert "hosts:3" in str(caught.value)
+
+
+def test_ranges_stand_for_hosts_and_keep_their_zeros() -> None:
+    hosts = parse_hostfile("rack[1-2]n[08-10] slots=8\n", source="hosts")
+    assert [host.name for host in hosts] == [
+        *("rack1n08", "rack1n09", "rack1n10", "rack2n08", "rack2n09", "rack2n10")
+    ]
+
+
+@pytest.mark.parametrize("text", ["fd77::1 slots=2", "[fd77::1] slots=2"])
+def test_an_ipv6_address_is_a_host(text: str) -> None:
+    assert parse_hostfile(text, source="hosts") == (Host(name="fd77::1", slots=2),)
+
+
+FOUR = tuple(Host(name=f"n{number}", slots=4) for number in range(1, 5))
+
+
+def test_include_keeps_hosts_and_gpus() -> None:
+    kept = filter_hosts(FOUR, include="n1@n[3-4]:0,2", exclude=None, source="hosts")
+    assert render_filter(kept) == "n1:0,1,2,3@n3:0,2@n4:0,2"
+    assert render_hostfile(kept) == "n1 slots=4\nn3 slots=3\nn4 slots=3\n"
+    assert [host.slots for host in kept] == [4, 2, 2]
+
+
+def test_exclude_leaves_hosts_and_gpus_out() -> None:
+    kept = filter_hosts(FOUR, include=None, exclude="n[1-2]@n4:3", source="hosts")
+    assert render_filter(kept) == "n3:0,1,2,3@n4:0,1,2"
+
+
+@pytest.mark.parametrize(
+    ("filters", "problem"),
+    [
+        ({"include": "n1", "exclude": "n2"}, "both given"),
+        ({"include": "n9", "exclude": None}, "no host 'n9' in the hostfile"),
+        ({"include": "n1:4", "exclude": None}, "n1 has no slot '4'"),
+        ({"include": "n1:x", "exclude": None}, "n1 has no slot 'x'"),
+        ({"include": "", "exclude": None}, "'' is not a host name"),
+        ({"include": None, "exclude": "n[1-4]"}, "leaves no host of hosts"),
+        ({"include": "$(id)", "exclude": None}, "is not a host name"),
+    ],
+)
+def test_a_filter_that_cannot_be_used_says_why(filters: dict[str, str], problem: str) -> None:
+    with pytest.raises(HostfileError, match=re.escape(problem)):
+        filter_hosts(FOUR, source="hosts", **filters)
 
 
 def test_all_bad_lines_are_reported_at_once() -> None:

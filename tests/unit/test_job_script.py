@@ -31,6 +31,7 @@ JOB = DeepSpeedJob(
 GPU_JOB = replace(JOB, device_type="cuda", compute_capability=(9, 0))
 HOSTS = (Host(name="node1", slots=2), Host(name="node2", slots=2))
 
+SHOW = "[[ -v $n ]] && printf '%s\\0' \"${!n}\" || true"
 HOSTILE = ["a b", "x;rm -rf y", "$(id)", "`id`", "quo'te\"s", "-rf", "ünïcode", "new\nline", "*"]
 
 
@@ -131,9 +132,9 @@ def test_jobs_on_hosts_name_the_hostfile_by_its_full_path() -> None:
     request = render_job(replace(JOB, hosts=HOSTS), files={})
     argv = deepspeed_argv(replace(JOB, hosts=HOSTS))
     assert argv[argv.index("--hostfile") + 1] == "/runs/one/hostfile"
+    assert argv[argv.index("--master_addr") + 1] == "node1"
     assert "--force_multi" not in argv
     assert request.files["hostfile"] == "node1 slots=2\nnode2 slots=2\n"
-    assert "export DS_ENV_FILE=/runs/one/deepspeed_env\n" in request.files["job.sh"]
     assert "ServerAliveInterval" in request.files["job.sh"]
 
 
@@ -141,23 +142,56 @@ def test_a_single_remote_host_is_forced_to_run_there_and_not_here() -> None:
     assert "--force_multi" in deepspeed_argv(replace(JOB, hosts=HOSTS[:1]))
 
 
-def test_the_environment_file_has_only_lines_that_deepspeed_can_split() -> None:
-    """DeepSpeed 0.19.8 calls ``line.split('=', maxsplit=1)`` on each and fails on the rest."""
-    job = replace(JOB, hosts=HOSTS, extra_env={"EXTRA": 'a=b $HOME `id` "q"'})
-    lines = render_job(job, files={}).files["deepspeed_env"].splitlines()
-    values = dict(line.split("=", maxsplit=1) for line in lines)
-    assert values["DS_ACCELERATOR"] == "cpu"
-    # DeepSpeed adds the double quotes, in which these stay literal.
-    assert values["EXTRA"] == 'a=b \\$HOME \\`id\\` \\"q\\"'
-    shell = f'printf %s "{values["EXTRA"]}"'
-    printed = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True)
-    assert printed.stdout == 'a=b $HOME `id` "q"'
+def test_hosts_get_what_is_on_the_list_by_a_file_that_only_its_owner_reads(
+    tmp_path: Path, fake_deepspeed: Path
+) -> None:
+    hostile = "a=b $HOME `id` \"q\" 'q' 100%\nnext ü"
+    job = replace(
+        JOB,
+        hosts=HOSTS,
+        run_dir=PurePosixPath(tmp_path),
+        python=PurePosixPath(fake_deepspeed / "python"),
+        pass_env=("MINE_*",),
+        extra_env={"EXTRA": hostile},
+    )
+    (tmp_path / "job.sh").write_text(render_job(job, files={}).files["job.sh"])
+    outside = {
+        "PATH": os.environ["PATH"],
+        "HF_TOKEN": hostile,
+        "MINE_1": "one",
+        "THEIRS": "no",
+        "MLFLOW_TRACKING_TOKEN": "secret",
+    }
+    subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=outside, check=True, capture_output=True)
+    written = tmp_path / "environment.sh"
+    assert written.stat().st_mode & 0o777 == 0o600
+    names = ["HF_TOKEN", "MINE_1", "MLFLOW_TRACKING_TOKEN", "EXTRA", "ZEROFIT_RUN_ID", "THEIRS"]
+    shown = subprocess.run(
+        ["bash", "-c", f"source {written}; for n in {' '.join(names)}; do {SHOW}; done"],
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.split("\0")[:-1] == [hostile, "one", "secret", hostile, "0123abcd"]
 
 
-@pytest.mark.parametrize("value", ["two\nlines", "100%"])
-def test_values_that_pdsh_cannot_pass_on_are_refused(value: str) -> None:
-    with pytest.raises(SetupError, match="EXTRA"):
-        render_job(replace(JOB, hosts=HOSTS, extra_env={"EXTRA": value}), files={})
+@pytest.mark.parametrize("name", ["a b", "x;rm", "$(id)", "", "*"])
+def test_what_is_no_variable_cannot_be_passed_on(name: str) -> None:
+    with pytest.raises(SetupError, match="is not the name of a variable"):
+        render_job(replace(JOB, hosts=HOSTS, pass_env=(name,)), files={})
+
+
+def test_under_mpirun_each_rank_is_a_script_that_reads_the_environment_first() -> None:
+    request = render_job(replace(JOB, hosts=HOSTS, host_launcher="openmpi"), files={})
+    assert request.files["rank.sh"].splitlines()[2] == "source /runs/one/environment.sh"
+    assert "--no_python /runs/one/rank.sh" in request.files["job.sh"]
+
+
+def test_chosen_gpus_of_hosts_are_named_to_deepspeed() -> None:
+    hosts = tuple(replace(host, gpu_ids=(1, 3)) for host in HOSTS)
+    argv = deepspeed_argv(replace(JOB, hosts=hosts))
+    assert argv[argv.index("--include") + 1] == "node1:1,3@node2:1,3"
 
 
 @pytest.mark.parametrize("name", [n for n in HOSTILE if n != "-rf"])
