@@ -17,6 +17,7 @@ from launcher.dispatch import process_group
 from launcher.dispatch import slurm as slurm_backend
 from launcher.dispatch import slurm_commands as slurm
 from launcher.dispatch.base import JobHandle, read_handle
+from launcher.dispatch.slurm_failure import BY_SLURM
 from launcher.dispatch.slurm_watch import conclude, describe_reason
 from launcher.errors import JobFailedError, LauncherError, RunDirError
 
@@ -163,9 +164,8 @@ def _of_slurm(
         # Writes the end into the run directory, which the ranks could not.
         conclude(handle, job)
     except JobFailedError as error:
-        status = rd.read_status(handle.run_dir)
-        is_failed = job is None or job.state in ("COMPLETED", "FAILED")
-        return ("failed" if is_failed else "killed"), status.reason or error.problem
+        is_killed = job is not None and job.state in BY_SLURM
+        return ("killed" if is_killed else "failed"), error.problem.partition("\n")[0]
     return "finished", None
 
 

@@ -12,8 +12,7 @@ from launcher.dispatch.rank_lines import tail
 from launcher.errors import JobFailedError
 from launcher.peaks import RankPeaks
 
-# Ends that Slurm decides: what the ranks say then is only how they took it.
-_BY_SLURM = {
+BY_SLURM = {
     "NODE_FAIL": (
         "a node failed",
         "start it again; sbatch's --exclude in slurm.extra leaves a bad node out",
@@ -28,6 +27,7 @@ _BY_SLURM = {
     "BOOT_FAIL": ("a node did not boot", "start it again"),
     "DEADLINE": ("its deadline passed", "start it again without --deadline"),
 }
+"""Ends that Slurm decides, with what to do: what the ranks say then is only how they took it."""
 # What srun and slurmstepd print, with the host (Slurm 22.05).
 _NODE_FAILURE = re.compile(r"srun: error: Node failure on (\S+)")
 _TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
@@ -39,7 +39,7 @@ _KILLED = "Killed"
 def describe_slurm_failure(run_dir: Path, state: slurm.SlurmJobState) -> JobFailedError:
     """Return the error for a job that has ended in ``state`` without finishing the run."""
     log = tail(run_dir)
-    if state.state in _BY_SLURM:
+    if state.state in BY_SLURM:
         return _ended_by_slurm(run_dir, state, log)
     failures = read_failures(run_dir)
     if failures and not _names_a_peer(failures[0]):
@@ -48,7 +48,7 @@ def describe_slurm_failure(run_dir: Path, state: slurm.SlurmJobState) -> JobFail
     lost = _lost_nodes(state, log)
     if lost:
         return JobFailedError(
-            f"job {state.job_id}: a node failed: {lost}", where=where, fix=_BY_SLURM["NODE_FAIL"][1]
+            f"job {state.job_id}: a node failed: {lost}", where=where, fix=BY_SLURM["NODE_FAIL"][1]
         )
     ended = [match for line in log if (match := _TASK_ENDED.search(line))]
     # Those that were told to stop because of another one come last.
@@ -84,7 +84,7 @@ def describe_unknown_end(run_dir: Path, job_id: str) -> JobFailedError:
 
 
 def _ended_by_slurm(run_dir: Path, state: slurm.SlurmJobState, log: list[str]) -> JobFailedError:
-    what, fix = _BY_SLURM[state.state]
+    what, fix = BY_SLURM[state.state]
     problem = f"job {state.job_id}: {what}"
     if state.state == "NODE_FAIL":
         problem += f": {_lost_nodes(state, log) or state.nodes}"

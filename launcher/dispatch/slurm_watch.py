@@ -14,7 +14,11 @@ from launcher.dispatch import slurm_commands as slurm
 from launcher.dispatch.base import JobHandle, JobInterruptedError
 from launcher.dispatch.failure import read_failures
 from launcher.dispatch.interruptions import Interruptions
-from launcher.dispatch.slurm_failure import describe_slurm_failure, describe_unknown_end
+from launcher.dispatch.slurm_failure import (
+    BY_SLURM,
+    describe_slurm_failure,
+    describe_unknown_end,
+)
 from launcher.dispatch.watch import LogRelay
 from launcher.errors import JobFailedError, RunDirError
 
@@ -133,8 +137,8 @@ def conclude(handle: JobHandle, state: slurm.SlurmJobState | None) -> None:
         error = describe_unknown_end(run_dir, handle.job_id)
     else:
         error = describe_slurm_failure(run_dir, state)
-    is_cancelled = state is not None and state.state in ("CANCELLED", "PREEMPTED")
-    record(run_dir, "interrupted" if is_cancelled else "failed", error.problem)
+    is_killed = state is not None and state.state in BY_SLURM
+    record(run_dir, "interrupted" if is_killed else "failed", error.problem)
     raise error
 
 

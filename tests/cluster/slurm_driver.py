@@ -1,0 +1,54 @@
+"""Run the probe as ``zerofit train`` runs the worker with backend slurm.
+
+Arguments: run directory, Slurm settings as JSON, then ``submit`` or ``wait``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path, PurePosixPath
+
+from launcher import run_dir as rd
+from launcher.console import show_error
+from launcher.dispatch.base import run_to_end
+from launcher.dispatch.slurm import SlurmBackend
+from launcher.errors import LauncherError
+from launcher.job_script import DeepSpeedJob
+from launcher.recipe_sections import SlurmSection
+from launcher.sbatch_script import SlurmJob, render_slurm_job
+
+
+def main() -> int:
+    run_dir, settings = Path(sys.argv[1]), SlurmSection(**json.loads(sys.argv[2]))
+    backend = SlurmBackend(settings=settings)
+    ranks = DeepSpeedJob(
+        run_dir=PurePosixPath(run_dir),
+        run_id=backend.run_id,
+        python=PurePosixPath(sys.executable),
+        ranks_per_node=1,
+        device_type="cpu",
+        master_port=0,
+        omp_num_threads=1,
+        worker_module="slurm_probe",
+        extra_env={"PROBE": os.environ.get("PROBE", "finish")},
+    )
+    nodes = int(os.environ.get("NODES", "2"))
+    job = SlurmJob(ranks=ranks, num_nodes=nodes, settings=settings, signal_seconds=120)
+    try:
+        rd.create(run_dir)
+        (run_dir / rd.RECIPE).write_text("model: {name_or_path: probe}\n")
+        request = render_slurm_job(job, files={})
+        if sys.argv[3] == "submit":
+            backend.submit(request, run_dir=run_dir)
+        else:
+            run_to_end(backend, request, run_dir=run_dir, console=sys.stdout.buffer)
+    except LauncherError as error:
+        show_error(error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

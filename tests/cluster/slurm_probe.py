@@ -1,0 +1,76 @@
+"""A rank without torch, as the worker behaves towards Slurm: it starts in a moment.
+
+What it does is in PROBE: ``finish``, ``raise RANK``, ``kill RANK``, ``sleep``, ``stop`` (sleeps;
+on USR1 leaves the marker that asks for another start, and finishes when started again).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from launcher import run_dir as rd
+from launcher.peaks import RankFailure, RankPeaks, peaks_to_json
+
+run_dir = Path(sys.argv[sys.argv.index("--run-dir") + 1])
+rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+what, _, who = os.environ.get("PROBE", "finish").partition(" ")
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def write(state: str, failure: RankFailure | None = None) -> None:
+    peaks = RankPeaks(
+        rank=rank, local_rank=int(os.environ["SLURM_LOCALID"]), world_size=size,
+        host=socket.gethostname(), pid=os.getpid(), device="cpu", device_name="cpu",
+        state=state, steps_done=0, failure=failure,  # type: ignore[arg-type]
+    )  # fmt: skip
+    rd.write_json(rd.rank_file(run_dir, rank), peaks_to_json(peaks))
+
+
+def finish() -> None:
+    write("finished")
+    if rank == 0:
+        time.sleep(0.5)
+        rd.write_status(run_dir, "finished")
+    sys.exit(0)
+
+
+def save_and_stop(_number: int, _frame: object) -> None:
+    say(f"rank {rank} saves")
+    if rank == 0:
+        (run_dir / "requeue").touch()
+        rd.write_status(run_dir, "interrupted", reason="its time was up")
+    time.sleep(1)
+    os._exit(0)
+
+
+signal.signal(signal.SIGUSR1, save_and_stop)
+say(f"rank {rank} of {size} at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
+write("running")
+if rank == 0:
+    rd.write_status(run_dir, "running")
+if what == "finish" or (what == "stop" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"):
+    finish()
+if who == str(rank):
+    time.sleep(1)
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        raise ValueError("deliberate")
+    except ValueError as error:
+        failure = RankFailure(
+            phase="forward", type="ValueError", message=str(error), traceback=traceback.format_exc()
+        )
+        write("failed", failure)
+        say(f"[rank {rank}] ValueError: {error}")
+        sys.exit(1)
+time.sleep(300)

@@ -1,0 +1,80 @@
+"""Start probes through Slurm, and wait for what is expected of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from virtual_hosts import ROOT, HostProcess, VirtualCluster
+
+from launcher import run_dir as rd
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(kw_only=True)
+class SlurmRuns:
+    """Starts probes and the commands of zerofit on the login node."""
+
+    cluster: VirtualCluster
+    folder: Path
+
+    def environment(self, **more: str) -> dict[str, str]:
+        return {"PYTHONPATH": f"{ROOT}:{HERE}", "XDG_CONFIG_HOME": str(self.folder), **more}
+
+    def submit(self, name: str, probe: str = "finish", **settings: Any) -> Path:
+        """Submit a probe and return its run directory."""
+        done = self._driver(self.cluster.run, name, probe, "submit", settings)
+        assert done.returncode == 0, done.stderr
+        return self.folder / name
+
+    def wait(
+        self, name: str, probe: str = "finish", **settings: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a probe to its end, as `zerofit train` does."""
+        done = self._driver(self.cluster.run, name, probe, "wait", settings)
+        assert isinstance(done, subprocess.CompletedProcess)
+        return done
+
+    def start(self, name: str, probe: str, **settings: Any) -> HostProcess:
+        """Start the same, and return when all ranks run."""
+        process = self._driver(self.cluster.start, name, probe, "wait", settings)
+        assert isinstance(process, HostProcess)
+        self.until(lambda: len(list((self.folder / name / rd.RANKS).glob("[0-9]*.json"))) == 2)
+        return process
+
+    def zerofit(self, *args: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of zerofit on the login node."""
+        argv = [sys.executable, "-m", "launcher.cli", *args]
+        return self.cluster.run(
+            "head", argv, cwd=self.folder, env=self.environment(**more), timeout=150
+        )
+
+    def status(self, run_dir: Path) -> dict[str, Any]:
+        """Return what `zerofit status --json` says."""
+        done = self.zerofit("status", run_dir, "--json")
+        assert done.returncode == 0, done.stderr
+        value: dict[str, Any] = json.loads(done.stdout)
+        return value
+
+    def job_id(self, run_dir: Path) -> str:
+        return str(json.loads((run_dir / rd.JOB).read_text())["job_id"])
+
+    def until(self, is_so: Callable[[], object], *, seconds: float = 30) -> None:
+        deadline = time.monotonic() + seconds
+        while not is_so():
+            assert time.monotonic() < deadline, "not so in time"
+            time.sleep(0.1)
+
+    def _driver(
+        self, how: Callable[..., Any], name: str, probe: str, verb: str, settings: Any
+    ) -> Any:
+        argv = [sys.executable, HERE / "slurm_driver.py", self.folder / name]
+        env = self.environment(PROBE=probe)
+        return how("head", [*argv, json.dumps(settings), verb], cwd=self.folder, env=env)

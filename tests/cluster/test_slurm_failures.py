@@ -1,0 +1,151 @@
+"""What a user of `zerofit train` with Slurm sees when something fails, on a real Slurm."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from slurm_daemons import Slurm
+from slurm_runs import SlurmRuns
+from virtual_hosts import VirtualCluster
+
+from launcher import run_dir as rd
+
+pytestmark = pytest.mark.cluster
+
+TINY = """\
+model: {name_or_path: smollm2-135m, random_weights: true}
+max_seq_len: 64
+optim: {max_steps: 2}
+cluster: {num_nodes: 2, gpus_per_node: 1, backend: slurm}
+"""
+
+
+@pytest.fixture
+def runs(slurm: Slurm, cluster: VirtualCluster, shared_folder: Path) -> SlurmRuns:
+    return SlurmRuns(cluster=cluster, folder=shared_folder)
+
+
+def test_a_rank_that_raises_is_named_with_its_host_within_15_seconds(
+    runs: SlurmRuns, cluster: VirtualCluster
+) -> None:
+    started = time.monotonic()
+    done = runs.wait("raise", "raise 1")
+    assert time.monotonic() - started < 15
+    assert done.returncode == 4
+    assert "rank 1 on node2 failed in phase forward: ValueError: deliberate" in done.stderr
+    assert runs.status(runs.folder / "raise")["state"] == "failed"
+    assert cluster.leftovers(within=5) == {}
+
+
+def test_a_rank_that_is_killed_is_named_with_its_host(
+    runs: SlurmRuns, cluster: VirtualCluster
+) -> None:
+    done = runs.wait("kill", "kill 1")
+    assert done.returncode == 4
+    assert "rank 1 on node2 ended: Killed" in done.stderr
+    assert "ran out of memory" in done.stderr
+    status = rd.read_status(runs.folder / "kill")
+    assert (status.state, status.reason) == ("failed", "rank 1 on node2 ended: Killed")
+    assert cluster.leftovers(within=5) == {}
+
+
+def test_a_job_that_slurm_rejects_shows_its_message_and_leaves_nothing(runs: SlurmRuns) -> None:
+    (runs.folder / "tiny.yaml").write_text(TINY)
+    (runs.folder / "zerofit").mkdir()
+    # The site file counts too.
+    (runs.folder / "zerofit" / "site.yaml").write_text("slurm: {partition: nosuch}\n")
+    done = runs.zerofit("submit", "tiny.yaml", "--output-dir", "out")
+    assert done.returncode == 4
+    assert "Slurm did not take the job: invalid partition specified: nosuch" in done.stderr
+    assert not (runs.folder / "out").exists()
+
+
+def test_a_job_that_another_cancels_ends_the_watching(
+    runs: SlurmRuns, cluster: VirtualCluster
+) -> None:
+    watching = runs.start("cancelled", "sleep")
+    job_id = runs.job_id(runs.folder / "cancelled")
+    cluster.run("head", ["scancel", job_id], check=True)
+    assert watching.wait(timeout=15) == 4
+    assert f"job {job_id}: it was cancelled" in watching.output
+    assert runs.status(runs.folder / "cancelled")["state"] == "killed"
+    assert cluster.leftovers(within=8) == {}
+
+
+def test_ctrl_c_lets_the_job_go_on_and_twice_cancels_it(
+    runs: SlurmRuns, cluster: VirtualCluster
+) -> None:
+    watching = runs.start("once", "sleep")
+    watching.signal(signal.SIGINT)
+    assert watching.wait(timeout=10) == 130
+    assert re.search(r"job \d+ goes on; Ctrl-C again within 2 s cancels it", watching.output)
+    assert runs.status(runs.folder / "once")["state"] == "running"
+    runs.zerofit("cancel", runs.folder / "once")
+    watching = runs.start("twice", "sleep")
+    watching.signal(signal.SIGINT)
+    time.sleep(0.5)
+    watching.signal(signal.SIGINT)
+    assert watching.wait(timeout=10) == 130
+    assert re.search(r"job \d+ is cancelled", watching.output)
+    assert rd.read_status(runs.folder / "twice").state == "interrupted"
+    assert cluster.leftovers(within=8) == {}
+
+
+def test_without_the_controller_nothing_is_submitted_and_watching_goes_on(
+    runs: SlurmRuns, slurm: Slurm, cluster: VirtualCluster
+) -> None:
+    watching = runs.start("watched", "sleep")
+    run_dir, job_id = runs.folder / "watched", runs.job_id(runs.folder / "watched")
+    cluster.run("head", ["sh", "-c", 'kill -9 "$(cat /run/slurm/slurmctld.pid)"'], check=True)
+    (runs.folder / "tiny.yaml").write_text(TINY)
+    done = runs.zerofit("submit", "tiny.yaml", "--output-dir", "out")
+    assert done.returncode == 4
+    assert "Unable to contact slurm controller" in done.stderr
+    assert not (runs.folder / "out").exists()
+    seen = runs.status(run_dir)
+    assert seen["state"] == "unknown"
+    assert "Slurm does not answer: slurm_load_jobs error: Unable to contact" in seen["reason"]
+    assert "the job goes on" in watching.output
+    cluster.run("head", ["slurmctld"], check=True)
+    runs.until(lambda: "Slurm answers again" in watching.output)
+    cluster.run("head", ["scancel", job_id], check=True)
+    assert watching.wait(timeout=15) == 4
+    slurm.wait_idle()
+    cluster.note_daemons()
+
+
+def test_a_node_whose_slurmd_is_killed_is_named(runs: SlurmRuns, cluster: VirtualCluster) -> None:
+    watching = runs.start("slurmd", "sleep", requeue=False)
+    cluster.will_need_reboot("node2")
+    cluster.run("node2", ["sh", "-c", 'kill -9 "$(cat /run/slurm/slurmd.pid)"'], check=True)
+    killed = time.monotonic()
+    # SlurmdTimeout is 15 s here: sooner, Slurm itself does not know.
+    assert watching.wait(timeout=40) == 4
+    assert time.monotonic() - killed < 15 + 15
+    assert re.search(r"job \d+: a node failed: node2 \(down", watching.output)
+    assert runs.status(runs.folder / "slurmd")["state"] == "killed"
+
+
+def test_a_job_that_lost_its_node_waits_for_another_unless_told_not_to(
+    runs: SlurmRuns, cluster: VirtualCluster
+) -> None:
+    watching = runs.start("crash", "sleep")
+    cluster.crash("node2")
+    runs.until(lambda: "has been put back into the queue" in watching.output, seconds=40)
+    assert runs.status(runs.folder / "crash")["state"] == "pending"
+    runs.zerofit("cancel", runs.folder / "crash")
+    assert watching.wait(timeout=15) == 4
+    assert cluster.leftovers(within=5) == {}
+
+
+@pytest.mark.slow
+def test_the_time_limit_is_named_as_the_reason(runs: SlurmRuns, cluster: VirtualCluster) -> None:
+    watching = runs.start("late", "sleep", time="1")
+    # USR1 comes at once, for it is due 120 s before the limit; the probe then saves and stops.
+    assert watching.wait(timeout=150) == 4
+    assert "the time limit was reached" in watching.output
+    assert cluster.leftovers(within=8) == {}

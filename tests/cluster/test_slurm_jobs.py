@@ -1,0 +1,134 @@
+"""Jobs on a real Slurm that go well: submitted, seen, requeued, cancelled, as arrays."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from slurm_daemons import Slurm
+from slurm_runs import SlurmRuns
+from virtual_hosts import ROOT, VirtualCluster
+
+from launcher import run_dir as rd
+
+pytestmark = pytest.mark.cluster
+sys.path.insert(0, str(ROOT / "tests" / "golden"))
+from sbatch_cases import FOLDER  # noqa: E402
+
+TINY = """\
+model: {name_or_path: smollm2-135m, random_weights: true}
+max_seq_len: 64
+optim: {max_steps: 2}
+cluster: {num_nodes: 2, gpus_per_node: 1, backend: slurm}
+"""
+
+
+@pytest.fixture
+def runs(slurm: Slurm, cluster: VirtualCluster, shared_folder: Path) -> SlurmRuns:
+    return SlurmRuns(cluster=cluster, folder=shared_folder)
+
+
+def test_a_job_finishes_whatever_its_names_are_and_nothing_runs_in_a_shell(
+    runs: SlurmRuns, cluster: VirtualCluster
+) -> None:
+    name = "a b;touch pwned $(touch pwned) `touch pwned` 'q\" ü #1"
+    done = runs.wait(name, job_name=name, extra=[f"--comment={name}"])
+    assert done.returncode == 0, done.stderr
+    run_dir = runs.folder / name
+    # Two ranks on two hosts, which meet on the first at the job's port.
+    log = (run_dir / rd.LAUNCHER_LOG).read_text()
+    meeting = f"at node1:{20_000 + int(runs.job_id(run_dir))}"
+    assert f"0: rank 0 of 2 {meeting}" in log
+    assert f"1: rank 1 of 2 {meeting}" in log
+    assert done.stdout == log
+    assert not list(runs.folder.rglob("pwned"))
+    assert runs.status(run_dir)["state"] == "finished"
+    own = runs.zerofit("logs", run_dir, "--rank", "1")
+    assert own.stdout == f"rank 1 of 2 {meeting}\n"
+    assert cluster.leftovers(within=5) == {}
+
+
+def test_a_pending_job_shows_its_reason_and_cancel_ends_it(runs: SlurmRuns) -> None:
+    run_dir = runs.submit("later", extra=["--begin=now+1hour"])
+    seen = runs.status(run_dir)
+    assert seen["state"] == "pending"
+    assert seen["reason"].startswith("BeginTime, expected to start 2")
+    cancelled = runs.zerofit("cancel", run_dir)
+    assert cancelled.stdout.startswith("killed: "), cancelled.stderr
+    listed = json.loads(runs.zerofit("list", runs.folder, "--json").stdout)
+    assert [(item["state"], item["job_id"]) for item in listed] == [
+        ("killed", runs.job_id(run_dir))
+    ]
+    assert rd.read_status(run_dir).state == "interrupted"
+
+
+def test_a_job_that_must_stop_saves_and_is_started_again(
+    runs: SlurmRuns, cluster: VirtualCluster
+) -> None:
+    run_dir = runs.submit("stop", "stop")
+    runs.until(lambda: len(list((run_dir / rd.RANKS).glob("[0-9]*.json"))) == 2)
+    job_id = runs.job_id(run_dir)
+    # What Slurm sends before the time limit: USR1 to the batch script alone.
+    cluster.run("head", ["scancel", "--signal=USR1", "--batch", job_id], check=True)
+    runs.until(lambda: runs.status(run_dir)["state"] == "pending")
+    # Else Slurm waits two minutes before it starts the job again; too early, and the nodes still
+    # refuse it ("Job credential revoked").
+    time.sleep(2)
+    release = ["scontrol", "update", f"JobId={job_id}", "StartTime=now"]
+    cluster.run("head", release, check=True)
+    runs.until(lambda: rd.read_status(run_dir).state == "finished")
+    log = (run_dir / rd.LAUNCHER_LOG).read_text()
+    assert "asking the ranks to save a checkpoint" in log
+    assert "1: rank 1 saves" in log
+    assert log.count("0: rank 0 of 2") == 2
+
+
+def test_a_running_job_is_followed_and_cancelled_with_all_its_processes(
+    runs: SlurmRuns, cluster: VirtualCluster
+) -> None:
+    run_dir = runs.submit("sleep", "sleep")
+    runs.until(lambda: len(list((run_dir / rd.RANKS).glob("[0-9]*.json"))) == 2)
+    assert runs.status(run_dir)["state"] == "running"
+    assert runs.status(run_dir)["host"] == "node[1-2]"
+    argv = [sys.executable, "-m", "launcher.cli", "logs", "-f", run_dir]
+    follower = cluster.start("head", argv, env=runs.environment())
+    assert runs.zerofit("cancel", run_dir).stdout.startswith("killed: ")
+    assert follower.wait(timeout=20) == 0
+    assert "rank 1 of 2" in follower.output
+    assert "killed" in follower.output
+    assert cluster.leftovers(within=8) == {}
+
+
+def test_several_recipes_are_one_job_array(runs: SlurmRuns) -> None:
+    for name in ("a", "b"):
+        (runs.folder / f"{name}.yaml").write_text(TINY)
+    submit = ["submit", "--array", "a.yaml", "b.yaml", "--max-parallel", "1"]
+    done = runs.zerofit(
+        *submit, "--output-dir", "sweep", "--json", "slurm.extra=[--begin=now+1hour]"
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout)
+    number = first["job_id"].removesuffix("_0")
+    assert second["job_id"] == f"{number}_1"
+    listed = json.loads(runs.zerofit("list", "sweep", "--json").stdout)
+    assert [item["state"] for item in listed] == ["pending", "pending"]
+    # One task is cancelled, the other waits on.
+    runs.zerofit("cancel", second["run_dir"])
+    listed = json.loads(runs.zerofit("list", "sweep", "--json").stdout)
+    assert [item["state"] for item in listed] == ["pending", "killed"]
+    script = (runs.folder / "sweep" / "job.sbatch").read_text()
+    assert "#SBATCH --array=0-1%1\n" in script
+
+
+def test_slurm_takes_the_scripts_of_typical_sites(runs: SlurmRuns, cluster: VirtualCluster) -> None:
+    """Not its own time limit, account or QOS: this cluster enforces none; features it has none."""
+    files = sorted(path for path in FOLDER.iterdir() if path.name != "constraint.sbatch")
+    assert len(files) == 8
+    script = "; ".join(f"sbatch --test-only {shlex.quote(str(path))} || echo BAD" for path in files)
+    done = cluster.run("head", ["sh", "-c", script])
+    assert "BAD" not in done.stdout, done.stderr
+    assert done.stderr.count("to start at") == len(files)
