@@ -65,6 +65,13 @@ _DEFAULTS: Mapping[str, Mapping[str, object]] = {
 SUPPORTED_MODEL_TYPES: tuple[str, ...] = tuple(_DEFAULTS)
 
 
+def is_unknown(config: Mapping[str, object]) -> bool:
+    """Return whether a config names a text model's architecture that has no closed form."""
+    model_type = config.get("model_type")
+    is_text = not isinstance(config.get("text_config"), Mapping)
+    return is_text and isinstance(model_type, str) and model_type not in SUPPORTED_MODEL_TYPES
+
+
 class ConfigFacts:
     """A config mapping read with transformers' defaults and checked types.
 
@@ -82,8 +89,8 @@ class ConfigFacts:
             raise ModelError(
                 f"model_type {model_type!r} has no closed-form weight inventory",
                 where=self._where,
-                fix=f"use one of {', '.join(SUPPORTED_MODEL_TYPES)}; `zerofit trace` measures any"
-                " other architecture on the meta device",
+                fix=f"use one of {', '.join(SUPPORTED_MODEL_TYPES)}; `zerofit plan` of a single"
+                " recipe traces others",
             )
         return model_type
 

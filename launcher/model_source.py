@@ -66,7 +66,19 @@ def load_catalogue_entry(name: str) -> CatalogueEntry:
 def resolve_model(
     name_or_path: str, *, revision: str | None = None
 ) -> tuple[ModelSpec, Mapping[str, object]]:
-    """Return a model's facts and its config mapping; weights are never fetched.
+    """Return a model's facts and its config mapping, as :func:`find_config` finds it.
+
+    Raises:
+        ModelError: as :func:`find_config`, or an architecture without a closed form.
+    """
+    name, config = find_config(name_or_path, revision=revision)
+    return spec_from_config(config, name=name), config
+
+
+def find_config(
+    name_or_path: str, *, revision: str | None = None
+) -> tuple[str, Mapping[str, object]]:
+    """Return what to call a model, and its config mapping; weights are never fetched.
 
     Looked up in this order: a local folder, the catalogue (short name or hub id; skipped
     when ``revision`` is given), the hub's config.json, which huggingface_hub caches.
@@ -76,21 +88,18 @@ def resolve_model(
         revision: branch, tag or commit on the hub.
 
     Raises:
-        ModelError: unknown name, missing or broken config.json, no access, no network, or an
-            architecture without a closed form.
+        ModelError: unknown name, missing or broken config.json, no access, no network.
     """
     folder = Path(name_or_path).expanduser()
     if folder.is_dir() or _looks_like_path(name_or_path):
-        config = _read_folder(folder)
-        return spec_from_config(config, name=str(name_or_path)), config
+        return str(name_or_path), _read_folder(folder)
     entry = _find_entry(name_or_path)
     if entry is not None and revision is None:
-        return spec_from_config(entry.config, name=entry.name), entry.config
+        return entry.name, entry.config
     if entry is None and "/" not in name_or_path:
         load_catalogue_entry(name_or_path)  # raises, with the nearest name
     hub_id = entry.hub_id if entry is not None and "/" not in name_or_path else name_or_path
-    config = _download_config(hub_id, revision)
-    return spec_from_config(config, name=entry.name if entry else hub_id), config
+    return entry.name if entry else hub_id, _download_config(hub_id, revision)
 
 
 def weights_source(name_or_path: str) -> str:

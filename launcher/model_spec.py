@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from launcher.architectures import WeightRole, WeightSpec, layout_of
 from launcher.config_facts import ConfigFacts
+from launcher.traced_layer import TracedArchitecture
 
-__all__ = ["ModelSpec", "WeightRole", "WeightSpec", "spec_from_config"]
+__all__ = ["ModelSpec", "WeightRole", "WeightSpec", "spec_from_config", "spec_from_facts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,8 @@ class ModelSpec:
     """Layers that attend only within ``sliding_window`` tokens; the others see everything."""
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    traced: TracedArchitecture | None = None
+    """The layer as measured, where the closed form does not know its operations."""
 
     @property
     def num_params(self) -> int:
@@ -108,6 +111,20 @@ def spec_from_config(config: Mapping[str, object], *, name: str) -> ModelSpec:
         attention_softcap=facts.number("attn_logit_softcapping"),
         logit_softcap=facts.number("final_logit_softcapping"),
     )
+
+
+def spec_from_facts(
+    facts: Mapping[str, Any], *, name: str, traced: TracedArchitecture | None = None
+) -> ModelSpec:
+    """Return a model from what ``launcher.worker.model_facts`` read off the real one.
+
+    Args:
+        facts: a value for each field, the weights as mappings.
+        name: what to call the model in plans and errors.
+        traced: what one of its layers keeps and needs.
+    """
+    weights = (WeightSpec(**{**item, "shape": tuple(item["shape"])}) for item in facts["weights"])
+    return ModelSpec(**{**facts, "name": name, "weights": tuple(weights), "traced": traced})
 
 
 def _text_config(config: Mapping[str, object]) -> Mapping[str, object]:

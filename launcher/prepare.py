@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.allocation import current_allocation
+from launcher.config_facts import is_unknown
 from launcher.errors import RecipeError, SetupError
 from launcher.hardware import ClusterSpec, GpuSpec, default_cluster, find_gpu, gpu_names
 from launcher.hostfile import equal_slots
-from launcher.model_source import resolve_model
+from launcher.model_source import find_config
+from launcher.model_spec import spec_from_config
 from launcher.planning.plan import Plan
 from launcher.planning.planner import can_fit, make_plan
 from launcher.recipe import parse_recipe
@@ -72,8 +74,14 @@ def prepare(recipe: Recipe, *, source: str) -> Prepared:
     Raises:
         LauncherError: the model, the GPU or a value cannot be used.
     """
-    model, model_config = resolve_model(recipe.model.name_or_path, revision=recipe.model.revision)
+    name, model_config = find_config(recipe.model.name_or_path, revision=recipe.model.revision)
     cluster = resolve_cluster(recipe.cluster)
+    if is_unknown(model_config):
+        from launcher.trace_unknown import trace_model
+
+        model = trace_model(model_config, recipe, cluster.gpu, name=name)
+    else:
+        model = spec_from_config(model_config, name=name)
     workload = resolve_workload(recipe, model, cluster.gpu, source=source)
 
     choices: dict[str, Any] = {

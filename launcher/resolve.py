@@ -51,17 +51,22 @@ def resolve_workload(recipe: Recipe, model: ModelSpec, gpu: GpuSpec, *, source: 
         global_batch_size=recipe.optim.global_batch_size,
         has_padding=recipe.data.packing,
         precision=recipe.model.precision or default_precision(gpu),
-        lora=LoraSpec(
-            r=recipe.lora.r,
-            alpha=recipe.lora.alpha,
-            dropout=recipe.lora.dropout,
-            target_modules=tuple(recipe.lora.target_modules),
-            use_dora=recipe.lora.use_dora,
-        ),
+        lora=lora_of(recipe),
         quantization=QuantizationSpec(
             kind=recipe.quantization.kind, double_quant=recipe.quantization.double_quant
         ),
         has_random_weights=recipe.model.random_weights,
+    )
+
+
+def lora_of(recipe: Recipe) -> LoraSpec:
+    """Return the recipe's adapters."""
+    return LoraSpec(
+        r=recipe.lora.r,
+        alpha=recipe.lora.alpha,
+        dropout=recipe.lora.dropout,
+        target_modules=tuple(recipe.lora.target_modules),
+        use_dora=recipe.lora.use_dora,
     )
 
 

@@ -91,6 +91,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "model": {
             "name": model.name,
             "model_type": model.model_type,
+            "is_traced": model.traced is not None,
             "num_params": model.num_params,
             "num_trainable_params": workload.num_trainable_params,
         },

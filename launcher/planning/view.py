@@ -79,9 +79,14 @@ def _headline(plan: Plan) -> RenderableType:
     if cluster.num_nodes > 1:
         where = f"{cluster.num_nodes:,} nodes x {cluster.gpus_per_node} {cluster.gpu.name}"
     chosen = label(plan.strategy)
+    notes = []
+    if plan.workload.model.traced is not None:
+        kind = plan.workload.model.model_type
+        notes = [Text(f"{kind} has no formulas here: its layers were built and traced instead")]
     verdict = f"fits: {chosen}" if plan.fits else f"DOES NOT FIT; closest: {chosen}"
     return Group(
         Text(f"{describe(plan.workload)}, on {where}"),
+        *notes,
         Text(verdict, style="bold green" if plan.fits else "bold red"),
         Text(),
     )

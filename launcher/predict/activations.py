@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from launcher.hardware import GpuSpec
 from launcher.predict.attention_kernel import attention_kernel, has_cudnn_attention
 from launcher.predict.attention_parts import ATTENTION_OUTPUTS
-from launcher.predict.autograd_tape import Moment, Size
-from launcher.predict.decoder_layer import MLP_OUTPUTS, write_final_norm, write_layer
+from launcher.predict.autograd_tape import Moment
+from launcher.predict.decoder_layer import MLP_OUTPUTS
 from launcher.predict.layer_parts import AttentionKernel, LayerSetting
+from launcher.predict.layer_profile import LayerProfile, layer_profile
 from launcher.predict.output_layer import LossMoment, OutputLayer
 from launcher.strategy import Checkpointing, Loss, Method, Precision, Strategy
 from launcher.workload import Workload
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerProfile:
-    """What one layer keeps, and its moments; polynomials, for any number of tokens."""
-
-    saved: Size
-    saved_input: Size
-    """The part of ``saved`` that is the layer's own input, which checkpointing holds anyway."""
-    unused_in_first_layer: Size
-    """What the first layer need not keep when its input has no gradient (frozen embeddings)."""
-    forward: tuple[Moment, ...]
-    inference: tuple[Moment, ...]
-    backward: tuple[Moment, ...]
-    final_norm_forward: tuple[Moment, ...]
-    final_norm_backward: tuple[Moment, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,68 +71,6 @@ class ActivationTimeline:
     def saved_bytes(self) -> float:
         """What all layers keep when forward is over."""
         return self.layer_saved_bytes * self.num_layers - self.first_layer_discount_bytes
-
-
-def _undominated(moments: Iterable[Moment]) -> tuple[Moment, ...]:
-    """Leave out moments that another with the same gradients exceeds at any length."""
-    kept: dict[tuple[int, int, bool], list[Moment]] = {}
-    for moment in moments:
-        key = (
-            moment.new_gradient_elements,
-            moment.earlier_gradient_elements,
-            moment.is_parameter_done,
-        )
-        rivals = kept.setdefault(key, [])
-        if any(_exceeds(rival, moment) for rival in rivals):
-            continue
-        rivals[:] = [rival for rival in rivals if not _exceeds(moment, rival)]
-        rivals.append(moment)
-    return tuple(moment for rivals in kept.values() for moment in rivals)
-
-
-def _exceeds(one: Moment, other: Moment) -> bool:
-    left, right = one.saved + one.passing, other.saved + other.passing
-    return (
-        left.token >= right.token
-        and left.score >= right.score
-        and left.fixed + one.weight_bytes >= right.fixed + other.weight_bytes
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def layer_profile(setting: LayerSetting) -> LayerProfile:
-    """Return a layer's moments, those that another moment always exceeds left out."""
-    tape, final_norm = write_layer(setting), write_final_norm(setting)
-    saved = tape.saved()
-    hidden = tape.size(0)
-    keeps_input = tape.is_saved(0)
-    return LayerProfile(
-        saved=saved,
-        saved_input=hidden if keeps_input else Size(),
-        unused_in_first_layer=(
-            tape.saved_by_prefix(("RMS norm", "layer norm")) + _first_dropout_masks(setting)
-        ),
-        final_norm_forward=_undominated(final_norm.forward_moments()),
-        final_norm_backward=_undominated(final_norm.backward_moments()),
-        forward=_undominated(tape.forward_moments()),
-        inference=_undominated(tape.forward_moments(keeps_graph=False)),
-        backward=_undominated(tape.backward_moments()),
-    )
-
-
-def _first_dropout_masks(setting: LayerSetting) -> Size:
-    """Return the masks of adapters on the first norm's output: no gradient, no mask."""
-    if not setting.has_adapter_dropout:
-        return Size()
-    adapted = [
-        weight
-        for weight in setting.model.weights
-        if weight.name in setting.adapter_targets and weight.shape[1] == setting.model.hidden_size
-    ]
-    inputs = [w for w in adapted if "attn" in w.name or "attention" in w.name]
-    mask_bytes = 1 if setting.is_cuda else setting.adapter_bytes
-    count = sum(w.module not in ATTENTION_OUTPUTS for w in inputs)
-    return Size(token=count * mask_bytes * setting.model.hidden_size)
 
 
 def timeline(

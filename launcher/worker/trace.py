@@ -13,8 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from launcher.config_facts import is_unknown
 from launcher.errors import LauncherError, RecipeError
-from launcher.model_spec import spec_from_config
+from launcher.model_spec import ModelSpec, spec_from_config, spec_from_facts
 from launcher.planning.plan import strategy_from_json, strategy_to_json
 from launcher.strategy import Method, Precision, Strategy
 from launcher.workload import LoraSpec, Workload
@@ -70,7 +71,7 @@ def request_from_json(value: Mapping[str, Any]) -> TraceRequest:
         lora = dict(content.pop("lora"))
         lora["target_modules"] = tuple(lora["target_modules"])
         workload = Workload(
-            model=spec_from_config(value["hf_config"], name=content.pop("model_name")),
+            model=_model(value["hf_config"], name=content.pop("model_name")),
             method=Method(content.pop("method")),
             precision=Precision(content.pop("precision")),
             lora=LoraSpec(**lora),
@@ -86,6 +87,15 @@ def request_from_json(value: Mapping[str, Any]) -> TraceRequest:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _unreadable(f"{type(error).__name__}: {error}") from None
+
+
+def _model(hf_config: Mapping[str, Any], *, name: str) -> ModelSpec:
+    """Return the model; one without formulas is read off transformers' own."""
+    if not is_unknown(hf_config):
+        return spec_from_config(hf_config, name=name)
+    from launcher.worker.model_facts import facts_of, whole_model
+
+    return spec_from_facts(facts_of(whole_model(hf_config)), name=name)
 
 
 def run_request(request: TraceRequest) -> dict[str, Any]:

@@ -40,8 +40,18 @@ def scale_config(hf_config: Mapping[str, Any], *, scale: int) -> dict[str, Any]:
     model.
 
     Raises:
-        ModelError: a width is not divisible; the message names all of them.
+        ModelError: a width is not divisible, or has a name of its own.
     """
+    # Token ids of the real vocabulary lie outside the scaled one.
+    hf_config = {**hf_config, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    if scale == 1:
+        return hf_config
+    if not {"num_attention_heads", "hidden_size"} <= hf_config.keys():
+        raise ModelError(
+            f"model_type {hf_config['model_type']!r} has other names for its widths",
+            where="scale",
+            fix="trace it at its own size: --scale 1",
+        )
     heads = int(hf_config["num_attention_heads"])
     head_dim = int(hf_config.get("head_dim") or int(hf_config["hidden_size"]) // heads)
     widths = {key: int(hf_config[key]) for key in _WIDTHS if hf_config.get(key) is not None}
@@ -52,9 +62,7 @@ def scale_config(hf_config: Mapping[str, Any], *, scale: int) -> dict[str, Any]:
             where="scale",
             fix="choose a scale that divides them, a power of two such as 8",
         )
-    scaled = {**hf_config, **{key: value // scale for key, value in widths.items()}}
-    # Token ids of the real vocabulary lie outside the scaled one.
-    return {**scaled, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    return {**hf_config, **{key: value // scale for key, value in widths.items()}}
 
 
 def build_model(
@@ -102,7 +110,7 @@ def add_adapters(model: Any, lora: LoraSpec, *, scale: int) -> Any:
         # peft 0.21 reads a property that transformers 5.23 renamed.
         warnings.simplefilter("ignore", FutureWarning)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    _replace_dropout(adapted)
+    replace_dropout(adapted)
     return adapted.train()
 
 
@@ -134,7 +142,7 @@ class ByteMaskDropout(torch.nn.Dropout):
         return torch.native_dropout(input, self.p, train=True)[0]
 
 
-def _replace_dropout(model: torch.nn.Module) -> None:
+def replace_dropout(model: torch.nn.Module) -> None:
     """Swap every active dropout for one with the CUDA kernel's mask."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from launcher.model_spec import ModelSpec, spec_from_config
-from launcher.predict.activations import layer_profile
 from launcher.predict.layer_parts import AttentionKernel, LayerSetting
+from launcher.predict.layer_profile import layer_profile
 from launcher.worker.storage_tracker import StorageTracker
 
 pytestmark = pytest.mark.integration

@@ -14,9 +14,9 @@ import pytest
 from launcher.hardware import find_gpu
 from launcher.model_source import load_catalogue_entry
 from launcher.model_spec import ModelSpec, spec_from_config
-from launcher.predict.activations import layer_profile
 from launcher.predict.attention_kernel import attention_kernel
 from launcher.predict.layer_parts import AttentionKernel, LayerSetting
+from launcher.predict.layer_profile import layer_profile
 from launcher.predict.output_layer import OutputLayer
 from launcher.strategy import Loss, Method, Precision, Strategy
 from launcher.units import MIB
