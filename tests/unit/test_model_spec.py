@@ -145,7 +145,7 @@ def test_image_and_text_config_gives_the_language_model() -> None:
 
 
 def test_unknown_architecture_names_the_supported_ones_and_the_traced_path() -> None:
-    with pytest.raises(ModelError, match=r"mamba2(.|\n)*llama(.|\n)*zerofit trace"):
+    with pytest.raises(ModelError, match=r"mamba2(.|\n)*llama(.|\n)*zerofit plan"):
         spec_from_config({"model_type": "mamba2"}, name="x")
 
 
