@@ -138,7 +138,7 @@ def _kernel_reasons(strategy: Strategy, workload: Workload, gpu: GpuSpec) -> Ite
                 f"{model.name} has {model.head_dim}: use sdpa"
             )
     if strategy.attention is not Attention.eager and model.attention_softcap:
-        yield f"{model.name} caps its attention scores, which only eager attention does"
+        yield f"{model.name} caps its attention scores, which only eager attention does: use eager"
     if (strategy.loss is Loss.liger or strategy.liger_kernels) and not runs_triton(gpu):
         yield (
             f"Liger's kernels need Triton, which needs compute capability 8.0; {gpu.name} has "
@@ -154,10 +154,10 @@ def _optimizer_reasons(strategy: Strategy, gpu: GpuSpec) -> Iterator[str]:
     if strategy.offload_optimizer is not Offload.none:
         # accelerate 1.15 utils/deepspeed.py:map_pytorch_optim_to_deepspeed: offloaded states
         # belong to DeepSpeedCPUAdam, which keeps them in fp32.
-        yield "an 8-bit optimizer lives on the GPU; offloaded states are always fp32"
+        yield "an 8-bit optimizer lives on the GPU; offloaded states are always fp32: use adamw"
     if gpu.device_type == "cpu" and strategy.optimizer is Optimizer.paged_adamw_8bit:
         # bitsandbytes 0.50 functional.py:get_paged: CUDA managed memory.
-        yield "paged optimizer states are CUDA memory: there is none on a processor"
+        yield "paged optimizer states are CUDA memory, a processor has none: use adamw_8bit"
 
 
 def _offload_reasons(strategy: Strategy, cluster: ClusterSpec) -> Iterator[str]:
@@ -212,6 +212,10 @@ def _qlora_reasons(strategy: Strategy, workload: Workload) -> Iterator[str]:
         # peft 0.21 docs/source/accelerate/deepspeed.md: ZeRO-3 with bitsandbytes means 4 bits,
         # stored in the model's own dtype (bnb_4bit_quant_storage), as the worker does.
         yield "int8 weights cannot be sharded by ZeRO-3: use nf4, or ZeRO-2"
+    if workload.lora.use_dora:
+        # peft 0.21 tuners/lora/dora.py:update_layer copies a 4-bit layer, and with it weights
+        # that ZeRO-3 then does not know: two ranks, deepspeed 0.19.8, "no attribute ds_status".
+        yield "DoRA cannot be added to 4-bit weights that ZeRO-3 shards: use LoRA, or ZeRO-2"
     if strategy.offload_optimizer is not Offload.none or strategy.offload_param is not Offload.none:
         # peft 0.21 docs/source/accelerate/deepspeed.md, section on QLoRA and ZeRO-3.
-        yield "QLoRA under ZeRO-3 needs more GPU memory with CPU offload than without"
+        yield "QLoRA under ZeRO-3 needs more GPU memory with CPU offload than without: leave it out"

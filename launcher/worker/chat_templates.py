@@ -9,6 +9,7 @@ from typing import Any
 
 from launcher.errors import DataError, did_you_mean
 from launcher.recipe_sections import Recipe
+from launcher.worker.unreadable import unreadable
 
 _ZEPHYR = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content']"
@@ -65,12 +66,9 @@ def load_tokenizer(recipe: Recipe) -> Any:
             trust_remote_code=recipe.model.trust_remote_code,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise DataError(
-            f"the tokenizer cannot be loaded: {first_line}",
-            where=name,
-            fix="put tokenizer.json beside the model's config.json",
-        ) from error
+        reason = unreadable(name, error, what="the tokenizer")
+        fix = "put tokenizer.json beside the model's config.json" if folder.is_dir() else reason.fix
+        raise DataError(reason.problem, where=name, fix=fix) from error
     if not tokenizer.is_fast:
         raise DataError(
             f"{type(tokenizer).__name__} cannot say which characters a token covers",

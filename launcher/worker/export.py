@@ -40,10 +40,10 @@ from launcher.worker.export_logits import (
     TOKENIZER_FILES,
     LogitsDifference,
     compare_logits,
-    unreadable,
 )
 from launcher.worker.model_card import render_model_card
 from launcher.worker.program import begin_program
+from launcher.worker.unreadable import unreadable
 
 # Not __name__, which is "__main__" when this module is run.
 logger = logging.getLogger("launcher.worker.export")

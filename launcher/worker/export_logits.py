@@ -11,11 +11,12 @@ from typing import Any
 import psutil
 import torch
 
-from launcher.errors import ModelError, SetupError
+from launcher.errors import SetupError
 from launcher.recipe_sections import Recipe
 from launcher.strategy import Method
 from launcher.units import format_bytes
 from launcher.worker.export_checks import ExportError
+from launcher.worker.unreadable import unreadable
 
 MERGED = "merged"
 """Folder inside the export with the adapter merged into the base model."""
@@ -172,7 +173,7 @@ def _prompt_tokens(folder: Path, *, vocab_size: int) -> torch.Tensor:
     try:
         tokens: list[int] = AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"]
     except (OSError, ValueError, KeyError) as error:
-        raise unreadable(f"{folder.name}: tokenizer", error) from error
+        raise unreadable(folder.name, error, what="the tokenizer") from error
     if not tokens or max(tokens) >= vocab_size:
         raise ExportError(
             f"the tokenizer gives {tokens} for {PROMPT!r}, the model has {vocab_size} embeddings",
@@ -216,12 +217,3 @@ def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 def _relative(value: torch.Tensor, reference: torch.Tensor) -> float:
     """Return max |value - reference| / max |reference|; NaN when either holds one."""
     return float((value - reference).abs().max() / reference.abs().max())
-
-
-def unreadable(source: str, error: Exception) -> ModelError:
-    """Return the error for a model, configuration or tokenizer that transformers cannot load."""
-    return ModelError(
-        f"cannot be loaded: {str(error).strip().partition(chr(10))[0]}",
-        where=source,
-        fix="check that the folder or the hub id still holds the model that was trained",
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,9 @@ from safetensors import SafetensorError
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from launcher.errors import ModelError, SetupError
+from launcher.errors import ModelError
 from launcher.recipe_sections import Recipe
 from launcher.strategy import (
-    Attention,
     Checkpointing,
     Loss,
     Method,
@@ -24,8 +23,12 @@ from launcher.strategy import (
     Precision,
     Strategy,
 )
+from launcher.worker.attention import settle_attention
 from launcher.worker.loss import use_chunked_loss
+from launcher.worker.mapped_weights import weights_stay_in_files
+from launcher.worker.prerequisites import check_nvme, check_packages
 from launcher.worker.random_weights import quantized_model_with_random_weights
+from launcher.worker.unreadable import unreadable
 from launcher.workload import ALL_LINEAR, ATTENTION_ONLY
 
 logger = logging.getLogger(__name__)
@@ -53,6 +56,7 @@ def load_model(
         SetupError: a package that the plan needs is not installed.
     """
     check_packages(recipe.method, strategy)
+    check_nvme(recipe.strategy.nvme_path, strategy)
     config = _read_config(recipe, strategy, run_dir)
     dtype = _DTYPES[precision]
     quantization = None
@@ -62,6 +66,7 @@ def load_model(
         model = _random_model(config, quantization, dtype=dtype, device=device, strategy=strategy)
     else:
         model = _pretrained_model(recipe, config, quantization, dtype=dtype, device=device)
+    settle_attention(model, strategy.attention, dtype=dtype, device=device)
     if strategy.loss is Loss.chunked:
         max_tokens = recipe.max_seq_len * strategy.micro_batch_size_per_gpu
         use_chunked_loss(model, max_tokens=max_tokens)
@@ -69,26 +74,6 @@ def load_model(
         model = _add_adapters(model, recipe)
     enable_checkpointing(model, strategy.gradient_checkpointing, device=device)
     return model
-
-
-def check_packages(method: Method, strategy: Strategy) -> None:
-    """Raise SetupError when an optional package that the plan needs is missing."""
-    needs_bitsandbytes = method is Method.qlora or strategy.optimizer in (
-        Optimizer.adamw_8bit,
-        Optimizer.paged_adamw_8bit,
-    )
-    needed = (
-        ("flash_attn", "flash", strategy.attention is Attention.flash_attention_2),
-        ("bitsandbytes", "qlora", needs_bitsandbytes),
-        ("liger_kernel", "liger", strategy.loss is Loss.liger or strategy.liger_kernels),
-    )
-    for package, extra, is_needed in needed:
-        if is_needed and importlib.util.find_spec(package) is None:
-            raise SetupError(
-                f"the plan needs the package {package}, which is not installed",
-                where="this machine's Python environment",
-                fix=f"pip install 'zerofit[{extra}]', or choose another setting in the recipe",
-            )
 
 
 def quantization_config(recipe: Recipe, *, dtype: torch.dtype) -> Any:
@@ -163,14 +148,18 @@ def _read_config(recipe: Recipe, strategy: Strategy, run_dir: Path) -> Any:
 
     source = model_source(recipe, run_dir)
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             source,
             revision=recipe.model.revision if source == recipe.model.name_or_path else None,
             trust_remote_code=recipe.model.trust_remote_code,
             attn_implementation=strategy.attention.value,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(source, error) from error
+        raise unreadable(source, error) from error
+    if recipe.model.max_position_embeddings is not None:
+        # Position encodings that stretch with the limit read it when the model is made.
+        config.get_text_config().max_position_embeddings = recipe.model.max_position_embeddings
+    return config
 
 
 def _pretrained_model(
@@ -182,22 +171,25 @@ def _pretrained_model(
     options: dict[str, Any] = {}
     if quantization is not None:
         options["quantization_config"] = quantization
+    reading: contextlib.AbstractContextManager[None] = weights_stay_in_files()
     if not is_deepspeed_zero3_enabled():
         options["device_map"] = {"": device}
+        reading = contextlib.nullcontext()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            recipe.model.name_or_path,
-            config=config,
-            revision=recipe.model.revision,
-            trust_remote_code=recipe.model.trust_remote_code,
-            dtype=dtype,
-            attn_implementation=config._attn_implementation,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are an error below, in words
-            **options,
-        )
+        with reading:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                recipe.model.name_or_path,
+                config=config,
+                revision=recipe.model.revision,
+                trust_remote_code=recipe.model.trust_remote_code,
+                dtype=dtype,
+                attn_implementation=config._attn_implementation,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are an error below, in words
+                **options,
+            )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise _unreadable(recipe.model.name_or_path, error) from error
+        raise unreadable(recipe.model.name_or_path, error) from error
     # transformers fills what is missing with random numbers and goes on.
     wrong = sorted({*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])})
     if wrong:
@@ -269,12 +261,3 @@ def adapter_targets(model: Any, targets: tuple[str, ...]) -> str | list[str]:
             fix="name the modules, or use all-linear",
         )
     return sorted(names)
-
-
-def _unreadable(source: str, error: Exception) -> ModelError:
-    first_line = str(error).strip().partition("\n")[0]
-    return ModelError(
-        f"the model cannot be loaded: {first_line}",
-        where=source,
-        fix="give a folder with config.json and safetensors, or a hub id that is in the cache",
-    )

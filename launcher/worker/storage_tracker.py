@@ -211,7 +211,9 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         if storage.device.type == "meta" and not self._include_meta:
             return
-        if self.placement is not None:
+        if func is torch.ops.aten.from_file.default:
+            on_host = True  # a mapped file
+        elif self.placement is not None:
             on_host = self.placement == "host"
         else:
             inputs = [a for a in tree_leaves(args) if isinstance(a, torch.Tensor)]

@@ -195,6 +195,7 @@ def _data_options(
     from launcher.worker.data import DATA, EVAL, TRAIN
     from launcher.worker.data_writer import read_rows
     from launcher.worker.trainer import SYNTHETIC_STEPS
+    from launcher.worker.vocabulary import check_vocabulary
 
     recipe, strategy = inputs.recipe, inputs.strategy
     if not recipe.data.has_training_data:
@@ -217,6 +218,9 @@ def _data_options(
     held_out = None
     if summary.eval is not None:
         held_out = read_rows(folder / EVAL).with_format("numpy")
+    for rows in (train, held_out):
+        if rows is not None:
+            check_vocabulary(rows, model, source=recipe.model.name_or_path)
     collator: Any = RightPadding(pad_token_id=summary.pad_token_id)
     if summary.packing:
         is_flash = strategy.attention is Attention.flash_attention_2

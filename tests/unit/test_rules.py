@@ -26,7 +26,7 @@ from launcher.strategy import (
     Strategy,
     ZeroStage,
 )
-from launcher.workload import QuantizationSpec, Workload
+from launcher.workload import LoraSpec, QuantizationSpec, Workload
 
 CPU, NVME = Offload.cpu, Offload.nvme
 
@@ -200,6 +200,15 @@ def test_int8_weights_are_not_sharded() -> None:
 def test_4_bit_weights_are_sharded() -> None:
     # The worker stores them in the model's own dtype, as ZeRO-3 requires.
     assert reason(Strategy(zero_stage=3), workload(method=Method.qlora)) == ""
+
+
+def test_dora_on_4_bit_weights_is_not_sharded() -> None:
+    # Two CPU ranks, peft 0.21.2 and deepspeed 0.19.8: ZeRO-2 trains, ZeRO-3 ends in a traceback.
+    work = replace(workload(method=Method.qlora), lora=LoraSpec(use_dora=True))
+    assert "use LoRA, or ZeRO-2" in reason(Strategy(zero_stage=3), work)
+    assert reason(Strategy(zero_stage=2), work) == ""
+    on_16_bits = replace(workload(method=Method.lora), lora=LoraSpec(use_dora=True))
+    assert reason(Strategy(zero_stage=3), on_16_bits) == ""
 
 
 def test_qlora_under_zero_3_is_not_offloaded() -> None:

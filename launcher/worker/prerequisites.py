@@ -1,0 +1,59 @@
+"""What a plan needs beside the training stack: optional packages, and a drive to offload to."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from launcher.errors import SetupError
+from launcher.strategy import Attention, Loss, Method, Offload, Optimizer, Strategy
+
+
+def check_packages(method: Method, strategy: Strategy) -> None:
+    """Raise SetupError when an optional package that the plan needs is missing."""
+    needs_bitsandbytes = method is Method.qlora or strategy.optimizer in (
+        Optimizer.adamw_8bit,
+        Optimizer.paged_adamw_8bit,
+    )
+    needed = (
+        ("flash_attn", "flash", strategy.attention is Attention.flash_attention_2),
+        ("bitsandbytes", "qlora", needs_bitsandbytes),
+        ("liger_kernel", "liger", strategy.loss is Loss.liger or strategy.liger_kernels),
+    )
+    for package, extra, is_needed in needed:
+        if is_needed and importlib.util.find_spec(package) is None:
+            raise SetupError(
+                f"the plan needs the package {package}, which is not installed",
+                where="this machine's Python environment",
+                fix=f"pip install 'zerofit[{extra}]', or choose another setting in the recipe",
+            )
+
+
+def check_nvme(nvme_path: str | None, strategy: Strategy) -> None:
+    """Raise SetupError when states shall go to NVMe and this host cannot do that.
+
+    DeepSpeed builds its ``async_io`` operator on libaio; without it, it ends in a traceback
+    about a compiler.
+    """
+    if Offload.nvme not in (strategy.offload_optimizer, strategy.offload_param):
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise SetupError(
+            "offload to NVMe needs libaio, which is not installed",
+            where="this host",
+            fix="apt-get install libaio-dev (or libaio-devel), or offload to cpu",
+        )
+    assert nvme_path is not None  # the recipe's check
+    try:
+        Path(nvme_path).mkdir(parents=True, exist_ok=True)
+        probe = Path(nvme_path) / ".zerofit-probe"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise SetupError(
+            f"cannot write there: {error.strerror}",
+            where=f"strategy.nvme_path = {nvme_path}",
+            fix="name a folder on a local NVMe drive that every rank may write",
+        ) from error
