@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Run a sweep on a GPU machine without network, from the wheels of benchmarks/fetch_wheels.sh.
+# A program in place of a sweep, such as benchmarks/scenarios.py, is run as it is.
 # Usage: [ZEROFIT_COMMIT=…] [SECONDS_IN_ALL=570] benchmarks/on_gpu.sh SWEEP.yaml OUTPUT_FOLDER
 #        [KEY=VALUE …] [options of zerofit bench]
 # For a sweep on real weights, run `benchmarks/on_gpu.sh --keep-model` first, where only one part
@@ -36,6 +37,7 @@ if grep -q /tmp/zerofit-demo/ "$sweep"; then
   python3 -m launcher.worker.demo_data --out /tmp/zerofit-demo
 fi
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
+if [[ $sweep == *.py ]]; then exec python3 "$sweep" --out "$out" "$@"; fi
 # DeepSpeed's CPU Adam takes a minute to compile; the first cases do not need it.
 (DS_ACCELERATOR=cuda PYTORCH_NVML_BASED_CUDA_CHECK=1 TORCH_CUDA_ARCH_LIST=9.0 nice -n 19 python3 -c '
 from deepspeed.ops.op_builder import CPUAdamBuilder

@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_written_stops_the_sweep_before_it_begins(folder
 @pytest.mark.parametrize(
     ("name", "gpu", "num_cases"),
     [
-        ("h200x2", "H200", 22),
+        ("h200x2", "H200", 23),
         ("blind_h100", "H100-80GB", 24),
         ("study_h100", "H100-80GB", 27),
         # Figures 2 and 3: 5 x 3 and 3 x 2; 4: 3 models x 5 lengths x 3 x 2, Falcon 4 x 3 x 2.
