@@ -17,7 +17,7 @@ from launcher.backends import choose_backend
 from launcher.data_cache import summary_from_json
 from launcher.data_view import describe_data
 from launcher.dispatch.base import Backend, run_to_end, write_files
-from launcher.dispatch.worker_command import check_train_extra, run_worker
+from launcher.dispatch.worker_command import check_trackers, check_train_extra, run_worker
 from launcher.ds_config import build_ds_config
 from launcher.errors import LauncherError
 from launcher.job_script import JobRequest
@@ -70,6 +70,7 @@ def check_can_start(prepared: Prepared) -> None:
         LauncherError: as :func:`create_run`.
     """
     check_train_extra()
+    check_trackers(prepared.recipe.tracking.report_to)
     recipe = _resolved(prepared.recipe)
     check_data_paths(recipe)
     choose_backend(recipe).check_place(prepared.plan)

@@ -9,7 +9,14 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, get_origin, get_type_hints
 
 from launcher.errors import RecipeError, did_you_mean, list_problems
-from launcher.recipe_sections import DATA_COLUMNS, DataSection, DataSource, Recipe, StrategySection
+from launcher.recipe_sections import (
+    DATA_COLUMNS,
+    TRACKERS,
+    DataSection,
+    DataSource,
+    Recipe,
+    StrategySection,
+)
 from launcher.strategy import Offload
 
 
@@ -286,6 +293,8 @@ def _impossible_values(recipe: Recipe) -> Iterable[str]:
             yield f"optim.adam_beta{key} is {beta}, it must be at least 0 and below 1"
     if not recipe.lora.target_modules:
         yield "lora.target_modules is empty, name modules or use all-linear"
+    for name in set(recipe.tracking.report_to) - set(TRACKERS):
+        yield f"tracking.report_to: there is no {name!r}: {did_you_mean(name, TRACKERS)}"
     yield from _impossible_strategy(recipe.strategy)
 
 

@@ -155,6 +155,20 @@ class StrategySection:
     nvme_path: str | None = None
 
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingSection:
+    """Experiment trackers beside ``trainer_log.jsonl``; offline unless their own variables say."""
+
+    report_to: tuple[str, ...] = ()
+    """Any of ``tensorboard``, ``wandb``, ``mlflow``."""
+    project: str = "zerofit"
+    run_name: str | None = None
+    """``None``: the name of the run directory."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SlurmSection:
     """What the Slurm script asks for; a site file may set the same keys for all recipes.
@@ -207,5 +221,6 @@ class Recipe:
     strategy: StrategySection = field(default_factory=StrategySection)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Raw DeepSpeed keys; the generated config and the prediction both follow them."""
+    tracking: TrackingSection = field(default_factory=TrackingSection)
     slurm: SlurmSection = field(default_factory=SlurmSection)
     output_dir: str | None = None

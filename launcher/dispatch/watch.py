@@ -222,13 +222,19 @@ def _conclude(
         run_dir, exit_code=exit_code, dead_ranks=ranks.ended.values(), lost_hosts=ranks.lost
     )
     _record(run_dir, "failed", error.problem.partition("\n")[0])
+    if newest := rd.newest_checkpoint(run_dir):
+        _log.warning(
+            "the last complete checkpoint is %s; `zerofit resume %s` goes on from it",
+            newest,
+            run_dir,
+        )
     raise error
 
 
 def _way_on(run_dir: Path) -> str:
     """Return how to go on after an interruption."""
-    if any((run_dir / rd.CHECKPOINTS).glob("checkpoint-*")):
-        return f"`zerofit resume {run_dir}` goes on from its last checkpoint"
+    if newest := rd.newest_checkpoint(run_dir):
+        return f"`zerofit resume {run_dir}` goes on from {newest.name}"
     return "start it again in a new folder; with optim.save_steps a run can go on from checkpoints"
 
 

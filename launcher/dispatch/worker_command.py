@@ -49,6 +49,22 @@ def check_train_extra() -> None:
         )
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Look for the packages of the trackers that a recipe names.
+
+    Raises:
+        SetupError: one is not installed.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SetupError(
+            f"not installed: {', '.join(missing)}",
+            where="tracking.report_to",
+            fix=f"pip install {' '.join(missing)}, or leave it out; trainer_log.jsonl in the run "
+            "directory has every number",
+        )
+
+
 def run_worker(module: str, args: Sequence[str]) -> dict[str, Any]:
     """Run ``python -m module args``; its messages pass through, its last line is JSON.
 

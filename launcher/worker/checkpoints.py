@@ -24,8 +24,6 @@ from launcher.errors import JobFailedError, RunDirError
 from launcher.strategy import Precision, Strategy
 from launcher.units import MIB, format_bytes
 
-MANIFEST = "zerofit_checkpoint.json"
-"""Written last: a folder without it was not finished."""
 SCHEMA_VERSION = 1
 HASHED_BYTES = 32 * MIB
 """Hashed at a file's beginning and end, where headers and torch's directory of tensors are; all
@@ -127,7 +125,7 @@ def complete(
         "parameter_groups": [list(group) for group in parameter_groups],
         "files": {str(path.relative_to(staged)): _fingerprint(path) for path in _files(staged)},
     }
-    run_dir.write_json(staged / MANIFEST, manifest)
+    run_dir.write_json(staged / run_dir.CHECKPOINT_MANIFEST, manifest)
     _sync(staged)
     if target.exists():  # broken, or it would not be written again
         remove(target)
@@ -180,7 +178,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     fix = "continue from an earlier checkpoint"
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((path / run_dir.CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
         found = Checkpoint(
             path=path,
@@ -191,7 +189,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except FileNotFoundError:
         raise RunDirError("it was never finished", where=str(path), fix=fix) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"its {MANIFEST} cannot be read: {type(error).__name__}: {error}"
+        problem = (
+            f"its {run_dir.CHECKPOINT_MANIFEST} cannot be read: {type(error).__name__}: {error}"
+        )
         raise RunDirError(problem, where=str(path), fix=fix) from None
     for name, expected in files.items():
         try:
@@ -217,10 +217,13 @@ def save_failure(error: BaseException, checkpoints: Path) -> SaveFailedError:
     """
     free_bytes = run_dir.free_bytes(checkpoints)
     number = error.errno if isinstance(error, OSError) else None
-    reason = str(error).partition("\n")[0] or type(error).__name__
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        reason = "the disk is full" if number == errno.ENOSPC else "the disk quota is used up"
-    last = next((p for p in _newest_first(checkpoints) if (p / MANIFEST).is_file()), None)
+    # torch says where in its file it was, safetensors what the system said.
+    reason = (error.strerror or str(error)) if isinstance(error, OSError) else "a write failed"
+    if number == errno.EDQUOT:
+        reason = "the disk quota is used up"
+    elif number == errno.ENOSPC or free_bytes < run_dir.PROBE_BYTES:
+        reason = "the disk is full"
+    last = run_dir.newest_checkpoint(checkpoints.parent)
     kept = f"nothing is lost up to {last}" if last else "no earlier checkpoint was complete"
     return SaveFailedError(
         f"the checkpoint could not be saved: {reason} ({format_bytes(free_bytes)} free); {kept}",

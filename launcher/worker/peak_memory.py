@@ -115,6 +115,11 @@ class PeakRecorder:
         """Tokens that this rank has put through training forwards, padding included."""
         return self._num_tokens
 
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """The fullest phase so far, of those that ended."""
+        return max((peak.allocated_bytes for peak in self._peaks.values()), default=0)
+
     def start(self) -> None:
         """Begin to measure, and write the file for the first time."""
         self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,10 @@ QUIET_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
         "DS_DISABLE_CONFIG_PRINT": "1",
+        # Nobody is told that someone trains.
+        "DO_NOT_TRACK": "1",
+        "WANDB_ERROR_REPORTING": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
     }
 )
 """Read by libraries when they are imported; what the user has set stays."""

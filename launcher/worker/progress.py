@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from launcher import run_dir
-from launcher.units import format_seconds
+from launcher.units import format_bytes, format_seconds
 from launcher.worker.peak_memory import PeakRecorder
 
 logger = logging.getLogger(__name__)
@@ -64,24 +64,34 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
         """Write the line and the record of one log entry."""
-        entry = dict(logs or {})
-        if "loss" in entry:
-            self.losses.append(entry["loss"])
-        if "eval_loss" in entry:
-            self.eval_losses.append(entry["eval_loss"])
+        logs = {} if logs is None else logs
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+        if "eval_loss" in logs:
+            self.eval_losses.append(logs["eval_loss"])
         if not state.is_world_process_zero:
             return
         now = time.perf_counter()
-        if "loss" in entry:
+        if "loss" in logs:
             tokens = self._recorder.num_tokens
             seconds = max(now - self._last_time, 1e-9)
-            entry["tokens_per_s"] = round((tokens - self._last_tokens) * self._world_size / seconds)
+            # Into the trainer's own mapping, which trackers see after this callback.
+            logs["tokens_per_s"] = round((tokens - self._last_tokens) * self._world_size / seconds)
+            logs["peak_allocated_bytes"] = self._recorder.peak_allocated_bytes
             self._last_tokens = tokens
         self._last_time = now
-        entry = {"step": state.global_step, "seconds": round(now - self._started, 3), **entry}
+        elapsed = now - self._started
+        pace = elapsed / max(1, state.global_step - self._first_step)
+        entry = {
+            "step": state.global_step,
+            "total_steps": state.max_steps,
+            "seconds": round(elapsed, 3),
+            "remaining_seconds": round(pace * (state.max_steps - state.global_step), 3),
+            **logs,
+        }
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
-        self._show(entry, state.max_steps, now - self._started)
+        self._show(entry)
 
     def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
         """Close the bar."""
@@ -89,25 +99,25 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self._bar.close()
             self._bar = None
 
-    def _show(self, entry: Mapping[str, Any], max_steps: int, seconds: float) -> None:
+    def _show(self, entry: Mapping[str, Any]) -> None:
         if "loss" in entry:
-            step = entry["step"]
-            pace = seconds / max(1, step - self._first_step)
-            left = format_seconds(pace * (max_steps - step))
-            if self._bar is not None:
+            step, max_steps = entry["step"], entry["total_steps"]
+            peak = format_bytes(entry["peak_allocated_bytes"])
+            if self._bar is not None:  # which shows the time that is left itself
                 self._bar.set_postfix_str(
-                    f"loss {entry['loss']:.4f}, {entry['tokens_per_s']:,} tok/s"
+                    f"loss {entry['loss']:.4f}, {entry['tokens_per_s']:,} tok/s, peak {peak}"
                 )
                 return
             logger.info(
-                "step %d/%d %s loss %.4f  lr %.2e  %s tok/s  %s left",
+                "step %d/%d %s loss %.4f  lr %.2e  %s tok/s  peak %s  %s left",
                 step,
                 max_steps,
                 _bar(step / max_steps),
                 entry["loss"],
                 entry.get("learning_rate", float("nan")),
                 f"{entry['tokens_per_s']:,}",
-                left,
+                peak,
+                format_seconds(entry["remaining_seconds"]),
             )
         elif "eval_loss" in entry:
             line = f"held-out loss {entry['eval_loss']:.4f} at step {entry['step']}"

@@ -36,6 +36,7 @@ from launcher.worker.ranks import (
     ranks_from_environment,
     start_process_group,
 )
+from launcher.worker.tracking import tracker_environment
 
 if TYPE_CHECKING:
     import torch
@@ -150,8 +151,10 @@ def _train(  # noqa: PLR0917
     progress = Progress(recorder, folder=inputs.folder, world_size=ranks.world_size)
     sample = Sample(trainer, recorder, summary, folder=inputs.folder)
     without_built_in_progress(trainer)
-    for callback in (sample, StepClock(recorder), progress):
+    for callback in (sample, StepClock(recorder)):
         trainer.add_callback(callback)
+    # First, because it adds to the numbers that trackers write down.
+    trainer.callback_handler.callbacks.insert(0, progress)
     if resumption is not None and resumption.is_converted:
         trainer.add_callback(RemoveConverted(resumption))
     started = time.perf_counter()
@@ -293,6 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recorder = None
     try:
         inputs = read_inputs(options.run_dir)
+        for name, value in tracker_environment(inputs.recipe.tracking, options.run_dir).items():
+            os.environ.setdefault(name, value)
         if inputs.recipe.model.random_weights or Path(inputs.recipe.model.name_or_path).is_dir():
             # Read when the training stack is imported, below: nothing there asks the hub then.
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -323,7 +328,8 @@ def _report_failure(
     error: BaseException, ranks: Ranks, recorder: PeakRecorder | None, *, folder: Path
 ) -> None:
     if recorder is not None:
-        recorder.fail(error)
+        with contextlib.suppress(OSError):  # a full disk must not hide the reason
+            recorder.fail(error)
         # The launcher says it too, in the end; nobody else does when job.sh is started by hand.
         with contextlib.suppress(OSError):
             said = f"rank {ranks.rank}: {type(error).__name__}: {error}".splitlines()[0]

@@ -81,7 +81,8 @@ def training_arguments(
         liger_kernel_config=liger_settings(strategy),
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
-        report_to=[],
+        report_to=list(recipe.tracking.report_to),
+        run_name=recipe.tracking.run_name or folder.resolve().name,
         disable_tqdm=True,
         log_level="error",
     )
@@ -205,7 +206,10 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
         except Exception as error:
             if not checkpoints.is_write_failure(error):
                 raise
-            raise checkpoints.save_failure(error, folder) from error
+            failure = checkpoints.save_failure(error, folder)
+            # Room for the files that say why the run ended.
+            checkpoints.clear_unfinished(folder)
+            raise failure from error
         finally:
             self._is_staging = False
 

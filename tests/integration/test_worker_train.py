@@ -13,15 +13,12 @@ from typing import Any
 
 import pytest
 from worker_runs import (
+    NUM_STEPS,
     Outcome,
     environment,
     free_port,
-    make_model,
     small_buckets,
-    tokenize_data,
-    train,
     train_alone,
-    write_chats,
     write_run,
 )
 
@@ -32,46 +29,6 @@ from launcher.strategy import Attention, Checkpointing, Loss, ZeroStage
 pytestmark = pytest.mark.integration
 
 STAGES: tuple[ZeroStage, ...] = (1, 2, 3)
-NUM_STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with its tokenizer, and data to train and to judge it with."""
-    root = tmp_path_factory.mktemp("worker")
-    make_model(root / "model")
-    write_chats(root / "train.jsonl", 64)
-    write_chats(root / "eval.jsonl", 8)
-    return root
-
-
-@pytest.fixture(scope="module")
-def chat_run(workplace: Path) -> Callable[[ZeroStage], Outcome]:
-    """Return a function that trains on two ranks at a ZeRO stage, once each."""
-    done: dict[ZeroStage, Outcome] = {}
-
-    def run(stage: ZeroStage) -> Outcome:
-        if stage not in done:
-            recipe = f"""
-model: {{name_or_path: {workplace / "model"}, precision: fp32}}
-method: lora
-max_seq_len: 128
-data: {{path: {workplace / "train.jsonl"}, eval_path: {workplace / "eval.jsonl"}}}
-optim:
-  {{global_batch_size: 8, max_steps: {NUM_STEPS}, learning_rate: 0.02, warmup_ratio: 0.0}}
-lora: {{r: 8, alpha: 16}}
-"""
-            strategy = small_buckets(
-                zero_stage=stage, micro_batch_size_per_gpu=2, gradient_accumulation_steps=2
-            )
-            folder = workplace / f"zero{stage}"
-            write_run(folder, recipe, strategy, world_size=2)
-            prepared = tokenize_data(folder)
-            assert prepared.returncode == 0, prepared.stderr
-            done[stage] = train(folder)
-        return done[stage]
-
-    return run
 
 
 @pytest.mark.parametrize("stage", STAGES)

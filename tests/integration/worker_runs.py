@@ -19,6 +19,8 @@ from launcher.recipe import parse_recipe
 from launcher.strategy import Strategy, ZeroKnobs
 
 VOCAB_SIZE = 300
+NUM_STEPS = 8
+"""Optimizer steps of the runs that modules share; their 30 examples make epochs of 4."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher import run_dir as rd
 from launcher.strategy import Offload, Precision, Strategy
 from launcher.worker import checkpoints as cp
 
@@ -71,9 +72,9 @@ def test_a_damaged_checkpoint_is_skipped_with_a_line_and_the_previous_one_used(
     elif damage == "lose":
         states.unlink()
     elif damage == "unmark":
-        (newest / cp.MANIFEST).unlink()
+        (newest / rd.CHECKPOINT_MANIFEST).unlink()
     else:
-        (newest / cp.MANIFEST).write_text('{"files":')
+        (newest / rd.CHECKPOINT_MANIFEST).write_text('{"files":')
     found, skipped = cp.find_newest(tmp_path)
     assert found is not None
     assert found.step == 10
@@ -120,8 +121,9 @@ def test_a_broken_checkpoint_is_replaced_by_one_of_the_same_step(tmp_path: Path)
 
 
 def test_a_full_disk_names_the_checkpoint_that_is_left(tmp_path: Path) -> None:
-    path = save(tmp_path, 10)
-    error = cp.save_failure(OSError(errno.ENOSPC, "No space left on device"), tmp_path)
+    folder = tmp_path / rd.CHECKPOINTS
+    path = save(folder, 10)
+    error = cp.save_failure(OSError(errno.ENOSPC, "No space left on device"), folder)
     assert error.exit_code == 4
     assert "the disk is full" in error.problem
     assert str(path) in error.problem
