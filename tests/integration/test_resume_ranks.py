@@ -17,13 +17,11 @@ import psutil
 import pytest
 from worker_runs import (
     NUM_STEPS,
+    Nursery,
     Outcome,
     environment,
     make_model,
     small_buckets,
-    tokenize_data,
-    train,
-    train_alone,
     write_chats,
     write_run,
 )
@@ -41,7 +39,7 @@ REDUCTION_TOLERANCE = 5e-6
 
 
 def continued(
-    before: Outcome, folder: Path, *, step: int, world_size: int, stage: ZeroStage
+    nursery: Nursery, before: Outcome, folder: Path, *, step: int, world_size: int, stage: ZeroStage
 ) -> Outcome:
     """Go on from a checkpoint of another run in a new directory, and return what came of it."""
     recipe = (before.folder / rd.RECIPE).read_text()
@@ -58,7 +56,7 @@ def continued(
     for name in (rd.TRAINER_LOG, "sample_before.json"):
         if (before.folder / name).exists():
             shutil.copy(before.folder / name, folder / name)
-    outcome = train_alone(folder) if world_size == 1 else train(folder, world_size=world_size)
+    outcome = nursery.train(folder, world_size=world_size)
     assert outcome.returncode == 0, outcome.stderr
     assert f"checkpoint-{step}" in outcome.stderr
     return outcome
@@ -66,11 +64,11 @@ def continued(
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_resumed_run_has_the_losses_of_one_that_was_never_interrupted(
-    chat_run: Callable[[ZeroStage], Outcome], tmp_path: Path, stage: ZeroStage
+    nursery: Nursery, chat_run: Callable[[ZeroStage], Outcome], tmp_path: Path, stage: ZeroStage
 ) -> None:
     whole = chat_run(stage)
     # Step 6 is the second of the second epoch.
-    resumed = continued(whole, tmp_path / "run", step=6, world_size=2, stage=stage)
+    resumed = continued(nursery, whole, tmp_path / "run", step=6, world_size=2, stage=stage)
     assert resumed.losses == pytest.approx(whole.losses, abs=1e-5)
     assert resumed.peaks[0].steps_done == NUM_STEPS - 6
     results, expected = resumed.read(rd.RESULTS), whole.read(rd.RESULTS)
@@ -80,13 +78,13 @@ def test_a_resumed_run_has_the_losses_of_one_that_was_never_interrupted(
 
 
 def test_lora_goes_from_2_ranks_to_1_and_back_and_from_zero_2_to_no_partitions_to_zero_3(
-    chat_run: Callable[[ZeroStage], Outcome], tmp_path: Path
+    nursery: Nursery, chat_run: Callable[[ZeroStage], Outcome], tmp_path: Path
 ) -> None:
     whole = chat_run(2)
-    alone = continued(whole, tmp_path / "alone", step=3, world_size=1, stage=0)
+    alone = continued(nursery, whole, tmp_path / "alone", step=3, world_size=1, stage=0)
     assert "converting it from 2 rank(s) at ZeRO-2 to 1 at ZeRO-0" in alone.stderr
     assert alone.losses == pytest.approx(whole.losses, abs=REDUCTION_TOLERANCE)
-    both = continued(alone, tmp_path / "both", step=6, world_size=2, stage=3)
+    both = continued(nursery, alone, tmp_path / "both", step=6, world_size=2, stage=3)
     assert "converting it from 1 rank(s) at ZeRO-0 to 2 at ZeRO-3" in both.stderr
     assert both.losses == pytest.approx(whole.losses, abs=REDUCTION_TOLERANCE)
     # The conversion itself is not kept.
@@ -96,17 +94,17 @@ def test_lora_goes_from_2_ranks_to_1_and_back_and_from_zero_2_to_no_partitions_t
 
 
 def test_lora_goes_from_2_ranks_to_4_and_from_zero_3_to_zero_2_to_zero_1(
-    chat_run: Callable[[ZeroStage], Outcome], tmp_path: Path
+    nursery: Nursery, chat_run: Callable[[ZeroStage], Outcome], tmp_path: Path
 ) -> None:
     whole = chat_run(3)
-    four = continued(whole, tmp_path / "four", step=3, world_size=4, stage=2)
+    four = continued(nursery, whole, tmp_path / "four", step=3, world_size=4, stage=2)
     assert four.losses == pytest.approx(whole.losses, abs=REDUCTION_TOLERANCE)
-    alone = continued(four, tmp_path / "alone", step=6, world_size=1, stage=1)
+    alone = continued(nursery, four, tmp_path / "alone", step=6, world_size=1, stage=1)
     assert alone.losses == pytest.approx(whole.losses, abs=REDUCTION_TOLERANCE)
 
 
 @pytest.fixture(scope="module")
-def full_run(workplace: Path) -> Outcome:
+def full_run(nursery: Nursery, workplace: Path) -> Outcome:
     """Return a full fine-tune on one rank, whose norms do not decay and whose weights do."""
     recipe = f"""
 model: {{name_or_path: {workplace / "model"}, precision: fp32}}
@@ -121,18 +119,18 @@ optim:
         zero_stage=1, micro_batch_size_per_gpu=2, gradient_accumulation_steps=4
     )
     folder = write_run(workplace / "full", recipe, strategy, world_size=1)
-    assert tokenize_data(folder).returncode == 0
-    outcome = train_alone(folder)
+    nursery.tokenize(folder)
+    outcome = nursery.train(folder, world_size=1)
     assert outcome.returncode == 0, outcome.stderr
     return outcome
 
 
 def test_a_full_fine_tune_goes_from_1_rank_to_2_and_from_zero_1_to_zero_3_to_zero_2(
-    full_run: Outcome, tmp_path: Path
+    nursery: Nursery, full_run: Outcome, tmp_path: Path
 ) -> None:
-    both = continued(full_run, tmp_path / "both", step=3, world_size=2, stage=3)
+    both = continued(nursery, full_run, tmp_path / "both", step=3, world_size=2, stage=3)
     assert both.losses == pytest.approx(full_run.losses, abs=REDUCTION_TOLERANCE)
-    alone = continued(both, tmp_path / "alone", step=6, world_size=1, stage=2)
+    alone = continued(nursery, both, tmp_path / "alone", step=6, world_size=1, stage=2)
     assert alone.losses == pytest.approx(full_run.losses, abs=REDUCTION_TOLERANCE)
 
 
@@ -166,7 +164,7 @@ def test_a_disk_that_takes_no_more_ends_the_run_and_names_what_is_left(
     assert rd.read_status(folder).state == "failed"
 
 
-def test_dropout_goes_on_where_it_was(workplace: Path, tmp_path: Path) -> None:
+def test_dropout_goes_on_where_it_was(nursery: Nursery, workplace: Path, tmp_path: Path) -> None:
     recipe = f"""
 model: {{name_or_path: {workplace / "model"}, precision: fp32}}
 max_seq_len: 64
@@ -176,10 +174,10 @@ optim: {{global_batch_size: 4, max_steps: 4, learning_rate: 0.02, save_steps: 2}
 """
     strategy = small_buckets(zero_stage=1, micro_batch_size_per_gpu=4)
     folder = write_run(tmp_path / "run", recipe, strategy, world_size=1)
-    assert tokenize_data(folder).returncode == 0
-    whole = train_alone(folder).losses
+    nursery.tokenize(folder)
+    whole = nursery.train(folder, world_size=1).losses
     shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
-    assert train_alone(folder).losses == pytest.approx(whole, abs=1e-5)
+    assert nursery.train(folder, world_size=1).losses == pytest.approx(whole, abs=1e-5)
 
 
 def stopped_in_mid_save(rank: psutil.Process, unfinished: Path) -> bool:
