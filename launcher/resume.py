@@ -12,6 +12,7 @@ from typing import BinaryIO
 from launcher import run_dir as rd
 from launcher.dispatch.base import read_handle, run_to_end
 from launcher.dispatch.process_group import find_processes
+from launcher.dispatch.run_state import observe
 from launcher.errors import RecipeError, RunDirError, list_problems
 from launcher.launch import check_can_start, disk_bytes, render_again
 from launcher.prepare import Prepared, prepare
@@ -37,7 +38,8 @@ _CHANGEABLE = (
 )
 # Written anew by each attempt; the log of steps, the data and the checkpoints stay.
 _OF_ONE_ATTEMPT = (
-    rd.RECIPE, rd.PLAN, rd.DS_CONFIG, rd.ENVIRONMENT, rd.JOB_SCRIPT, rd.HOSTFILE, rd.JOB,
+    rd.RECIPE, rd.PLAN, rd.DS_CONFIG, rd.ENVIRONMENT, rd.JOB_SCRIPT, rd.JOB_SBATCH,
+    rd.HOSTFILE, rd.JOB,
     rd.STATUS, rd.RANKS, rd.LOGS, rd.REPORT_JSON, rd.REPORT_MARKDOWN, rd.REPORT_HTML,
 )  # fmt: skip
 
@@ -81,14 +83,18 @@ def check_has_stopped(run_dir: Path) -> None:
             where=str(run_dir),
             fix=f"`zerofit report {run_dir}` shows it; for more steps start a new run",
         )
-    alive = []
+    who = None
     if (run_dir / rd.JOB).is_file():
-        alive = find_processes(read_handle(run_dir).run_id)
+        seen = observe([run_dir])[0]
+        if seen.state in ("pending", "running"):
+            who = f"{seen.state}, job {seen.job_id} on {seen.host}"
+        elif alive := find_processes(read_handle(run_dir).run_id):
+            who = f"process {alive[0].pid}"
     ranks = (run_dir / rd.RANKS).glob("[0-9]*.json")
     silence_seconds = time.time() - max((path.stat().st_mtime for path in ranks), default=0.0)
-    is_alive_elsewhere = status.state == "running" and silence_seconds < SIGN_OF_LIFE_SECONDS
-    if alive or is_alive_elsewhere:
-        who = f"process {alive[0].pid}" if alive else "a rank wrote less than a minute ago"
+    if who is None and status.state == "running" and silence_seconds < SIGN_OF_LIFE_SECONDS:
+        who = "a rank wrote less than a minute ago"
+    if who is not None:
         raise RunDirError(
             f"this run is in progress ({who})",
             where=str(run_dir),
