@@ -17,6 +17,7 @@ from launcher.errors import RecipeError, RunDirError, list_problems
 from launcher.launch import check_can_start, disk_bytes, render_again
 from launcher.prepare import Prepared, prepare
 from launcher.recipe import parse_recipe
+from launcher.run_checkpoints import UNFINISHED
 from launcher.strategy import Precision
 
 ATTEMPTS = "attempts"
@@ -121,7 +122,7 @@ def resume_run(
     run_dir = run_dir.absolute()
     check_can_start(prepared)
     # Half a checkpoint would count as used space; the ranks remove it too.
-    shutil.rmtree(run_dir / rd.CHECKPOINTS / rd.UNFINISHED, ignore_errors=True)
+    shutil.rmtree(run_dir / rd.CHECKPOINTS / UNFINISHED, ignore_errors=True)
     backend, request = render_again(prepared, run_dir)
     kept_bytes = sum(
         path.stat().st_size for path in (run_dir / rd.CHECKPOINTS).rglob("*") if path.is_file()

@@ -37,10 +37,6 @@ LOGS = "logs"
 LAUNCHER_LOG = "logs/launcher.log"
 """Everything that the job printed: launcher and all ranks."""
 CHECKPOINTS = "checkpoints"
-CHECKPOINT_MANIFEST = "zerofit_checkpoint.json"
-"""Written into a checkpoint last: a folder without it was not finished."""
-UNFINISHED = ".unfinished"
-"""Folder below ``checkpoints`` with what is being written or removed."""
 MODEL_CONFIG = "model_config"
 """Folder with a config.json, when the run starts from random weights."""
 EXPORT = "export"
@@ -68,17 +64,6 @@ class RunStatus:
 def rank_file(run_dir: Path, rank: int) -> Path:
     """Return where a rank writes its peaks: ``ranks/00003.json``."""
     return run_dir / RANKS / f"{rank:05d}.json"
-
-
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the finished checkpoint of the most steps, its files not looked at."""
-    steps = {
-        path: int(path.name.removeprefix("checkpoint-"))
-        for path in (run_dir / CHECKPOINTS).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit()
-        and (path / CHECKPOINT_MANIFEST).is_file()
-    }
-    return max(steps, key=lambda path: steps[path], default=None)
 
 
 def check_is_run(run_dir: Path) -> None:

@@ -18,6 +18,7 @@ from launcher.dispatch.failure import DeadRank, LostHost, describe_failure, read
 from launcher.dispatch.interruptions import Interruptions
 from launcher.errors import RunDirError
 from launcher.job_script import launcher_mark
+from launcher.run_checkpoints import newest_checkpoint
 
 _log = logging.getLogger(__name__)
 
@@ -222,7 +223,7 @@ def _conclude(
         run_dir, exit_code=exit_code, dead_ranks=ranks.ended.values(), lost_hosts=ranks.lost
     )
     _record(run_dir, "failed", error.problem.partition("\n")[0])
-    if newest := rd.newest_checkpoint(run_dir):
+    if newest := newest_checkpoint(run_dir):
         _log.warning(
             "the last complete checkpoint is %s; `zerofit resume %s` goes on from it",
             newest,
@@ -233,7 +234,7 @@ def _conclude(
 
 def _way_on(run_dir: Path) -> str:
     """Return how to go on after an interruption."""
-    if newest := rd.newest_checkpoint(run_dir):
+    if newest := newest_checkpoint(run_dir):
         return f"`zerofit resume {run_dir}` goes on from {newest.name}"
     return "start it again in a new folder; with optim.save_steps a run can go on from checkpoints"
 

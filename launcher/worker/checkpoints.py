@@ -21,6 +21,7 @@ from typing import Any
 
 from launcher import run_dir
 from launcher.errors import JobFailedError, RunDirError
+from launcher.run_checkpoints import MANIFEST, UNFINISHED, newest_checkpoint
 from launcher.strategy import Precision, Strategy
 from launcher.units import MIB, format_bytes
 
@@ -85,7 +86,7 @@ class Checkpoint:
 
 def staging_folder(checkpoints: Path) -> Path:
     """Return the folder in which a checkpoint is written before it has its name."""
-    return checkpoints / run_dir.UNFINISHED
+    return checkpoints / UNFINISHED
 
 
 def clear_unfinished(checkpoints: Path) -> None:
@@ -125,7 +126,7 @@ def complete(
         "parameter_groups": [list(group) for group in parameter_groups],
         "files": {str(path.relative_to(staged)): _fingerprint(path) for path in _files(staged)},
     }
-    run_dir.write_json(staged / run_dir.CHECKPOINT_MANIFEST, manifest)
+    run_dir.write_json(staged / MANIFEST, manifest)
     _sync(staged)
     if target.exists():  # broken, or it would not be written again
         remove(target)
@@ -178,7 +179,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     fix = "continue from an earlier checkpoint"
     try:
-        manifest = json.loads((path / run_dir.CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
         found = Checkpoint(
             path=path,
@@ -189,9 +190,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except FileNotFoundError:
         raise RunDirError("it was never finished", where=str(path), fix=fix) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = (
-            f"its {run_dir.CHECKPOINT_MANIFEST} cannot be read: {type(error).__name__}: {error}"
-        )
+        problem = f"its {MANIFEST} cannot be read: {type(error).__name__}: {error}"
         raise RunDirError(problem, where=str(path), fix=fix) from None
     for name, expected in files.items():
         try:
@@ -223,7 +222,7 @@ def save_failure(error: BaseException, checkpoints: Path) -> SaveFailedError:
         reason = "the disk quota is used up"
     elif number == errno.ENOSPC or free_bytes < run_dir.PROBE_BYTES:
         reason = "the disk is full"
-    last = run_dir.newest_checkpoint(checkpoints.parent)
+    last = newest_checkpoint(checkpoints.parent)
     kept = f"nothing is lost up to {last}" if last else "no earlier checkpoint was complete"
     return SaveFailedError(
         f"the checkpoint could not be saved: {reason} ({format_bytes(free_bytes)} free); {kept}",

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from launcher import run_dir
 from launcher.errors import JobFailedError, RunDirError
+from launcher.run_checkpoints import UNFINISHED
 from launcher.worker.checkpoints import (
     Checkpoint,
     Layout,
@@ -108,7 +108,7 @@ def _convert(found: Checkpoint, layout: Layout) -> Path:
         "continuing from %s: converting it from %d rank(s) at ZeRO-%d to %d at ZeRO-%d",
         found.path, old.world_size, old.zero_stage, layout.world_size, layout.zero_stage,
     )  # fmt: skip
-    target = found.path.parent / run_dir.UNFINISHED / f"converted-{found.path.name}"
+    target = found.path.parent / UNFINISHED / f"converted-{found.path.name}"
     # A process of its own: its memory is given back, and is not counted as the rank's.
     done = subprocess.run(
         [sys.executable, "-m", "launcher.worker.universal",

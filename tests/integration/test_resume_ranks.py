@@ -27,6 +27,7 @@ from worker_runs import (
 )
 
 from launcher import run_dir as rd
+from launcher.run_checkpoints import MANIFEST
 from launcher.strategy import ZeroStage
 from launcher.worker.checkpoints import find_newest
 
@@ -187,7 +188,7 @@ def stopped_in_mid_save(rank: psutil.Process, unfinished: Path) -> bool:
         time.sleep(0.001)
     rank.suspend()
     staged = list(unfinished.glob("checkpoint-*"))
-    return bool(staged) and not (staged[0] / rd.CHECKPOINT_MANIFEST).exists()
+    return bool(staged) and not (staged[0] / MANIFEST).exists()
 
 
 def test_a_rank_killed_in_mid_save_loses_nothing_and_one_rank_goes_on(tmp_path: Path) -> None:

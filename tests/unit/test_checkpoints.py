@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher import run_dir as rd
+from launcher.run_checkpoints import MANIFEST
 from launcher.strategy import Offload, Precision, Strategy
 from launcher.worker import checkpoints as cp
 
@@ -72,9 +73,9 @@ def test_a_damaged_checkpoint_is_skipped_with_a_line_and_the_previous_one_used(
     elif damage == "lose":
         states.unlink()
     elif damage == "unmark":
-        (newest / rd.CHECKPOINT_MANIFEST).unlink()
+        (newest / MANIFEST).unlink()
     else:
-        (newest / rd.CHECKPOINT_MANIFEST).write_text('{"files":')
+        (newest / MANIFEST).write_text('{"files":')
     found, skipped = cp.find_newest(tmp_path)
     assert found is not None
     assert found.step == 10
