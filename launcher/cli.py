@@ -17,6 +17,7 @@ from launcher.errors import LauncherError
 _COMMANDS = {
     "plan": "launcher.commands.plan",
     "init": "launcher.commands.plan",
+    "data": "launcher.commands.data",
     "render": "launcher.commands.train",
     "train": "launcher.commands.train",
     "resume": "launcher.commands.resume",

@@ -10,6 +10,8 @@ from typing import Any
 
 from launcher.allocation import current_allocation
 from launcher.config_facts import is_unknown
+from launcher.data_cache import DataSummary, cache_dir, find_prepared
+from launcher.epoch import longest_tokens
 from launcher.errors import RecipeError, SetupError
 from launcher.hardware import ClusterSpec, GpuSpec, default_cluster, find_gpu, gpu_names
 from launcher.hostfile import equal_slots
@@ -18,6 +20,7 @@ from launcher.model_spec import spec_from_config
 from launcher.planning.plan import Plan
 from launcher.planning.planner import can_fit, make_plan
 from launcher.recipe import parse_recipe
+from launcher.recipe_paths import with_absolute_paths
 from launcher.recipe_sections import ClusterSection, Recipe, StrategySection
 from launcher.resolve import resolve_workload
 from launcher.run_dir import read_text
@@ -33,6 +36,8 @@ class Prepared:
     plan: Plan
     model_config: Mapping[str, Any]
     """The model's Hugging Face configuration."""
+    data: DataSummary | None = None
+    """What the cache holds for the recipe's data; the plan is for its longest sequence."""
 
 
 def read_recipe(args: Sequence[str], options: Mapping[str, str | None]) -> tuple[Recipe, str]:
@@ -83,6 +88,9 @@ def prepare(recipe: Recipe, *, source: str) -> Prepared:
     else:
         model = spec_from_config(model_config, name=name)
     workload = resolve_workload(recipe, model, cluster.gpu, source=source)
+    found = find_prepared(with_absolute_paths(recipe), cache_dir())
+    if found is not None:
+        workload = replace(workload, max_seq_len=longest_tokens(found[1]))
 
     choices: dict[str, Any] = {
         "raw_deepspeed": recipe.deepspeed,
@@ -97,9 +105,10 @@ def prepare(recipe: Recipe, *, source: str) -> Prepared:
         from launcher.planning.advice import suggest_changes
 
         larger = tuple(replace(cluster, gpu=gpu) for gpu in _larger_gpus(cluster.gpu))
-        found = suggest_changes(plan, recipe.strategy, larger, fits)
-        plan = replace(plan, suggestions=tuple(found))
-    return Prepared(recipe=recipe, plan=plan, model_config=model_config)
+        changes = suggest_changes(plan, recipe.strategy, larger, fits)
+        plan = replace(plan, suggestions=tuple(changes))
+    summary = found[1] if found else None
+    return Prepared(recipe=recipe, plan=plan, model_config=model_config, data=summary)
 
 
 def resolve_cluster(section: ClusterSection) -> ClusterSpec:

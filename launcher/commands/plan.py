@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from launcher.commands.options import existing_or_new, json_option, recipe_args, recipe_flags
-from launcher.commands.planned import leave_unfit, prepare_from, show_plan
+from launcher.commands.planned import leave_unfit, prepare_from, show_prepared
 from launcher.console import out, say
 
 
@@ -45,7 +45,7 @@ def plan(
         )
         return
     prepared = prepare_from(args, options)
-    show_plan(prepared.plan, as_json=as_json, show_all=show_all)
+    show_prepared(prepared, as_json=as_json, show_all=show_all)
     if not prepared.plan.fits:
         leave_unfit()
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
-from launcher.console import out
+from launcher.console import out, say
 from launcher.errors import DoesNotFitError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def fitting(args: Sequence[str], *, as_json: bool = False) -> Prepared:
     """Return what is prepared; when it does not fit, show the plan and leave."""
     prepared = prepare_from(args)
     if not prepared.plan.fits:
-        show_plan(prepared.plan, as_json=as_json)
+        show_prepared(prepared, as_json=as_json)
         leave_unfit()
     return prepared
 
@@ -34,6 +35,25 @@ def fitting(args: Sequence[str], *, as_json: bool = False) -> Prepared:
 def leave_unfit() -> NoReturn:
     """Leave with the exit status of what does not fit; the plan has been shown."""
     raise SystemExit(DoesNotFitError.exit_code)
+
+
+def show_prepared(prepared: Prepared, *, as_json: bool, show_all: bool = False) -> None:
+    """Print a plan, and what its data means for it where that is known."""
+    if prepared.data is None:
+        show_plan(prepared.plan, as_json=as_json, show_all=show_all)
+        return
+    from launcher.epoch import describe_training, training_of
+    from launcher.planning.plan import plan_to_json
+
+    recipe = prepared.recipe
+    training = training_of(prepared.data, prepared.plan, recipe.optim)
+    if as_json:
+        print(json.dumps({**plan_to_json(prepared.plan), "training": asdict(training)}, indent=1))
+        return
+    show_plan(prepared.plan, as_json=False, show_all=show_all)
+    say("")
+    for line in describe_training(training, max_seq_len=recipe.max_seq_len):
+        say(line)
 
 
 def show_plan(plan: Plan, *, as_json: bool, show_all: bool = False) -> None:

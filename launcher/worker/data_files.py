@@ -80,7 +80,8 @@ def _parse_line(line: str, where: str) -> Any:
     try:
         return json.loads(line, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
-        problem = f"not JSON: {error.msg} at column {error.colno}: {shorten(line.strip())}"
+        message = error.msg.removesuffix(" at")  # Python's own words are no whole sentences
+        problem = f"not JSON: {message} at column {error.colno}: {shorten(line.strip())}"
         raise DataError(problem, where=where, fix="write one JSON object on each line") from None
     except (ValueError, RecursionError) as error:
         raise _unreadable_value(error, where) from None
@@ -165,7 +166,7 @@ class _GrowingText:
                 # What looks broken may only be cut off by the end of the part that was read.
                 is_too_long = len(self._text) - self._position > MAX_RECORD_BYTES
                 if is_too_long or not self._grow():
-                    raise self.error(f"{error.msg} in this record") from None
+                    raise self.error(f"{error.msg.removesuffix(' at')} in this record") from None
             except (ValueError, RecursionError) as error:
                 raise _unreadable_value(error, self._where()) from None
             else:

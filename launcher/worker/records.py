@@ -324,6 +324,8 @@ def _alpaca(record: Mapping[str, Any], where: str) -> Conversation:
     answer = _string(record, "output", "alpaca", where)
     turns = [("user", instruction), ("assistant", answer)]
     history = _from_json(record.get("history") or [], "history", where)
+    if not isinstance(history, list):
+        raise _wrong_shape(f"'history' is {describe(history)}, not a list", "alpaca", where)
     for pair in reversed(history):
         if not (isinstance(pair, list | tuple) and [type(text) for text in pair] == [str, str]):
             raise _wrong_shape(

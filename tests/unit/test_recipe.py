@@ -118,3 +118,33 @@ def test_raw_deepspeed_keys_are_kept_as_they_are() -> None:
         MINIMAL + "deepspeed: {zero_optimization: {overlap_comm: true}}", source="r.yaml"
     )
     assert recipe.deepspeed == {"zero_optimization": {"overlap_comm": True}}
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("{sources: [{path: a, wieght: 2}]}", ["data.sources[0].wieght", "did you mean 'weight'"]),
+        ("{sources: [{path: a}, {weight: 2}]}", ["data.sources[1]", "path"]),
+        ("{sources: [a.jsonl]}", ["data.sources[0] is not a source"]),
+        ("{sources: {path: a}}", ["'data.sources' is a value or a list"]),
+        ("{sources: [{path: a, weight: x}]}", ["data.sources[0].weight: 'x' is not a number"]),
+        ("{sources: [{path: a, weight: 0}]}", ["data.sources[0].weight is 0.0"]),
+        ("{sources: [{path: a, format: json}]}", ["data.sources[0].format"]),
+        ("{path: a, sources: [{path: b}]}", ["both set"]),
+        ("{sources: [{path: b}], max_train_samples: 3}", ["max_samples in data.sources"]),
+        ("{columns: [a]}", ["'data.columns' is a section"]),
+        ("{columns: {prompt: [a]}}", ["data.columns.prompt is ['a']"]),
+        ("{columns: {prmpt: a}}", ["data.columns", "did you mean 'prompt'"]),
+    ],
+)
+def test_wrong_data_settings_are_named(text: str, parts: list[str]) -> None:
+    problem = problem_of(MINIMAL + f"data: {text}\n")
+    assert [part for part in parts if part not in problem] == []
+
+
+def test_sources_survive_being_written() -> None:
+    text = MINIMAL + "data: {sources: [{path: a, weight: 0.5}, {path: b, columns: {text: body}}]}\n"
+    recipe = parse_recipe(text, source="r.yaml")
+    assert recipe.data.sources[0].weight == 0.5
+    assert recipe.data.sources[1].columns == {"text": "body"}
+    assert parse_recipe(render_recipe(recipe), source="r.yaml") == recipe

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from launcher.errors import DataError
+from launcher.recipe_paths import DATA_ENDINGS
 from launcher.worker.data_files import read_records
 
 TEXT = {"text": "once upon a time"}
@@ -76,3 +80,164 @@ def test_another_kind_of_file_is_refused_by_its_name(tmp_path: Path) -> None:
     path.write_bytes(b"PK")
     with pytest.raises(DataError, match=r"\.xlsx is not a kind of file"):
         list(read_records(path))
+
+
+def write_columns(path: Path, rows: list[dict[str, object]]) -> Path:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.Table.from_pylist(rows)
+    if path.suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        open_writer = pa.ipc.new_file if path.stem == "file" else pa.ipc.new_stream
+        with path.open("wb") as stream, open_writer(stream, table.schema) as writer:
+            writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "stream.arrow", "file.arrow"])
+def test_columns_give_rows_without_the_nulls_that_their_types_put_into_turns(
+    tmp_path: Path, name: str
+) -> None:
+    call = {"name": "f"}
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}], "id": 1},
+        {"messages": [{"role": "assistant", "content": None, "call": call}], "id": None},
+    ]
+    path = write_columns(tmp_path / name, rows)
+    assert list(read_records(path)) == [
+        (f"{name} row 1", {"messages": [{"role": "user", "content": "a"}], "id": 1}),
+        (f"{name} row 2", {"messages": [{"role": "assistant", "call": call}], "id": None}),
+    ]
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train.arrow"])
+def test_a_damaged_file_of_columns_is_named(tmp_path: Path, name: str) -> None:
+    path = write_columns(tmp_path / name, [{"text": "a" * 500}])
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError, match="or damaged") as caught:
+        list(read_records(path))
+    assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train.arrow", "train.csv"])
+def test_a_file_of_columns_without_rows_is_empty(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"prompt,completion\n" if path.suffix == ".csv" else b"")
+    with pytest.raises(DataError, match=r"the file is empty|or damaged"):
+        list(read_records(path))
+
+
+def test_fields_of_csv_are_text_and_may_hold_line_breaks(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text('prompt,completion\n2+2=,4\n"a\nb, c","say ""x"""\n')
+    assert list(read_records(path)) == [
+        ("train.csv line 2", {"prompt": "2+2=", "completion": "4"}),
+        ("train.csv line 4", {"prompt": "a\nb, c", "completion": 'say "x"'}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "problem"),
+    [
+        ("a,b\n1,2\n1,2,3\n", "train.csv line 3", "3 fields, but the header names 2"),
+        ("a,b\n1\n", "train.csv line 2", "1 fields, but the header names 2"),
+        ("a,a\n1,2\n", "train.csv line 1", "the column 'a' occurs twice"),
+        ('a,b\n1,"2\n', "train.csv line 2", "not CSV: unexpected end of data"),
+        ('a,b\n1,"2"x\n', "train.csv line 2", "not CSV: ',' expected after '\"'"),
+    ],
+)
+def test_broken_csv_is_named_with_its_line(
+    tmp_path: Path, content: str, where: str, problem: str
+) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text(content)
+    with pytest.raises(DataError) as caught:
+        list(read_records(path))
+    assert caught.value.where == where
+    assert problem in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"text": "a", "text": "b"}', "the key 'text' occurs twice"),
+        ('{"x": {"k": 1, "k": 2}}', "the key 'k' occurs twice"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"text": 1' + "0" * 5000 + "}", "Exceeds the limit"),
+        ('{"text": "a"} {"text": "b"}', "not JSON: Extra data"),
+        ('{"text": "a\tb"}', "not JSON: Invalid control character at column 12"),
+    ],
+)
+def test_a_line_that_cannot_be_taken_is_named(tmp_path: Path, line: str, problem: str) -> None:
+    for name, content in (("train.jsonl", line), ("train.json", f"[{line}]")):
+        if name == "train.json" and problem.startswith("not JSON"):
+            continue  # other words there
+        path = tmp_path / name
+        path.write_text(content)
+        with pytest.raises(DataError) as caught:
+            list(read_records(path))
+        assert caught.value.where == f"{name} line 1"
+        assert problem in caught.value.problem
+
+
+def test_a_line_of_more_than_64_mib_is_refused_before_it_is_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launcher.worker import data_files
+
+    monkeypatch.setattr(data_files, "MAX_RECORD_BYTES", 1000)
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"text": "x" * 987}) + "\n" + json.dumps({"text": "x" * 989}))
+    with pytest.raises(DataError, match="more than 1000 B in one record") as caught:
+        list(read_records(path))
+    assert caught.value.where == "train.jsonl line 2"
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_list_is_the_same_whatever_part_of_it_is_read_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, indent: int | None
+) -> None:
+    from launcher.worker import data_files
+
+    monkeypatch.setattr(data_files, "_CHUNK_BYTES", chunk_bytes)
+    values = [{"text": "ä😀,]"}, [1, 22, -3.5e7], 123456, "]", {"a": {"b": []}}, None, True]
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(values, ensure_ascii=False, indent=indent), encoding="utf-8")
+    assert [value for _, value in read_records(path)] == values
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "problem"),
+    [
+        ('[\n{"a": 1},\n{"a": \n]\n', "train.json line 3", "Expecting value"),
+        ('[\n{"a": 1}\n{"a": 2}\n]', "train.json line 3", "instead of ','"),
+        ('[{"a": 1}', "train.json line 1", "found 'the end of the file' instead of ','"),
+        ('[{"a": 1},', "train.json line 1", "the list does not end"),
+        ('[{"a": 1}] x', "train.json line 1", "'x' after the end of the list"),
+        ("[{'a': 1}]", "train.json line 1", "Expecting property name"),
+    ],
+)
+def test_a_broken_json_list_is_named_with_its_line(
+    tmp_path: Path, content: str, where: str, problem: str
+) -> None:
+    path = tmp_path / "train.json"
+    path.write_text(content)
+    with pytest.raises(DataError) as caught:
+        list(read_records(path))
+    assert caught.value.where == where
+    assert problem in caught.value.problem
+
+
+@given(content=st.binary(max_size=80), suffix=st.sampled_from(DATA_ENDINGS))
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_a_file_holds_it_is_read_or_refused_in_words(
+    tmp_path: Path, content: bytes, suffix: str
+) -> None:
+    path = tmp_path / f"train{suffix}"
+    path.write_bytes(content)
+    with contextlib.suppress(DataError):
+        for where, _ in read_records(path):
+            assert where.startswith(path.name)
