@@ -49,6 +49,7 @@ DATA = "data"
 """Folder in the run directory with the tokenised data."""
 TRAIN, EVAL = "train.arrow", "eval.arrow"
 """Rows of ``input_ids``, ``labels`` and ``length``; memory-mapped by the ranks."""
+_BEGUN = ".new-"
 CACHE_VERSION = 2
 """Part of every cache key: raised whenever the same input would give other tokens."""
 MODEL_CONFIG = "model_config/config.json"
@@ -86,7 +87,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any, cache: Path) -> Path:
         if (target / SUMMARY).is_file():
             logger.info("tokenised data: from the cache, %s", target)
         else:
-            temporary = cache / f".new-{key}"
+            temporary = cache / f"{_BEGUN}{key}"
             stack.callback(shutil.rmtree, temporary, ignore_errors=True)
             _make(recipe, tokenizer, opened, opened_eval, temporary)
             if _stamps(every) != stamps:
@@ -97,8 +98,21 @@ def prepare_data(recipe: Recipe, tokenizer: Any, cache: Path) -> Path:
                 )
             shutil.rmtree(target, ignore_errors=True)  # what was there lacked a summary
             temporary.rename(target)
+    _remove_leftovers(cache)
     remember(recipe, cache, key)
     return target
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Remove what programs that were killed have begun; what others are making stays."""
+    from filelock import FileLock, Timeout
+
+    for begun in cache.glob(f"{_BEGUN}*"):
+        with (
+            contextlib.suppress(Timeout),
+            FileLock(cache / f"{begun.name.removeprefix(_BEGUN)}.lock", blocking=False),
+        ):
+            shutil.rmtree(begun, ignore_errors=True)
 
 
 def _make(

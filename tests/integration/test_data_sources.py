@@ -1,0 +1,329 @@
+"""Files, folders and hub data sets as sources; the cache that their tokens are kept in."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from worker_runs import environment, make_model, make_tokenizer, write_chats
+
+from launcher.data_cache import SUMMARY, DataSummary, load_summary
+from launcher.errors import DataError
+from launcher.recipe import parse_recipe, render_recipe
+from launcher.recipe_sections import DataSource, Recipe
+from launcher.worker.chat_templates import load_tokenizer
+from launcher.worker.data import TRAIN, prepare_data
+from launcher.worker.data_sources import open_source
+from launcher.worker.data_writer import read_rows
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def recipe_of(model: Path, data: str, **changes: Any) -> Recipe:
+    overrides = [f"{key}={value}" for key, value in changes.items()]
+    text = f"model: {{name_or_path: {model}}}\ndata: {data}\n"
+    return parse_recipe(text, source="test", overrides=overrides)
+
+
+def tokens_of(recipe: Recipe, cache: Path) -> tuple[list[str], DataSummary]:
+    """Return the training rows as text, and the summary."""
+    tokenizer = load_tokenizer(recipe)
+    folder = prepare_data(recipe, tokenizer, cache)
+    rows = read_rows(folder / TRAIN)
+    return [tokenizer.decode(row["input_ids"]) for row in rows], load_summary(folder)
+
+
+def lines(path: Path, records: list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def texts(path: Path, *values: str) -> Path:
+    return lines(path, [{"text": value} for value in values])
+
+
+def test_sources_are_mixed_by_their_weights(tmp_path: Path, model: Path) -> None:
+    texts(tmp_path / "a.jsonl", "a0", "a1", "a2", "a3")
+    lines(tmp_path / "b.jsonl", [{"q": "b", "a": "0"}, {"q": "b", "a": "1"}])
+    data = (
+        f"{{sources: [{{path: {tmp_path}/a.jsonl, weight: 0.5}}, {{path: {tmp_path}/b.jsonl, "
+        "weight: 1.5, columns: {prompt: q, completion: a}}]}"
+    )
+    rows, summary = tokens_of(recipe_of(model, data), tmp_path / "cache")
+    # Half of four, every second one; one and a half times two.
+    assert rows == [f"{text}<|end|>" for text in ("a1", "a3", "b0", "b1", "b1")]
+    found = [(source.format, source.num_records) for source in summary.train.sources]
+    assert found == [("text", 4), ("prompt_completion", 2)]
+    assert summary.format == "prompt_completion, text"
+
+
+def test_a_folder_is_read_by_split_as_datasets_names_them(tmp_path: Path, model: Path) -> None:
+    folder = tmp_path / "set"
+    texts(folder / "data" / "train-00000-of-00002.jsonl", "t0")
+    texts(folder / "data" / "train-00001-of-00002.jsonl", "t1")
+    texts(folder / "data" / "test-00000-of-00001.jsonl", "h0")
+    (folder / "README.md").write_text("# A set\n")
+    data = f"{{path: {folder}, eval_path: {folder}}}"
+    rows, summary = tokens_of(recipe_of(model, data), tmp_path / "cache")
+    assert rows == ["t0<|end|>", "t1<|end|>"]
+    assert summary.eval is not None
+    assert summary.eval.num_examples == 1
+    with pytest.raises(DataError, match="no split 'validation', found test, train") as caught:
+        open_source("data.eval_path", DataSource(path=str(folder), split="validation"))
+    assert caught.value.fix == "set data.eval_split to one of those"
+
+
+def test_a_folder_that_describes_itself_has_configurations(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    texts(folder / "easy.jsonl", "e")
+    texts(folder / "hard.jsonl", "h")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: easy\n  data_files: easy.jsonl\n"
+        "- config_name: hard\n  data_files: hard.jsonl\n---\n"
+    )
+    opened = open_source("data.path", DataSource(path=str(folder), subset="hard"))
+    assert [path.name for path in opened.files] == ["hard.jsonl"]
+    with pytest.raises(DataError, match=r"easy.*hard") as caught:
+        open_source("data.path", DataSource(path=str(folder)))
+    assert "data.subset" in caught.value.fix
+
+
+def test_what_datasets_saved_is_read(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    one, other = Dataset.from_dict({"text": ["a"]}), Dataset.from_dict({"text": ["b", "c"]})
+    DatasetDict({"train": one, "test": other}).save_to_disk(tmp_path / "saved")
+    for split, expected in (("train", ["a"]), ("test", ["b", "c"])):
+        opened = open_source("data.path", DataSource(path=str(tmp_path / "saved"), split=split))
+        assert [record["text"] for _, record in opened.records()] == expected
+    with pytest.raises(DataError, match="no split 'dev', found test, train"):
+        open_source("data.path", DataSource(path=str(tmp_path / "saved"), split="dev"))
+
+
+def test_a_folder_with_files_of_several_kinds_or_none_is_refused(tmp_path: Path) -> None:
+    texts(tmp_path / "set" / "a.jsonl", "a")
+    (tmp_path / "set" / "b.csv").write_text("text\nb\n")
+    with pytest.raises(DataError, match=r"several kinds: \.csv, \.jsonl"):
+        open_source("data.path", DataSource(path=str(tmp_path / "set")))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="no data file in this folder"):
+        open_source("data.path", DataSource(path=str(tmp_path / "none")))
+
+
+def test_a_hub_id_without_a_network_says_what_to_do() -> None:
+    with pytest.raises(DataError) as caught:
+        open_source("data.path", DataSource(path="owner/no-such-set"))
+    assert caught.value.where == "owner/no-such-set"
+    assert "without a network, copy the data here" in caught.value.fix
+
+
+def test_rows_of_a_loaded_data_set_have_no_nulls_in_their_turns(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    from launcher.worker.data_sources import OpenSource
+
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "x"}]
+    dataset = Dataset.from_list([{"messages": turns}])
+    opened = OpenSource(source=DataSource(path="o/n"), key="data.path", dataset=dataset)
+    assert list(opened.records()) == [("o/n row 1", {"messages": turns})]
+    assert opened.digest == f"o/n {dataset._fingerprint}"
+
+
+def test_a_model_without_a_template_takes_one_by_name_or_file(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "bare", chat_template=None)
+    data = write_chats(tmp_path / "train.jsonl", 1)
+    with pytest.raises(DataError, match="no chat template, which messages records need") as caught:
+        tokens_of(recipe_of(tmp_path / "bare", f"{{path: {data}}}"), tmp_path / "cache")
+    assert "data.chat_template to a file or one of zephyr" in caught.value.fix
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    for template, expected in (
+        ("zephyr", "<|user|>\ncount to 1<|end|>\n<|assistant|>\n1<|end|>\n"),
+        (str(tmp_path / "own.jinja"), "[count to 1][1]"),
+    ):
+        recipe = recipe_of(tmp_path / "bare", f"{{path: {data}, chat_template: {template}}}")
+        assert tokens_of(recipe, tmp_path / "cache")[0] == [expected]
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}")
+    for template, problem in (
+        ("chatml", "needs tokens that the tokenizer lacks: <|im_start|>, <|im_end|>"),
+        ("chatlm", "no known template 'chatlm'"),
+        (str(tmp_path / "own.jinja"), "not a Jinja template: line 1"),
+    ):
+        recipe = recipe_of(tmp_path / "bare", f"{{path: {data}, chat_template: {template}}}")
+        with pytest.raises(DataError) as refused:
+            load_tokenizer(recipe)
+        assert problem in refused.value.problem
+
+
+def test_tools_that_a_template_has_no_place_for_are_an_error(tmp_path: Path, model: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tool = {"type": "function", "function": {"name": "f"}}
+    data = lines(tmp_path / "train.jsonl", [{"messages": turns, "tools": [tool]}])
+    with pytest.raises(DataError, match="no place for them") as caught:
+        tokens_of(recipe_of(model, f"{{path: {data}}}"), tmp_path / "cache")
+    assert caught.value.where == "train.jsonl line 1"
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "ok"}\n{"text": "\\ud83d"}\n')
+    with pytest.raises(DataError, match="half of a character") as caught:
+        tokens_of(recipe_of(model, f"{{path: {tmp_path}/train.jsonl}}"), tmp_path / "cache")
+    assert caught.value.where == "train.jsonl line 2"
+
+
+def test_the_end_token_counts_although_it_pads(tmp_path: Path, model: Path) -> None:
+    recipe = recipe_of(model, f"{{path: {texts(tmp_path / 'train.jsonl', 'abc')}}}")
+    tokenizer = load_tokenizer(recipe)
+    folder = prepare_data(recipe, tokenizer, tmp_path / "cache")
+    assert load_summary(folder).pad_token_id == tokenizer.eos_token_id
+    assert read_rows(folder / TRAIN)[0]["labels"][-1] == tokenizer.eos_token_id
+
+
+def test_packed_rows_hold_whole_examples(tmp_path: Path, model: Path) -> None:
+    values = ["x" * length for length in (9, 3, 7, 5, 2)]
+    data = texts(tmp_path / "train.jsonl", *values)
+    recipe = recipe_of(model, f"{{path: {data}, eval_path: {data}, packing: true}}", max_seq_len=12)
+    rows, summary = tokens_of(recipe, tmp_path / "cache")
+    # With the end token 10, 4, 8, 6 and 3 tokens; best fit: 10, then 8 + 4, then 6 + 3.
+    assert [len(row.replace("<|end|>", "|")) for row in rows] == [10, 12, 9]
+    stored = read_rows(prepare_data(recipe, load_tokenizer(recipe), tmp_path / "cache") / TRAIN)
+    assert [list(row) for row in stored["example_lengths"]] == [[10], [8, 4], [6, 3]]
+    assert all(row["labels"][0] == -100 for row in stored)
+    assert stored[1]["labels"][8] == -100
+    assert summary.train.num_sequences == 3
+    assert summary.eval is not None
+    assert summary.eval.num_sequences == 5
+
+
+def data_program(recipe: Recipe, folder: Path) -> list[str]:
+    (folder / "recipe.yaml").write_text(render_recipe(recipe))
+    argv = [sys.executable, "-m", "launcher.worker.data", "--recipe", str(folder / "recipe.yaml")]
+    return [*argv, "--cache", str(folder / "cache")]
+
+
+def test_of_two_programs_that_want_the_same_one_tokenises(tmp_path: Path, model: Path) -> None:
+    data = write_chats(tmp_path / "train.jsonl", 2000)
+    argv = data_program(recipe_of(model, f"{{path: {data}}}"), tmp_path)
+    both = [
+        subprocess.Popen(argv, env=environment(), stdout=-1, stderr=-1, text=True) for _ in range(2)
+    ]
+    ended = [(*program.communicate(timeout=120), program.returncode) for program in both]
+    assert [status for *_, status in ended] == [0, 0]
+    assert ended[0][0] == ended[1][0]
+    assert sum("from the cache" in said for _, said, _ in ended) == 1
+
+
+def test_a_killed_program_leaves_nothing_that_counts(tmp_path: Path, model: Path) -> None:
+    data = write_chats(tmp_path / "train.jsonl", 200_000)
+    argv = data_program(recipe_of(model, f"{{path: {data}}}"), tmp_path)
+    cache = tmp_path / "cache"
+    with subprocess.Popen(argv, env=environment(), stdout=-3, stderr=-3) as program:
+        while program.poll() is None and not list(cache.glob(f".new-*/{TRAIN}")):
+            time.sleep(0.05)
+        program.send_signal(signal.SIGKILL)
+    assert program.returncode == -signal.SIGKILL
+    assert not list(cache.glob(f"*/{SUMMARY}"))
+    assert list(cache.glob(".new-*"))
+    write_chats(data, 3)  # so that the next program has another key, and is quick
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["train"]["num_records"] == 3
+    assert not list(cache.glob(".new-*"))
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launcher.worker import data as data_module
+
+    path = texts(tmp_path / "train.jsonl", "a")
+    plain = data_module._make
+
+    def make(*arguments: Any) -> None:
+        plain(*arguments)
+        os.utime(path, (1, 1))
+
+    monkeypatch.setattr(data_module, "_make", make)
+    recipe = recipe_of(model, f"{{path: {path}}}")
+    with pytest.raises(DataError, match="changed while it was read"):
+        prepare_data(recipe, load_tokenizer(recipe), tmp_path / "cache")
+    assert [p for p in (tmp_path / "cache").iterdir() if p.is_dir()] == []
+
+
+def test_a_token_beyond_the_models_embeddings_is_an_error(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from launcher.worker.data import main
+
+    small = make_model(tmp_path / "small", vocab_size=258)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(small)
+    recipe = recipe_of(small, f"{{path: {texts(tmp_path / 'train.jsonl', 'a <new> b')}}}")
+    (tmp_path / "recipe.yaml").write_text(render_recipe(recipe))
+    arguments = ["--recipe", str(tmp_path / "recipe.yaml"), "--cache", str(tmp_path / "cache")]
+    # Known from the cache as well.
+    for _ in range(2):
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert "token 260 occurs in the data, but the model has embeddings for tokens 0 to 257" in (
+            said
+        )
+
+
+def zerofit(*args: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launcher.cli", *args],
+        env={**environment(), "ZEROFIT_CACHE": str(folder / "zerofit")},
+        capture_output=True, text=True, check=False, cwd=folder, timeout=120,
+    )  # fmt: skip
+
+
+def test_what_is_prepared_is_shown_planned_for_and_not_tokenised_again(
+    tmp_path: Path, model: Path
+) -> None:
+    write_chats(tmp_path / "train.jsonl", 50)
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{name_or_path: {model}}}\nmax_seq_len: 256\ndata: {{path: train.jsonl}}\n"
+        "cluster: {gpu: A100-80GB, gpus_per_node: 2}\n"
+    )
+    before = json.loads(zerofit("plan", "recipe.yaml", "--json", folder=tmp_path).stdout)
+    assert before["max_seq_len"] == 256
+    assert "training" not in before
+    done = zerofit("data", "prepare", "recipe.yaml", "--png", "lengths.png", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "train: 50 examples" in done.stdout
+    assert "█" in done.stdout
+    assert "100 %" in done.stdout
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    # "<|user|>\ncount to 5<|end|>\n<|assistant|>\n1 2 3 4 5<|end|>\n": one token for each of
+    # the 23 bytes and of the four special tokens.
+    after = json.loads(zerofit("plan", "recipe.yaml", "--json", folder=tmp_path).stdout)
+    assert after["max_seq_len"] == after["training"]["longest_tokens"] == 27
+    # 50 examples in batches of 8.
+    assert after["training"]["num_steps"] == 7
+    again = zerofit("data", "prepare", "recipe.yaml", "--json", folder=tmp_path)
+    assert "from the cache" in again.stderr
+    assert [plan["percentile"] for plan in json.loads(again.stdout)["plans"]] == [50, 95, 99, 100]
+
+
+def test_data_that_cannot_be_used_ends_prepare_with_2(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"prompt": "b", "completion": "c"}\n')
+    recipe = f"model: {{name_or_path: {model}}}\ndata: {{path: train.jsonl}}\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    done = zerofit("data", "prepare", "recipe.yaml", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "train.jsonl line 2: this record is prompt_completion" in done.stderr
+    assert "Traceback" not in done.stderr
