@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from worker_runs import VOCAB_SIZE
+from worker_runs import VOCAB_SIZE, Nursery, make_model, small_buckets, write_run
 
 from launcher.resolve import UNPACKABLE
 from launcher.worker.batches import PackedRows, RightPadding
@@ -126,3 +127,34 @@ def test_packing_gives_the_loss_and_gradient_of_the_same_examples_alone(
     packed_loss, packed_gradient = loss_and_gradient(model, together)
     assert packed_loss == pytest.approx(loss, abs=1e-5)
     torch.testing.assert_close(packed_gradient, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_two_ranks_with_packing_have_the_losses_of_two_ranks_without(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    make_model(tmp_path / "model")
+    # With the end token 60, 36 and 20 tokens, four times each: four rows of 128, by hand.
+    texts = [chr(97 + i) * (length - 1) for i in range(4) for length in (60, 36, 20)]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    losses = {}
+    for packing, batch in (("false", 12), ("true", 4)):
+        recipe = f"""
+model: {{name_or_path: {tmp_path / "model"}, precision: fp32}}
+method: full
+max_seq_len: 128
+data: {{path: {tmp_path / "train.jsonl"}, packing: {packing}}}
+optim: {{global_batch_size: {batch}, max_steps: 4, learning_rate: 0.01}}
+"""
+        # Every step sees all examples: once in batches of six, once of two rows.
+        strategy = small_buckets(
+            zero_stage=2, micro_batch_size_per_gpu=batch // 4, gradient_accumulation_steps=2
+        )
+        folder = write_run(tmp_path / packing, recipe, strategy, world_size=2)
+        nursery.tokenize(folder)
+        outcome = nursery.train(folder)
+        assert outcome.returncode == 0, outcome.stderr
+        losses[packing] = outcome.losses
+    assert len(losses["false"]) == 4
+    assert losses["false"][-1] < losses["false"][0] - 0.5
+    assert losses["true"] == pytest.approx(losses["false"], abs=1e-5)
