@@ -81,16 +81,19 @@ def prepare(recipe: Recipe, *, source: str) -> Prepared:
     """
     name, model_config = find_config(recipe.model.name_or_path, revision=recipe.model.revision)
     cluster = resolve_cluster(recipe.cluster)
+    found = find_prepared(with_absolute_paths(recipe), cache_dir())
+    max_seq_len = longest_tokens(found[1]) if found else recipe.max_seq_len
     if is_unknown(model_config):
         from launcher.trace_unknown import trace_model
 
-        model = trace_model(model_config, recipe, cluster.gpu, name=name)
+        model = trace_model(
+            model_config, replace(recipe, max_seq_len=max_seq_len), cluster.gpu, name=name
+        )
     else:
         model = spec_from_config(model_config, name=name)
-    workload = resolve_workload(recipe, model, cluster.gpu, source=source)
-    found = find_prepared(with_absolute_paths(recipe), cache_dir())
-    if found is not None:
-        workload = replace(workload, max_seq_len=longest_tokens(found[1]))
+    workload = replace(
+        resolve_workload(recipe, model, cluster.gpu, source=source), max_seq_len=max_seq_len
+    )
 
     choices: dict[str, Any] = {
         "raw_deepspeed": recipe.deepspeed,

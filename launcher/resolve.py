@@ -10,11 +10,16 @@ from launcher.recipe_sections import Recipe
 from launcher.strategy import Method, Precision
 from launcher.workload import ALL_LINEAR, ATTENTION_ONLY, LoraSpec, QuantizationSpec, Workload
 
-UNPACKABLE = frozenset({"falcon"})
-"""Architectures whose attention mask takes no notice of positions that start anew.
+PACKABLE = frozenset(
+    {
+        "gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", "mixtral", "phi", "phi3", "qwen2",
+        "qwen3", "qwen3_moe",
+    }
+)  # fmt: skip
+"""Architectures that keep packed examples apart, by an integration test with each of them.
 
-Source: transformers 5.23 ``models/falcon/modeling_falcon.py`` calls ``create_causal_mask``
-without ``position_ids``; an integration test compares the others with and without packing.
+Not among them is Falcon: transformers 5.23 ``models/falcon/modeling_falcon.py`` makes its mask
+without ``position_ids``, so a packed example sees those before it.
 """
 
 
@@ -33,10 +38,10 @@ def resolve_workload(recipe: Recipe, model: ModelSpec, gpu: GpuSpec, *, source: 
             f"max_seq_len is {recipe.max_seq_len:,}, {model.name} was made for {limit_tokens:,} "
             "tokens: lower it, or set model.max_position_embeddings if its positions stretch"
         )
-    if recipe.data.packing and model.model_type in UNPACKABLE:
+    if recipe.data.packing and model.model_type not in PACKABLE:
         problems.append(
-            f"data.packing: transformers lets packed examples of {model.model_type} see each "
-            "other; leave packing off"
+            f"data.packing: that {model.model_type} keeps packed examples apart is not known "
+            f"(it is of {', '.join(sorted(PACKABLE))}); leave packing off"
         )
     if recipe.method is not Method.full:
         problems.extend(_unknown_targets(recipe.lora.target_modules, model))

@@ -58,3 +58,16 @@ def test_an_unknown_raw_deepspeed_key_is_an_error() -> None:
 def test_bf16_is_the_default_only_where_it_is_native(gpu: str, precision: Precision) -> None:
     # NVIDIA lists bf16 tensor cores from compute capability 8.0.
     assert default_precision(find_gpu(gpu)) is precision
+
+
+def test_packing_brings_a_mask() -> None:
+    assert workload_of("data: {packing: true}").has_padding
+    assert not workload_of("data: {packing: false}").has_padding
+
+
+def test_packing_is_refused_where_examples_would_see_each_other() -> None:
+    falcon, _ = resolve_model("falcon-7b")
+    text = "model: {name_or_path: falcon-7b}\ndata: {packing: true}\n"
+    recipe = parse_recipe(text, source="r.yaml")
+    with pytest.raises(RecipeError, match="leave packing off"):
+        resolve_workload(recipe, falcon, find_gpu("A100-80GB"), source="r.yaml")
