@@ -4,16 +4,17 @@
     python benchmarks/accuracy.py --markdown > benchmarks/accuracy.md
 
 The predictions are made anew for each run's recipe and strategy, so a change to a formula shows
-at once. Constants were fitted on the runs at even positions only ("fit"); the others are "held
-out". With --markdown the figures that others published follow, see published.yaml.
+at once. Constants were fitted on the runs of h100.jsonl at even positions only ("fit"); its others
+are "held out". Nothing was fitted to the runs of other files ("blind"), and what was predicted
+before they were made is tabulated too. With --markdown the figures that others published follow,
+see published.yaml.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import yaml
 from published import read_published
 
+from launcher.bench.result import FINISHED, parse_results
 from launcher.hardware import default_cluster, find_gpu, match_device_name
 from launcher.model_source import resolve_model
 from launcher.planning.plan import strategy_from_json
@@ -30,6 +32,9 @@ from launcher.recipe import parse_recipe
 from launcher.resolve import resolve_workload
 
 RESULTS = Path(__file__).parent / "results"
+FITTED = "h100"
+"""The only file that constants were fitted to."""
+HALVES = ("fit", "held out", "blind")
 QUANTITIES = {
     "peak_allocated_bytes": "allocated",
     "peak_reserved_bytes": "reserved",
@@ -43,9 +48,15 @@ class Row:
     """One measured run; values are (predicted, measured) by quantity."""
 
     case: str
-    is_held_out: bool
+    half: str
+    """``fit``, ``held out`` or ``blind``."""
     values: dict[str, tuple[float, float]]
     phases: dict[str, tuple[int, int]]
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether no constant was fitted to it."""
+        return self.half != "fit"
 
     def error(self, quantity: str) -> float | None:
         """Return (predicted - measured) / measured, ``None`` where nothing was measured."""
@@ -58,13 +69,38 @@ class Row:
 def read_rows(paths: Iterable[Path]) -> Iterator[Row]:
     """Yield every finished run with the prediction of today."""
     for path in paths:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        finished = [run for run in map(json.loads, lines) if run["state"] == "finished"]
-        for position, run in enumerate(finished):
-            yield _row(run, is_held_out=position % 2 == 1)
+        for position, run in enumerate(finished_runs(path)):
+            half = ("fit", "held out")[position % 2] if path.stem == FITTED else "blind"
+            yield _row(run, half=half)
 
 
-def _row(run: dict[str, Any], *, is_held_out: bool) -> Row:
+def finished_runs(path: Path) -> list[Mapping[str, Any]]:
+    """Return the results of the runs that reached their end."""
+    results = parse_results(path.read_text(encoding="utf-8"), source=str(path))
+    return [result.content for result in results if result.state == FINISHED]
+
+
+def recorded_row(run: Mapping[str, Any]) -> Row:
+    """Return a run with the prediction that was recorded before it was made."""
+    predicted, fullest = run["predicted"], _fullest(run)
+    return Row(
+        case=run["case"],
+        half="blind",
+        values={key: (predicted[key], fullest[key]) for key in QUANTITIES if fullest[key]},
+        phases={
+            name: (size, fullest["phases"][name])
+            for name, size in predicted["phases"].items()
+            if fullest["phases"].get(name)
+        },
+    )
+
+
+def _fullest(run: Mapping[str, Any]) -> dict[str, Any]:
+    ranks: list[dict[str, Any]] = run["measured"]
+    return max(ranks, key=lambda rank: int(rank["peak_allocated_bytes"]))
+
+
+def _row(run: Mapping[str, Any], *, half: str) -> Row:
     recipe = parse_recipe(yaml.safe_dump(run["recipe"]), source=run["case"])
     model, _ = resolve_model(recipe.model.name_or_path)
     name = match_device_name(run["device_name"])
@@ -74,7 +110,7 @@ def _row(run: dict[str, Any], *, is_held_out: bool) -> Row:
     strategy = strategy_from_json(run["predicted"]["strategy"])
     memory = estimate_memory(workload, strategy, cluster)
     time = estimate_time(workload, strategy, cluster)
-    fullest = max(run["measured"], key=lambda rank: rank["peak_allocated_bytes"])
+    fullest = _fullest(run)
     guesses = {
         "peak_allocated_bytes": memory.peak_allocated_bytes,
         "peak_reserved_bytes": memory.peak_reserved_bytes,
@@ -83,7 +119,7 @@ def _row(run: dict[str, Any], *, is_held_out: bool) -> Row:
     }
     return Row(
         case=run["case"],
-        is_held_out=is_held_out,
+        half=half,
         values={key: (guess, fullest[key]) for key, guess in guesses.items() if fullest[key]},
         phases={
             phase.phase: (phase.allocated_bytes, fullest["phases"][phase.phase])
@@ -95,14 +131,16 @@ def _row(run: dict[str, Any], *, is_held_out: bool) -> Row:
 
 def summary_lines(rows: list[Row]) -> Iterator[str]:
     """Yield mean and worst absolute error of every quantity for each half of the runs."""
-    for title, chosen in (
-        ("fit", [row for row in rows if not row.is_held_out]),
-        ("held out", [row for row in rows if row.is_held_out]),
-        ("all", rows),
-    ):
+    halves = {half: [row for row in rows if row.half == half] for half in HALVES}
+    chosen_by_title = {half: chosen for half, chosen in halves.items() if chosen}
+    if len(chosen_by_title) != 1:
+        chosen_by_title["all"] = rows
+    for title, chosen in chosen_by_title.items():
         parts = []
         for quantity, name in QUANTITIES.items():
             errors = [abs(e) for row in chosen if (e := row.error(quantity)) is not None]
+            if not errors:
+                continue
             parts.append(f"{name}: mean {statistics.mean(errors):.1%}, worst {max(errors):.1%}")
         yield f"{title} ({len(chosen)} runs): " + "; ".join(parts)
 
@@ -122,8 +160,7 @@ def table_lines(rows: list[Row]) -> Iterator[str]:
             cells.append(
                 f"{predicted / scale:.{digits}f} / {measured / scale:.{digits}f} ({error:+.1%})"
             )
-        half = "held out" if row.is_held_out else "fit"
-        yield f"| {row.case} | {half} | {' | '.join(cells)} |"
+        yield f"| {row.case} | {row.half} | {' | '.join(cells)} |"
 
 
 def document_lines() -> Iterator[str]:
@@ -145,6 +182,10 @@ def document_lines() -> Iterator[str]:
         yield ""
         yield f"### {path.stem}"
         yield ""
+        if path.stem != FITTED:
+            yield from _recorded_lines(path)
+            yield "Predicted with the formulas of today:"
+            yield ""
         yield from (f"- {line}" for line in summary_lines(rows))
         yield ""
         yield from table_lines(rows)
@@ -174,6 +215,23 @@ def document_lines() -> Iterator[str]:
                 published = f"{anchor.published:.2f}"
                 error = f"{anchor.predicted / anchor.published - 1:+.1%}"
             yield f"| {anchor.name} | {anchor.predicted:.2f} | {published} | {error} |"
+
+
+def _recorded_lines(path: Path) -> Iterator[str]:
+    """Yield what was predicted before the runs, and which of them reached no end."""
+    rows = [recorded_row(run) for run in finished_runs(path)]
+    yield "Predicted before the runs:"
+    yield ""
+    yield from (f"- {line}" for line in summary_lines(rows))
+    results = parse_results(path.read_text(encoding="utf-8"), source=str(path))
+    for result in results:
+        if result.state != FINISHED:
+            fits = (result.content.get("predicted") or {}).get("fits")
+            expected = "that it does not fit" if fits is False else "that it fits"
+            yield f"- {result.case}: {result.state.replace('_', ' ')}; predicted was {expected}"
+    yield ""
+    yield from table_lines(rows)
+    yield ""
 
 
 def phase_lines(rows: list[Row]) -> Iterator[str]:
