@@ -31,6 +31,7 @@ _COMMANDS = {
     "trace": "launcher.commands.trace",
     "bench": "launcher.commands.bench",
     "doctor": "launcher.commands.doctor",
+    "hostfile": "launcher.commands.hostfile",
     "demo": "launcher.commands.train",
 }
 

@@ -26,9 +26,10 @@ def ssh_argv(host: str, argv: Sequence[str]) -> list[str]:
 
 def python_argv(module: str, args: Sequence[str]) -> list[str]:
     """Return the command that runs a module of zerofit with the same Python on another host."""
+    # Where our code is, and what steers NCCL and gloo; nothing here is secret.
+    passed = ("PYTHONPATH", "NCCL_", "GLOO_")
     env = ["PYTHONSAFEPATH=1", "OMP_NUM_THREADS=1"]
-    if "PYTHONPATH" in os.environ:
-        env.append(f"PYTHONPATH={os.environ['PYTHONPATH']}")
+    env += [f"{name}={value}" for name, value in os.environ.items() if name.startswith(passed)]
     return ["env", *env, sys.executable, "-m", module, *args]
 
 

@@ -1,0 +1,74 @@
+"""All nodes of a preflight side by side, and below the table what is wrong with which."""
+
+from __future__ import annotations
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from launcher.dispatch.preflight import Node, Preflight
+from launcher.units import format_bytes
+
+_COLUMNS = (
+    *("", "node", "GPUs", "GPU free", "driver, CUDA", "python", "torch", "deepspeed", "NCCL"),
+    *("memory", "shm", "disk", "clock"),
+)
+
+
+def render_preflight(made: Preflight) -> Group:
+    """Return the table for the terminal, with reasons and the measured rates below it."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in _COLUMNS:
+        table.add_column(title, overflow="fold")
+    for node in made.nodes:
+        table.add_row(*_cells(node))
+    lines = [Text()]
+    for node in made.nodes:
+        name = (f"{node.host.name}: ", "bold red")
+        lines += [Text.assemble(name, problem) for problem in node.problems]
+        if node.fix:
+            lines.append(Text(f"  fix: {node.fix}", style="italic"))
+    lines += [Text(line) for line in _rate_lines(made)]
+    num_good = len(made.good)
+    lines.append(Text(f"{num_good} of {len(made.nodes)} nodes are ready", style="bold"))
+    return Group(table, *lines)
+
+
+def _cells(node: Node) -> list[Text]:
+    state = Text("ok", style="green") if node.is_good else Text("fail", style="bold red")
+    cells = [state, Text(node.host.name)]
+    report = node.report
+    if report is None:
+        return [*cells, Text("no answer", style="red")]
+    gpus = f"{len(report.gpu_names)} x {report.gpu_names[0]}" if report.gpu_names else "none"
+    free = report.smallest_gpu_free_bytes
+    driver = f"{report.driver}, {report.cuda}" if report.driver else "none"
+    disk = report.disk_free_bytes
+    skew = "" if node.skew_seconds is None else f"{node.skew_seconds:+.1f} s"
+    names = ("python", "torch", "deepspeed", "nccl")
+    return [
+        *cells,
+        Text(gpus),
+        Text("" if free is None else format_bytes(free)),
+        Text(driver),
+        *(Text(report.versions.get(name) or "none") for name in names),
+        Text(format_bytes(report.memory_available_bytes)),
+        Text(format_bytes(report.shared_memory_free_bytes)),
+        Text("" if disk is None else format_bytes(disk)),
+        Text(skew),
+    ]
+
+
+def _rate_lines(made: Preflight) -> list[str]:
+    if made.rates_problem is not None:
+        return [made.rates_problem]
+    titles = (
+        ("gemm_tflop_per_s", "matrix product, slowest rank", "TFLOP/s"),
+        ("intra_node_all_reduce_gbit_per_s", "all-reduce inside a node", "Gbit/s"),
+        ("inter_node_all_reduce_gbit_per_s", "all-reduce between the nodes", "Gbit/s"),
+    )
+    return [
+        f"{title}: {rate:.3g} {unit}"
+        for key, title, unit in titles
+        if (rate := made.rates.get(key)) is not None
+    ]

@@ -1,0 +1,137 @@
+"""Measure matrix products on every rank and all-reduces between them: a program for one node.
+
+``python -m launcher.worker.fabric --ranks-per-node R --master-addr A --master-port P`` starts R
+ranks on this node; ``--node-rank`` and ``--num-nodes`` say which node it is, under srun Slurm
+does. The first rank prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+# Large enough for a link's full rate, small enough for a second over 1 Gb/s Ethernet.
+_BUFFER_BYTES = {"cuda": 2**28, "cpu": 2**24}
+_GEMM_SIZE = {"cuda": 8192, "cpu": 1024}
+_REPETITIONS = 5
+# Long enough to import torch on the slowest node, and over before the user wonders.
+_MEET_SECONDS = 20.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Start the ranks of this node and wait for them; or be one of them."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--ranks-per-node", type=int, required=True)
+    parser.add_argument("--master-addr", required=True)
+    parser.add_argument("--master-port", type=int, required=True)
+    parser.add_argument("--node-rank", type=int, default=int(os.environ.get("SLURM_NODEID", "0")))
+    parser.add_argument(
+        "--num-nodes", type=int, default=int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+    )
+    parser.add_argument("--local-rank", type=int)
+    options = parser.parse_args(arguments)
+    if options.local_rank is not None:
+        return _run_rank(options)
+    argv = [sys.executable, "-m", "launcher.worker.fabric", *(arguments or sys.argv[1:])]
+    argv += ["--node-rank", str(options.node_rank), "--num-nodes", str(options.num_nodes)]
+    ranks = [
+        subprocess.Popen([*argv, "--local-rank", str(local_rank)])
+        for local_rank in range(options.ranks_per_node)
+    ]
+    return max(abs(rank.wait()) for rank in ranks)
+
+
+def _run_rank(options: argparse.Namespace) -> int:
+    import torch
+    import torch.distributed as dist
+
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", options.local_rank) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    per_node, num_nodes = options.ranks_per_node, options.num_nodes
+    rank = options.node_rank * per_node + options.local_rank
+    dist.init_process_group(
+        "nccl" if has_gpu else "gloo",
+        init_method=f"tcp://{options.master_addr}:{options.master_port}",
+        rank=rank,
+        world_size=num_nodes * per_node,
+        timeout=datetime.timedelta(seconds=_MEET_SECONDS),
+    )
+    own_group = None
+    for node in range(num_nodes):
+        group = dist.new_group(list(range(node * per_node, (node + 1) * per_node)))
+        own_group = group if node == options.node_rank else own_group
+    gemm = torch.tensor([_gemm_flops_per_s(device)], device=device)
+    slowest = gemm.clone()
+    dist.all_reduce(slowest, op=dist.ReduceOp.MIN)
+    intra = _all_reduce_bits_per_s(device, own_group) if per_node > 1 else None
+    dist.barrier()
+    inter = _all_reduce_bits_per_s(device, None) if num_nodes > 1 else None
+    if rank == 0:
+        print(  # noqa: T201  read by the launcher
+            json.dumps(
+                {
+                    "gemm_tflop_per_s": float(slowest.item()) / 1e12,
+                    "intra_node_all_reduce_gbit_per_s": intra and intra / 1e9,
+                    "inter_node_all_reduce_gbit_per_s": inter and inter / 1e9,
+                }
+            ),
+            flush=True,
+        )
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def _gemm_flops_per_s(device: torch.device) -> float:
+    """Return the rate of square matrix products, in bf16 on a GPU and fp32 on a processor."""
+    import torch
+
+    size = _GEMM_SIZE[device.type]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    square = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = _best_seconds(lambda: square @ square, device)
+    return 2 * size**3 / seconds
+
+
+def _all_reduce_bits_per_s(device: torch.device, group: Any) -> float:
+    """Return the bus bandwidth of an all-reduce: what the slowest link carries one way.
+
+    Source: nccl-tests ``doc/PERFORMANCE.md``: size / time x 2 (n - 1) / n.
+    """
+    import torch
+    import torch.distributed as dist
+
+    num_bytes, num_ranks = _BUFFER_BYTES[device.type], dist.get_world_size(group)
+    buffer = torch.zeros(num_bytes // 4, device=device)
+    seconds = _best_seconds(lambda: dist.all_reduce(buffer, group=group), device)
+    return num_bytes * 8 / seconds * 2 * (num_ranks - 1) / num_ranks
+
+
+def _best_seconds(action: Any, device: torch.device) -> float:
+    """Return the shortest time of several, after a first one that is not counted."""
+    import torch
+
+    times = []
+    for _ in range(_REPETITIONS + 1):
+        started = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

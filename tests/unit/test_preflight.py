@@ -1,0 +1,139 @@
+"""What is said of nodes before a job, from their reports."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from launcher.dispatch.node_report import MISSING, NodeReport, hash_tree
+from launcher.dispatch.on_nodes import Answer
+from launcher.dispatch.preflight import Needs, Preflight, judge
+from launcher.errors import HostfileError
+from launcher.hostfile import Host
+from launcher.machine_file import hosts_of_node_list, parse_machine_file
+from launcher.units import GIB
+
+REPORT = NodeReport(
+    host="n",
+    clock_seconds=1000.0,
+    gpu_names=("NVIDIA H100 80GB HBM3",) * 8,
+    smallest_gpu_free_bytes=79 * GIB,
+    driver="550.54.15",
+    cuda="12.4",
+    versions={"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8", "nccl": "2.27.3"},
+    num_cores=96,
+    memory_available_bytes=1000 * GIB,
+    shared_memory_free_bytes=500 * GIB,
+    disk_free_bytes=900 * GIB,
+    hashes={"/data/train.jsonl": "0123456789abcdef"},
+    listener=None,
+    locked_memory_bytes=None,
+    open_files=65536,
+)
+NEEDS = Needs(disk_bytes=100 * GIB, host_memory_bytes=400 * GIB, gpus_per_node=8)
+
+
+def problems_of(changed: NodeReport, *, at_seconds: float = 1000.1, index: int = 2) -> list[str]:
+    """Return what is said of one node among five, the others being alike."""
+    hosts = [Host(name=f"n{number}", slots=8) for number in range(5)]
+    answers = [
+        Answer(
+            host=host.name,
+            value=asdict(changed if number == index else REPORT),
+            at_seconds=at_seconds if number == index else 1000.1,
+        )
+        for number, host in enumerate(hosts)
+    ]
+    nodes = judge(hosts, answers, NEEDS)
+    assert [node.is_good for node in nodes].count(False) <= 1
+    assert nodes[index - 1].is_good
+    return list(nodes[index].problems)
+
+
+def test_equal_nodes_are_good() -> None:
+    assert problems_of(REPORT) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"gpu_names": ("NVIDIA H100 80GB HBM3",) * 7}, "7 GPUs, 8 are needed"),
+        ({"gpu_names": ("NVIDIA A100-SXM4-80GB",) * 8}, "GPUs is NVIDIA A100"),
+        ({"driver": "535.1"}, "driver is 535.1, 550.54.15 on most nodes"),
+        ({"cuda": "12.2"}, "CUDA is 12.2, 12.4 on most nodes"),
+        ({"versions": {**REPORT.versions, "nccl": "2.20"}}, "nccl is 2.20, 2.27.3 on most"),
+        ({"versions": {**REPORT.versions, "torch": None}}, "torch is None, 2.13.0 on most"),
+        ({"memory_available_bytes": 300 * GIB}, "host memory: 300.00 GiB free, 400.00"),
+        ({"shared_memory_free_bytes": 64 * 2**20}, "/dev/shm: 64"),
+        ({"disk_free_bytes": 9 * GIB}, "disk of the run: 9.00 GiB free, 100.00"),
+        ({"hashes": {"/data/train.jsonl": MISSING}}, "/data/train.jsonl is not there"),
+        ({"hashes": {"/data/train.jsonl": "f" * 16}}, "has other content than on most nodes"),
+        ({"open_files": 256}, "ulimit -n is 256"),
+    ],
+)
+def test_a_node_that_differs_is_named_with_the_reason(
+    changes: dict[str, object], problem: str
+) -> None:
+    assert problem in "; ".join(problems_of(replace(REPORT, **changes)))  # type: ignore[arg-type]
+
+
+def test_a_clock_that_is_off_is_a_problem() -> None:
+    assert problems_of(REPORT, at_seconds=990.0) == ["its clock is +10.0 s off"]
+
+
+def test_the_port_matters_on_the_first_node_only() -> None:
+    taken = replace(REPORT, listener="port 20001 is taken by process 12 (python)")
+    assert problems_of(taken) == []
+    assert problems_of(taken, index=0) == ["port 20001 is taken by process 12 (python)"]
+
+
+def test_the_json_has_every_key_that_plan_measured_reads() -> None:
+    hosts = [Host(name="n1", slots=8)]
+    answer = Answer(host="n1", problem="it refuses ssh connections", fix="start sshd on n1")
+    made = Preflight(nodes=judge(hosts, [answer], Needs())).to_json()
+    assert made["schema"] == 1
+    for key in ("intra_node_all_reduce_gbit_per_s", "inter_node_all_reduce_gbit_per_s"):
+        assert made[key] is None
+    assert made["gemm_tflop_per_s"] is None
+    assert made["hosts"][0]["problems"] == ["it refuses ssh connections"]
+
+
+def test_a_large_file_s_hash_changes_with_its_size_and_its_blocks(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as stream:
+        stream.truncate(2**25)
+    before = hash_tree(tmp_path)
+    with file.open("r+b") as stream:
+        stream.write(b"x")
+    changed = hash_tree(tmp_path)
+    assert before != changed
+    with file.open("ab") as stream:
+        stream.write(b"\0")
+    assert hash_tree(tmp_path) != changed
+    assert hash_tree(tmp_path / "nothing") == MISSING
+
+
+def test_machine_files_of_open_mpi_and_mpich_are_read() -> None:
+    text = "# nodes\nnode1 slots=4 max_slots=8\nnode2:2\nnode3\nnode4\nnode4\n"
+    assert parse_machine_file(text, source="machines") == {
+        "node1": 4,
+        "node2": 2,
+        "node3": None,
+        "node4": 2,
+    }
+
+
+@pytest.mark.parametrize("line", ["node1 rest", "$(id)", "a;b", "node1:x", "-oX"])
+def test_a_machine_file_s_bad_line_is_named(line: str) -> None:
+    with pytest.raises(HostfileError, match="machines:2"):
+        parse_machine_file(f"node9\n{line}\n", source="machines")
+
+
+def test_slurm_s_node_lists_are_expanded() -> None:
+    names = hosts_of_node_list("node[01-03,07],gpu1,r[1-2]n[1-2]", where="here")
+    assert names == (
+        *("node01", "node02", "node03", "node07", "gpu1"),
+        *("r1n1", "r1n2", "r2n1", "r2n2"),
+    )
