@@ -59,11 +59,12 @@ _ENDING = (
     'while ((code > 128)) && kill -0 "$srun_pid" 2> /dev/null; do',
     '  code=0; wait "$srun_pid" || code=$?',
     "done",
+)
+_REQUEUE = (
     f"if [[ -e {REQUEUE_MARKER} && -z ${{{IN_ALLOCATION_VARIABLE}:-}} ]]; then",
     '  echo "saved; asking Slurm to start job $SLURM_JOB_ID again"',
     '  scontrol requeue "$SLURM_JOB_ID"',
     "fi",
-    'exit "$code"',
 )
 
 
@@ -192,7 +193,8 @@ def _body(job: SlurmJob) -> list[str]:
             f"    {tokenise} > /dev/null",
             "",
         ]
-    return [*lines, *_SIGNAL, "", *_ranks(job), *_ENDING]
+    requeue = _REQUEUE if job.settings.requeue is not False else ()
+    return [*lines, *_SIGNAL, "", *_ranks(job), *_ENDING, *requeue, 'exit "$code"']
 
 
 def _environment(job: SlurmJob) -> list[str]:

@@ -11,6 +11,19 @@ from collections.abc import Callable
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+_STOP_REQUESTED = threading.Event()  # of the whole process, as signals are
+
+
+def listen_for_stop() -> None:
+    """Remember SIGUSR1 in place of dying of it; call it before the slow imports."""
+    signal.signal(signal.SIGUSR1, lambda _number, _frame: _STOP_REQUESTED.set())
+
+
+def stop_was_requested() -> bool:
+    """Return whether SIGUSR1 has come: save what there is and end soon."""
+    return _STOP_REQUESTED.is_set()
+
+
 def exit_on_signal(last_act: Callable[[], None]) -> None:
     """End the process on a signal, after ``last_act``, with status 128 + the signal's number.
 

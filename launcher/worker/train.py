@@ -28,6 +28,7 @@ from launcher.planning.plan import strategy_from_json
 from launcher.recipe import parse_recipe
 from launcher.recipe_sections import Recipe
 from launcher.strategy import Attention, Method, Precision, Strategy
+from launcher.worker.interruption import exit_on_signal, listen_for_stop
 from launcher.worker.program import quiet_libraries
 from launcher.worker.ranks import (
     Ranks,
@@ -146,12 +147,14 @@ def _train(  # noqa: PLR0917
     from launcher.worker.progress import Progress
     from launcher.worker.resume import RemoveConverted
     from launcher.worker.sample import Sample
+    from launcher.worker.stop_request import StopOnRequest, leave_for_restart
     from launcher.worker.trainer import StepClock, without_built_in_progress
 
     progress = Progress(recorder, folder=inputs.folder, world_size=ranks.world_size)
     sample = Sample(trainer, recorder, summary, folder=inputs.folder)
     without_built_in_progress(trainer)
-    for callback in (sample, StepClock(recorder)):
+    stop = StopOnRequest(trainer.args.device)
+    for callback in (sample, StepClock(recorder), stop):
         trainer.add_callback(callback)
     # First, because it adds to the numbers that trackers write down.
     trainer.callback_handler.callbacks.insert(0, progress)
@@ -160,6 +163,10 @@ def _train(  # noqa: PLR0917
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resumption.path) if resumption else None)
     train_seconds = time.perf_counter() - started
+    if stop.stopped_at is not None:
+        recorder.interrupt()
+        leave_for_restart(inputs.folder, step=stop.stopped_at, rank=ranks.rank)
+        return
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     answer_after = sample.answer()
@@ -289,6 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
     options = parser.parse_args(arguments)
+    listen_for_stop()
     ranks = ranks_from_environment(os.environ)
     prepare_environment(ranks)
     # Rank 0 speaks, other ranks only on error.
@@ -302,7 +310,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Read when the training stack is imported, below: nothing there asks the hub then.
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
         device = choose_device(ranks, inputs.precision)
-        from launcher.worker.interruption import exit_on_signal
         from launcher.worker.peak_memory import PeakRecorder
 
         recorder = PeakRecorder(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,28 @@ def test_a_script_of_one_s_own_trains_on_the_nodes_that_it_has(
     assert json.loads((run_dir / rd.JOB).read_text())["backend"] == "allocation"
     assert "step 3/3" in log.read_text()
     assert cluster.leftovers(within=8) == {}
+
+
+@pytest.mark.slow
+def test_a_run_whose_time_is_nearly_up_saves_and_goes_on_where_it_was(
+    runs: SlurmRuns, cluster: VirtualCluster
+) -> None:
+    """What recovery needs of Slurm: USR1, a checkpoint, another start, the same steps."""
+    overrides = ["cluster.num_nodes=2", "cluster.gpus_per_node=1", "optim.max_steps=400"]
+    done = runs.zerofit("submit", "recipe.yaml", *overrides, "--output-dir", "late")
+    assert done.returncode == 0, done.stderr
+    run_dir = runs.folder / "late"
+    job_id = runs.job_id(run_dir)
+    log = run_dir / rd.LAUNCHER_LOG
+    runs.until(lambda: "step 5/400" in log.read_text(), seconds=120)
+    cluster.run("head", ["scancel", "--signal=USR1", "--batch", job_id], check=True)
+    runs.until(lambda: "DUE TO JOB REQUEUE" in log.read_text(), seconds=60)
+    assert "the time limit is near: saved after step" in log.read_text()
+    time.sleep(2)  # sooner, the nodes still refuse it
+    release = ["scontrol", "update", f"JobId={job_id}", "StartTime=now"]
+    cluster.run("head", release, check=True)
+    runs.until(lambda: rd.read_status(run_dir).state == "finished", seconds=180)
+    entries = [json.loads(line) for line in (run_dir / rd.TRAINER_LOG).read_text().splitlines()]
+    steps = [entry["step"] for entry in entries if "loss" in entry]
+    assert steps == list(range(1, 401))
+    assert log.read_text().count("step 1/400") == 1
