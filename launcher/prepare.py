@@ -11,14 +11,16 @@ from typing import Any
 from launcher.allocation import current_allocation
 from launcher.config_facts import is_unknown
 from launcher.data_cache import DataSummary, cache_dir, find_prepared
-from launcher.epoch import longest_tokens
+from launcher.epoch import longest_tokens, training_of
 from launcher.errors import RecipeError, SetupError
 from launcher.hardware import ClusterSpec, GpuSpec, default_cluster, find_gpu, gpu_names
 from launcher.hostfile import equal_slots
+from launcher.measured_rates import rates_from_json, with_measured_rates
 from launcher.model_source import find_config
 from launcher.model_spec import spec_from_config
 from launcher.planning.plan import Plan
 from launcher.planning.planner import can_fit, make_plan
+from launcher.predict.step_time import run_estimate, speedup_over_one_node
 from launcher.recipe import parse_recipe
 from launcher.recipe_paths import with_absolute_paths
 from launcher.recipe_sections import ClusterSection, Recipe, StrategySection
@@ -111,7 +113,26 @@ def prepare(recipe: Recipe, *, source: str) -> Prepared:
         changes = suggest_changes(plan, recipe.strategy, larger, fits)
         plan = replace(plan, suggestions=tuple(changes))
     summary = found[1] if found else None
-    return Prepared(recipe=recipe, plan=plan, model_config=model_config, data=summary)
+    return Prepared(
+        recipe=recipe,
+        plan=_with_run(plan, recipe, summary),
+        model_config=model_config,
+        data=summary,
+    )
+
+
+def _with_run(plan: Plan, recipe: Recipe, summary: DataSummary | None) -> Plan:
+    """Add the whole run's time and cost where its steps are known, and what the nodes bring."""
+    price, num_steps = recipe.cluster.price_per_gpu_hour, recipe.optim.max_steps
+    seconds = None if num_steps is None else num_steps * plan.time.step_seconds
+    if summary is not None:
+        training = training_of(summary, plan, recipe.optim)
+        num_steps, seconds = training.num_steps, training.seconds
+    run = None
+    if num_steps is not None and seconds is not None:
+        run = run_estimate(num_steps, seconds, plan.cluster, price_per_gpu_hour=price)
+    speedup = speedup_over_one_node(plan.workload, plan.strategy, plan.cluster)
+    return replace(plan, run=run, price_per_gpu_hour=price, speedup_over_one_node=speedup)
 
 
 def resolve_cluster(section: ClusterSection) -> ClusterSpec:
@@ -149,6 +170,9 @@ def resolve_cluster(section: ClusterSection) -> ClusterSpec:
         )
     if section.host_memory_gib is not None:
         cluster = replace(cluster, host_memory_bytes=int(section.host_memory_gib * GIB))
+    if section.measured is not None:
+        rates = rates_from_json(read_text(Path(section.measured)), source=section.measured)
+        cluster = with_measured_rates(cluster, rates)
     if section.inter_node_gbit_per_s is not None:
         cluster = replace(cluster, inter_node_bytes_per_s=section.inter_node_gbit_per_s * 1e9 / 8)
     return cluster

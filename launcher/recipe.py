@@ -267,6 +267,7 @@ def _impossible_values(recipe: Recipe) -> Iterable[str]:
         "cluster.gpus_per_node": recipe.cluster.gpus_per_node,
         "cluster.host_memory_gib": recipe.cluster.host_memory_gib,
         "cluster.inter_node_gbit_per_s": recipe.cluster.inter_node_gbit_per_s,
+        "cluster.price_per_gpu_hour": recipe.cluster.price_per_gpu_hour,
         "slurm.cpus_per_task": recipe.slurm.cpus_per_task,
         "slurm.signal_seconds": recipe.slurm.signal_seconds,
         "strategy.micro_batch_size_per_gpu": recipe.strategy.micro_batch_size_per_gpu,

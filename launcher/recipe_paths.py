@@ -43,7 +43,10 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         sources=tuple(replace(item, path=_absolute(item.path)) for item in data.sources),
         chat_template=template,
     )
-    return replace(recipe, model=replace(recipe.model, name_or_path=source), data=data)
+    measured = recipe.cluster.measured
+    cluster = replace(recipe.cluster, measured=measured and str(Path(measured).resolve()))
+    model = replace(recipe.model, name_or_path=source)
+    return replace(recipe, model=model, data=data, cluster=cluster)
 
 
 def check_names_data(recipe: Recipe) -> None:

@@ -127,6 +127,10 @@ class ClusterSection:
     gpus_per_node: int | None = None
     host_memory_gib: float | None = None
     inter_node_gbit_per_s: float | None = None
+    measured: str | None = None
+    """A file with the rates that ``zerofit doctor --json`` measured between the nodes."""
+    price_per_gpu_hour: float | None = None
+    """In any currency; a plan then says what the run costs."""
     hostfile: str | None = None
     include: str | None = None
     """Hosts of the hostfile to use, as DeepSpeed writes them: ``node1@node[3-4]:0,2``."""

@@ -25,6 +25,11 @@ _FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "cluster.gpu": ("--gpu", {"help": "V100-32GB, A100-80GB, H100 …; default: this machine's."}),
     "cluster.num_nodes": ("--nodes", {"metavar": "N", "help": "Nodes."}),
     "cluster.gpus_per_node": ("--gpus-per-node", {"metavar": "N", "help": "GPUs on each."}),
+    "cluster.measured": (
+        "--measured",
+        {"metavar": "FILE", "help": "Rates of the cluster, as zerofit doctor --json measured."},
+    ),
+    "cluster.price_per_gpu_hour": ("--price", {"metavar": "X", "help": "Of a GPU for an hour."}),
 }
 
 existing_or_new = click.Path(path_type=Path)

@@ -10,7 +10,7 @@ from typing import Any
 from launcher.errors import RunDirError
 from launcher.hardware import ClusterSpec
 from launcher.predict.memory import MemoryEstimate
-from launcher.predict.step_time import TimeEstimate
+from launcher.predict.step_time import RunEstimate, TimeEstimate
 from launcher.strategy import (
     Attention,
     Checkpointing,
@@ -75,6 +75,11 @@ class Plan:
     """Progressively more frugal strategies to fall back to, the plan itself left out."""
     suggestions: tuple[str, ...] = ()
     """When nothing fits: the smallest changes that would."""
+    run: RunEstimate | None = None
+    """The whole run; ``None`` while the number of its steps is not known."""
+    price_per_gpu_hour: float | None = None
+    speedup_over_one_node: float = 1.0
+    """At equal global batch; below 1 the network costs more than the other nodes bring."""
 
     @property
     def headroom_bytes(self) -> int:
@@ -123,6 +128,9 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
             for item in plan.ladder
         ],
         "suggestions": list(plan.suggestions),
+        "run": None if plan.run is None else asdict(plan.run),
+        "price_per_gpu_hour": plan.price_per_gpu_hour,
+        "speedup_over_one_node": plan.speedup_over_one_node,
     }
 
 

@@ -147,6 +147,33 @@ def _total_lines(plan: Plan) -> Iterator[tuple[str, str]]:
         speed += f"; {time.mfu:.0%} of the GPUs' peak is useful work (MFU)"
     yield "speed", speed
     yield "bound by", time.bound_by
+    yield "run", _run_words(plan)
+    if cluster.num_nodes > 1:
+        yield "nodes", _nodes_words(cluster.num_nodes, plan.speedup_over_one_node)
+
+
+def _run_words(plan: Plan) -> str:
+    """Return the whole run's time and cost; a million tokens' while its length is unknown."""
+    run, price = plan.run, plan.price_per_gpu_hour
+    if run is not None:
+        cost = "" if run.cost is None else f", which cost {run.cost:,.2f}"
+        took = format_seconds(run.seconds)
+        return f"{run.num_steps:,} steps in {took}, {run.gpu_hours:,.2f} GPU-hours{cost}"
+    gpu_hours = 1e6 / plan.time.tokens_per_second_per_gpu / 3600
+    cost = "" if price is None else f", which cost {gpu_hours * price:,.2f}"
+    return (
+        f"{gpu_hours:,.3f} GPU-hours for a million tokens{cost}; for the whole run tokenise the "
+        "data first, or set optim.max_steps"
+    )
+
+
+def _nodes_words(num_nodes: int, speedup: float) -> str:
+    if speedup < 1:
+        return (
+            f"{num_nodes:,} nodes take {1 / speedup:.1f} times as long as one would: the network "
+            "costs more than their GPUs bring"
+        )
+    return f"{num_nodes:,} nodes are {speedup:.1f} times as fast as one"
 
 
 def _bullets(lines: tuple[str, ...]) -> RenderableType:

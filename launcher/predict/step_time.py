@@ -35,7 +35,7 @@ class TimeEstimate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EpochEstimate:
+class RunEstimate:
     """Time and cost of a whole run."""
 
     num_steps: int
@@ -132,30 +132,24 @@ def estimate_time(
     )
 
 
-def estimate_epochs(
-    time: TimeEstimate,
+def run_estimate(
+    num_steps: int,
+    seconds: float,
     cluster: ClusterSpec,
     *,
-    num_samples: int,
-    global_batch_size: int,
-    num_epochs: float = 1.0,
     price_per_gpu_hour: float | None = None,
-) -> EpochEstimate:
-    """Predict a whole run from its step time.
+) -> RunEstimate:
+    """Return what a run takes of a cluster; start, evaluation and saving come on top.
 
     Args:
-        time: of one step.
+        num_steps: optimizer steps.
+        seconds: of all of them.
         cluster: gives the number of GPUs paid for.
-        num_samples: training samples (packed sequences, when packing).
-        global_batch_size: samples of one step, all GPUs.
-        num_epochs: passes over the samples.
         price_per_gpu_hour: in any currency; the cost comes back in the same.
     """
-    num_steps = max(1, math.ceil(num_samples * num_epochs / global_batch_size))
-    seconds = num_steps * time.step_seconds
     gpu_hours = seconds * cluster.world_size / 3600
     cost = None if price_per_gpu_hour is None else gpu_hours * price_per_gpu_hour
-    return EpochEstimate(num_steps=num_steps, seconds=seconds, gpu_hours=gpu_hours, cost=cost)
+    return RunEstimate(num_steps=num_steps, seconds=seconds, gpu_hours=gpu_hours, cost=cost)
 
 
 def speedup_over_one_node(

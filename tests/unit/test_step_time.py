@@ -11,7 +11,7 @@ from launcher.hardware import ClusterSpec, cpu_spec, default_cluster, find_gpu
 from launcher.model_source import load_catalogue_entry
 from launcher.model_spec import ModelSpec, spec_from_config
 from launcher.predict.compute_cost import micro_step_work
-from launcher.predict.step_time import estimate_epochs, estimate_time, speedup_over_one_node
+from launcher.predict.step_time import estimate_time, run_estimate, speedup_over_one_node
 from launcher.predict.time_calibration import KernelEfficiency, TimeCalibration
 from launcher.strategy import (
     Attention,
@@ -556,19 +556,9 @@ def test_calibration_can_be_replaced_by_gpu_name() -> None:
     assert slower.components["matmul"] > 1.9 * base.components["matmul"]
 
 
-def test_epochs_are_counted_in_whole_steps_with_hours_and_cost() -> None:
+def test_a_run_has_hours_of_all_gpus_and_a_cost_where_there_is_a_price() -> None:
     cluster = default_cluster(find_gpu("H100"), num_nodes=2)
-    time = estimate_time(job("llama2-7b", Method.lora, 2048), Strategy(zero_stage=2), cluster)
-    run = estimate_epochs(
-        time,
-        cluster,
-        num_samples=1001,
-        global_batch_size=16,
-        num_epochs=2,
-        price_per_gpu_hour=3.0,
-    )
-    assert run.num_steps == 126  # 2002 / 16, rounded up
-    assert run.gpu_hours == pytest.approx(126 * time.step_seconds * 16 / 3600)
-    assert run.cost == pytest.approx(3 * run.gpu_hours)
-    free = estimate_epochs(time, cluster, num_samples=1, global_batch_size=16)
-    assert (free.num_steps, free.cost) == (1, None)
+    run = run_estimate(126, 450.0, cluster, price_per_gpu_hour=3.0)
+    assert run.gpu_hours == pytest.approx(2.0)  # 16 GPUs for an eighth of an hour
+    assert run.cost == pytest.approx(6.0)
+    assert run_estimate(1, 1.0, cluster).cost is None

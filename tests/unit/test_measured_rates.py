@@ -1,0 +1,111 @@
+"""Rates that were measured on a cluster, and what a plan makes of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from planning_inputs import cluster, workload
+
+from launcher.errors import HardwareError
+from launcher.measured_rates import rates_from_json, with_measured_rates
+from launcher.planning.planner import make_plan
+from launcher.predict.step_time import speedup_over_one_node
+from launcher.prepare import prepare
+from launcher.recipe import parse_recipe
+from launcher.strategy import Method
+
+TEN_GIGABIT = {
+    "schema": 1,
+    "intra_node_all_reduce_gbit_per_s": 2900,
+    "inter_node_all_reduce_gbit_per_s": 9.4,
+    "gemm_tflop_per_s": None,
+    "hosts": [],
+}
+
+
+def test_gigabits_become_bytes_and_null_changes_nothing() -> None:
+    usual = cluster("H100-80GB", nodes=2)
+    rates = rates_from_json(json.dumps(TEN_GIGABIT), source="x.json")
+    measured = with_measured_rates(usual, rates)
+    assert measured.inter_node_bytes_per_s == pytest.approx(1.175e9)
+    assert measured.gpu.peer_link_bytes_per_s == pytest.approx(362.5e9)
+    assert measured.gpu.matmul_flops_per_s == usual.gpu.matmul_flops_per_s
+
+
+def test_a_slower_processor_is_planned_slower() -> None:
+    # 0.8 of the peak is what a large product reaches: half of that is half of the peak.
+    usual = cluster("H100-80GB")
+    half = {**TEN_GIGABIT, "gemm_tflop_per_s": usual.gpu.matmul_flops_per_s * 0.4 / 1e12}
+    measured = with_measured_rates(usual, rates_from_json(json.dumps(half), source="x.json"))
+    assert measured.gpu.matmul_flops_per_s == pytest.approx(usual.gpu.matmul_flops_per_s / 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("no json", "not JSON"),
+        ("[]", "schema is None"),
+        ('{"schema": 2}', "schema is 2"),
+        ('{"schema": 1, "gemm_tflop_per_s": "fast"}', "gemm_tflop_per_s is 'fast'"),
+        ('{"schema": 1, "gemm_tflop_per_s": 0}', "above 0"),
+        ('{"schema": 1, "inter_node_all_reduce_gbit_per_s": true}', "above 0"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(HardwareError, match=problem):
+        rates_from_json(text, source="x.json")
+
+
+def test_ten_gigabit_ethernet_changes_the_chosen_stage() -> None:
+    usual = cluster("H100-80GB", nodes=2)
+    rates = rates_from_json(json.dumps(TEN_GIGABIT), source="x.json")
+    job = workload("llama2-13b", place=usual, tokens=4096, batch=256)
+    fast = make_plan(job, usual).strategy
+    slow = make_plan(job, with_measured_rates(usual, rates)).strategy
+    # ZeRO-2 reduces gradients on every micro-step, ZeRO-1 once (ZeRO, arXiv:1910.02054, 7.2).
+    assert (fast.zero_stage, slow.zero_stage) == (2, 1)
+
+
+def test_a_slow_network_makes_two_nodes_slower_than_one() -> None:
+    usual = cluster("H100-80GB", nodes=2)
+    rates = rates_from_json(json.dumps(TEN_GIGABIT), source="x.json")
+    slow = with_measured_rates(usual, rates)
+    job = workload("llama2-7b", place=usual, method=Method.full, batch=256)
+    strategy = replace(make_plan(job, usual).strategy)
+    assert speedup_over_one_node(job, strategy, usual) > 1.5
+    assert speedup_over_one_node(job, strategy, slow) < 1
+
+
+def test_a_recipe_with_rates_and_a_price_says_what_its_steps_cost(tmp_path: Path) -> None:
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps(TEN_GIGABIT), encoding="utf-8")
+    recipe = parse_recipe(
+        "model: {name_or_path: llama2-7b}",
+        source="x",
+        overrides=[
+            "cluster.gpu=H100-80GB",
+            "cluster.gpus_per_node=8",
+            f"cluster.measured={path}",
+            "cluster.price_per_gpu_hour=2.5",
+            "optim.max_steps=100",
+        ],
+    )
+    plan = prepare(recipe, source="x").plan
+    assert plan.cluster.inter_node_bytes_per_s == pytest.approx(1.175e9)
+    assert plan.run is not None
+    assert plan.run.seconds == pytest.approx(100 * plan.time.step_seconds)
+    assert plan.run.cost == pytest.approx(100 * plan.time.step_seconds * 8 / 3600 * 2.5)
+
+
+def test_without_steps_the_run_is_unknown_and_the_price_is_kept() -> None:
+    recipe = parse_recipe(
+        "model: {name_or_path: llama2-7b}",
+        source="x",
+        overrides=["cluster.gpu=H100-80GB", "cluster.price_per_gpu_hour=2.5"],
+    )
+    plan = prepare(recipe, source="x").plan
+    assert plan.run is None
+    assert plan.price_per_gpu_hour == 2.5
