@@ -25,9 +25,10 @@ from safetensors import SafetensorError
 from launcher import __version__, run_dir
 from launcher.errors import LauncherError, RunDirError
 from launcher.recipe import parse_recipe
-from launcher.recipe_sections import Recipe
+from launcher.recipe_sections import DataSection, Recipe
 from launcher.strategy import Method
 from launcher.units import MIB
+from launcher.worker.data_sources import training_sources
 from launcher.worker.export_checks import (
     ExportError,
     TensorReport,
@@ -194,8 +195,6 @@ def _describe(
     if (directory / run_dir.ENVIRONMENT).is_file():
         environment = run_dir.read_json(directory / run_dir.ENVIRONMENT)
         versions = {"python": environment.get("python"), **environment.get("packages", {})}
-    data = recipe.data.path
-    data_is_there = data is not None and Path(data).is_file()
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "model" if recipe.method is Method.full else "adapter",
@@ -206,10 +205,7 @@ def _describe(
         "tensors": {**asdict(tensors), "dtypes": list(tensors.dtypes)},
         "logits": asdict(difference) if difference else None,
         "checks": [asdict(check) for check in _checks(tensors, difference)],
-        "data": {
-            "path": data,
-            "sha256": _sha256(Path(data)) if data and data_is_there else None,
-        },
+        "data": _data(recipe.data),
         "versions": versions,
         "exported_with": {
             "zerofit": __version__,
@@ -252,6 +248,18 @@ def _checks(tensors: TensorReport, difference: LogitsDifference | None) -> Itera
             name="merged model: same logits as base plus adapter",
             result=f"relative difference {difference.merged_from_adapter:.2g}",
         )
+
+
+def _data(section: DataSection) -> dict[str, str | None]:
+    """Return the training data's name and hash: of several files, a hash of their hashes."""
+    paths = [source.path for _, source in training_sources(section)]
+    hashes = [_sha256(Path(path)) for path in paths if Path(path).is_file()]
+    sha256 = None
+    if len(hashes) == len(paths) == 1:
+        (sha256,) = hashes
+    elif len(hashes) == len(paths) > 1:
+        sha256 = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return {"path": ", ".join(paths) or None, "sha256": sha256}
 
 
 def _sha256(path: Path) -> str:

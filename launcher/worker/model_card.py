@@ -82,8 +82,9 @@ def _usage(base: str, *, is_adapter: bool) -> str:
 def _data_line(data: Mapping[str, Any]) -> str:
     if data["path"] is None:
         return "Made-up tokens: a benchmark, not a training on data."
+    names = ", ".join(Path(path).name for path in data["path"].split(", "))
     if data["sha256"] is None:
         return (
-            f"`{Path(data['path']).name}`; it was not there any more when the model was exported."
+            f"`{names}`; not hashed: no file, or not there any more, when the model was exported."
         )
-    return f"`{Path(data['path']).name}`, SHA-256 `{data['sha256']}` when the model was exported."
+    return f"`{names}`, SHA-256 `{data['sha256']}` when the model was exported."

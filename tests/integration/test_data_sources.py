@@ -327,3 +327,20 @@ def test_data_that_cannot_be_used_ends_prepare_with_2(tmp_path: Path, model: Pat
     assert (done.returncode, done.stdout) == (2, "")
     assert "train.jsonl line 2: this record is prompt_completion" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_export_names_every_source_and_hashes_them_together(tmp_path: Path) -> None:
+    from hashlib import sha256
+
+    from launcher.worker.export import _data
+    from launcher.worker.model_card import _data_line
+
+    one, other = texts(tmp_path / "a.jsonl", "a"), texts(tmp_path / "b.jsonl", "b")
+    data = recipe_of(tmp_path, f"{{sources: [{{path: {one}}}, {{path: {other}}}]}}").data
+    both = "".join(sha256(path.read_bytes()).hexdigest() for path in (one, other))
+    expected = sha256(both.encode()).hexdigest()
+    assert _data(data) == {"path": f"{one}, {other}", "sha256": expected}
+    assert _data_line(_data(data)).startswith("`a.jsonl, b.jsonl`, SHA-256 ")
+    one.unlink()
+    assert _data(data)["sha256"] is None
+    assert _data(recipe_of(tmp_path, "{}").data) == {"path": None, "sha256": None}
