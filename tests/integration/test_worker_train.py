@@ -76,6 +76,16 @@ def test_every_rank_writes_every_phase(
         assert peak.tokens_per_step > 0
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_evaluation_needs_less_than_training(
+    chat_run: Callable[[ZeroStage], Outcome], stage: ZeroStage
+) -> None:
+    # The same micro-batch and the same loss without a gradient; the sample answers count as well.
+    for peak in chat_run(stage).peaks:
+        training = max(peak.phases[name].peak_allocated_bytes for name in ("loss", "backward"))
+        assert 0 < peak.phases["eval"].peak_allocated_bytes < training
+
+
 def test_partitioned_parameters_need_less_while_loading(
     chat_run: Callable[[ZeroStage], Outcome],
 ) -> None:
