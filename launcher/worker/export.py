@@ -1,6 +1,6 @@
 """Export what a run trained as an ordinary Hugging Face folder, after verifying it.
 
-Run it as ``python -m launcher.worker.export --run-dir DIR --out OUT [--merge]``. Nothing
+Run it as ``python -m launcher.worker.export --run-dir DIR --out OUT [--kind KIND]``. Nothing
 appears at OUT unless every check passed; the checks run on the CPU.
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError
 
@@ -49,6 +49,8 @@ from launcher.worker.unreadable import unreadable
 # Not __name__, which is "__main__" when this module is run.
 logger = logging.getLogger("launcher.worker.export")
 
+Kind = Literal["adapter", "merged", "full"]
+
 SCHEMA_VERSION = 1
 FINAL = f"{run_dir.CHECKPOINTS}/final"
 EXPORT_JSON = "export.json"
@@ -65,13 +67,15 @@ class Check:
     result: str
 
 
-def export_run(directory: Path, out: Path, *, merge: bool = False) -> dict[str, Any]:
+def export_run(directory: Path, out: Path, *, kind: Kind | None = None) -> dict[str, Any]:
     """Verify what the run trained, write it to ``out``, and return the content of export.json.
 
     Args:
         directory: a run directory whose training finished.
         out: must not exist; appears by one rename when all is done.
-        merge: also write ``out/merged``, the base model with the adapter merged into it.
+        kind: ``adapter``; ``merged`` for ``out/merged`` besides, the base model with the adapter
+            merged into it; ``full`` for a model that was trained as a whole. ``None`` is what
+            was trained.
 
     Raises:
         RunDirError: no finished checkpoint, ``out`` exists, or it cannot be written.
@@ -84,7 +88,9 @@ def export_run(directory: Path, out: Path, *, merge: bool = False) -> dict[str, 
         run_dir.read_text(directory / run_dir.RECIPE), source=str(directory / run_dir.RECIPE)
     )
     checkpoint = directory / FINAL
-    _check_arguments(recipe, checkpoint, out, merge=merge)
+    kind = kind or ("full" if recipe.method is Method.full else "adapter")
+    merge = kind == "merged"
+    _check_arguments(recipe, checkpoint, out, kind=kind)
     model = meta_model(
         _base_config(recipe, directory), trust_remote_code=recipe.model.trust_remote_code
     )
@@ -112,7 +118,7 @@ def export_run(directory: Path, out: Path, *, merge: bool = False) -> dict[str, 
     return export
 
 
-def _check_arguments(recipe: Recipe, checkpoint: Path, out: Path, *, merge: bool) -> None:
+def _check_arguments(recipe: Recipe, checkpoint: Path, out: Path, *, kind: Kind) -> None:
     if out.exists():
         raise RunDirError(
             "the export folder exists already",
@@ -126,17 +132,23 @@ def _check_arguments(recipe: Recipe, checkpoint: Path, out: Path, *, merge: bool
             where=str(checkpoint),
             fix="let the run finish first; `zerofit report` says how it ended",
         )
-    if merge and recipe.method is Method.full:
+    if kind != "full" and recipe.method is Method.full:
         raise RunDirError(
-            "a full fine-tune has no adapter to merge",
-            where="--merge",
-            fix="leave --merge out: the export is the whole model",
+            "a full fine-tune has no adapter: the whole model was trained",
+            where=f"--kind {kind}",
+            fix="use --kind full",
         )
-    if merge and recipe.model.random_weights:
+    if kind == "full" and recipe.method is not Method.full:
+        raise RunDirError(
+            f"{recipe.method.value} trained an adapter, not the whole model",
+            where="--kind full",
+            fix="use --kind merged for the whole model with the adapter in it",
+        )
+    if kind == "merged" and recipe.model.random_weights:
         raise RunDirError(
             "the base model's weights were random and are gone, so nothing can be merged",
-            where="--merge",
-            fix="leave --merge out",
+            where="--kind merged",
+            fix="use --kind adapter",
         )
     if not any(checkpoint.glob("tokenizer*")):
         raise ExportError(
@@ -280,13 +292,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launcher.worker.export")
     parser.add_argument("--run-dir", type=Path, required=True, help="run directory to export from")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the model")
-    parser.add_argument("--merge", action="store_true", help="also write the merged model")
+    parser.add_argument(
+        "--kind", choices=get_args(Kind), default=None, help="left out: what was trained"
+    )
     options = parser.parse_args(arguments)
     begin_program()
     try:
         # DeepSpeed, which transformers imports where it is installed, logs to stdout.
         with contextlib.redirect_stdout(sys.stderr):
-            export = export_run(options.run_dir, options.out, merge=options.merge)
+            export = export_run(options.run_dir, options.out, kind=options.kind)
     except LauncherError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code

@@ -131,7 +131,7 @@ def _judge(difference: LogitsDifference, *, where: str) -> None:
             f"the merged model's logits differ from the adapter's by {merged:.2g} "
             f"(relative; {allowed:.2g} allowed)",
             where=where,
-            fix="export without --merge, and serve the adapter beside its base model",
+            fix="use --kind adapter, and serve the adapter beside its base model",
         )
 
 

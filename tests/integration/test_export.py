@@ -150,7 +150,7 @@ def test_the_merged_model_is_an_ordinary_folder_that_computes_the_same(
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "out"
-    export = export_run(lora_run, out, merge=True)
+    export = export_run(lora_run, out, kind="merged")
     # fp32 throughout: only the order of additions differs.
     assert export["logits"]["merged_from_adapter"] < 1e-5
     merged = AutoModelForCausalLM.from_pretrained(out / "merged")
@@ -297,9 +297,14 @@ def test_a_folder_that_is_no_run_directory_is_bad_input(tmp_path: Path) -> None:
     assert caught.value.exit_code == 2
 
 
+def test_an_adapter_is_not_a_full_model(lora_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match="--kind merged"):
+        export_run(lora_run, tmp_path / "out", kind="full")
+
+
 def test_a_full_model_cannot_be_merged(full_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunDirError, match="no adapter to merge"):
-        export_run(full_run, tmp_path / "out", merge=True)
+    with pytest.raises(RunDirError, match="has no adapter"):
+        export_run(full_run, tmp_path / "out", kind="merged")
 
 
 def test_a_checkpoint_without_tokenizer_is_an_error(lora_run: Path, tmp_path: Path) -> None:

@@ -193,3 +193,40 @@ def test_the_targets_of_a_recipe_are_the_modules_that_carry_adapters(train: Trai
     )
     assert sorted(settings["target_modules"]) == ["k_proj", "o_proj", "q_proj", "v_proj"]
     assert (settings["use_rslora"], settings["lora_dropout"]) == (True, 0.1)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("stage", ["zero-1", "zero-2", "zero-3", "zero-3 both offloads"])
+def test_a_full_fine_tune_is_exported_whole_from_every_stage(
+    train: Train, tmp_path: Path, stage: str
+) -> None:
+    from safetensors.torch import load_file
+
+    from launcher.worker.export import export_run
+
+    export = export_run(train("full", **STAGES[stage]).folder, tmp_path / "out", kind="full")
+    # Two layers of nine tensors, embedding, last norm and head; 112,448 numbers (see
+    # test_worker_train.py).
+    assert export["tensors"]["num_tensors"] == 2 * 9 + 3
+    assert export["tensors"]["num_params"] == 112_448
+    assert export["logits"]["from_checkpoint"] == 0.0
+    plain = train("full", zero_stage=0).folder / "checkpoints" / "final" / "model.safetensors"
+    trained = load_file(tmp_path / "out" / "model.safetensors")
+    for name, value in load_file(plain).items():
+        assert (trained[name] - value).abs().max() < 2e-3, name
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("method", "choices"),
+    [("qlora", STAGES["zero-3"]), ("lora", {"more": DORA, "zero_stage": 3})],
+    ids=["QLoRA", "DoRA"],
+)
+def test_an_adapter_that_zero_3_trained_is_merged(
+    train: Train, tmp_path: Path, method: str, choices: dict[str, Any]
+) -> None:
+    from launcher.worker.export import export_run
+
+    export = export_run(train(method, **choices).folder, tmp_path / "out", kind="merged")
+    assert export["logits"]["from_base"] > 0.01
+    assert export["logits"]["merged_from_adapter"] < 1e-4
