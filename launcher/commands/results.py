@@ -57,11 +57,12 @@ def export(*, run: Path, output: Path | None, kind: str | None, as_json: bool) -
 
 def export_run(run: Path, *, output: Path | None, kind: str | None, as_json: bool) -> None:
     """Export a run's weights and print what was verified."""
-    from launcher.dispatch.worker_command import run_worker
+    from launcher.dispatch.worker_command import check_train_extra, run_worker
     from launcher.recipe import parse_recipe
     from launcher.run_dir import EXPORT, RECIPE, check_is_run, read_text
 
     check_is_run(run)
+    check_train_extra()
     if kind is None:
         method = parse_recipe(read_text(run / RECIPE), source=str(run / RECIPE)).method
         kind = "full" if method == "full" else "adapter"
