@@ -1,6 +1,7 @@
 """Run the probe as ``zerofit train`` runs the worker with backend slurm.
 
-Arguments: run directory, Slurm settings as JSON, then ``submit`` or ``wait``.
+Arguments: run directory, Slurm settings as JSON, then ``submit``, ``wait``, or ``inside`` for the
+allocation that it is started in.
 """
 
 from __future__ import annotations
@@ -8,16 +9,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from launcher import run_dir as rd
+from launcher.allocation import current_allocation
 from launcher.console import show_error
+from launcher.dispatch.allocation import AllocationBackend
 from launcher.dispatch.base import run_to_end
 from launcher.dispatch.slurm import SlurmBackend
 from launcher.errors import LauncherError
 from launcher.job_script import DeepSpeedJob
 from launcher.recipe_sections import SlurmSection
-from launcher.sbatch_script import SlurmJob, render_slurm_job
+from launcher.sbatch_script import JOB_SBATCH, SlurmJob, render_slurm_job
 
 
 def main() -> int:
@@ -40,7 +44,14 @@ def main() -> int:
         rd.create(run_dir)
         (run_dir / rd.RECIPE).write_text("model: {name_or_path: probe}\n")
         request = render_slurm_job(job, files={})
-        if sys.argv[3] == "submit":
+        if sys.argv[3] == "inside":
+            allocation = current_allocation()
+            assert allocation is not None
+            inside = AllocationBackend.inside(allocation, settings, has_data=False)
+            inside.run_id = backend.run_id
+            request = replace(request, argv=("bash", JOB_SBATCH))
+            run_to_end(inside, request, run_dir=run_dir, console=sys.stdout.buffer)
+        elif sys.argv[3] == "submit":
             backend.submit(request, run_dir=run_dir)
         else:
             run_to_end(backend, request, run_dir=run_dir, console=sys.stdout.buffer)

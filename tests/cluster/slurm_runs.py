@@ -49,6 +49,18 @@ class SlurmRuns:
         self.until(lambda: len(list((self.folder / name / rd.RANKS).glob("[0-9]*.json"))) == 2)
         return process
 
+    def start_inside(self, name: str, probe: str) -> HostProcess:
+        """Start a probe inside an allocation of two nodes, and return when all ranks run."""
+        argv = [sys.executable, HERE / "slurm_driver.py", self.folder / name, "{}", "inside"]
+        process = self.cluster.start(
+            "head",
+            ["salloc", "--nodes=2", "--ntasks-per-node=1", *argv],
+            cwd=self.folder,
+            env=self.environment(PROBE=probe),
+        )
+        self.until(lambda: len(list((self.folder / name / rd.RANKS).glob("[0-9]*.json"))) == 2)
+        return process
+
     def zerofit(self, *args: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
         """Run a command of zerofit on the login node."""
         argv = [sys.executable, "-m", "launcher.cli", *args]

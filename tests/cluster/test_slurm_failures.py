@@ -95,6 +95,30 @@ def test_ctrl_c_lets_the_job_go_on_and_twice_cancels_it(
     assert cluster.leftovers(within=8) == {}
 
 
+def test_inside_an_allocation_cancel_ends_the_ranks_on_all_hosts_and_not_the_allocation(
+    runs: SlurmRuns, cluster: VirtualCluster
+) -> None:
+    watching = runs.start_inside("inside", "sleep")
+    seen = runs.status(runs.folder / "inside")
+    assert (seen["state"], seen["backend"]) == ("running", "allocation")
+    cancelled = runs.zerofit("cancel", runs.folder / "inside")
+    assert cancelled.stdout.startswith("killed: stopped by SIGTERM"), cancelled.stderr
+    # salloc, for its command has ended.
+    assert watching.wait(timeout=15) != 0
+    assert "the run was stopped by SIGTERM" in watching.output
+    assert cluster.leftovers(within=8) == {}
+
+
+def test_inside_an_allocation_a_rank_that_raises_is_named_with_its_host(
+    runs: SlurmRuns, cluster: VirtualCluster
+) -> None:
+    watching = runs.start_inside("inside", "raise 1")
+    assert watching.wait(timeout=25) == 4
+    assert "rank 1 on node2 failed in phase forward: ValueError" in watching.output
+    assert rd.read_status(runs.folder / "inside").state == "failed"
+    assert cluster.leftovers(within=8) == {}
+
+
 def test_without_the_controller_nothing_is_submitted_and_watching_goes_on(
     runs: SlurmRuns, slurm: Slurm, cluster: VirtualCluster
 ) -> None:
