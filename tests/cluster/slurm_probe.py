@@ -1,7 +1,8 @@
 """A rank without torch, as the worker behaves towards Slurm: it starts in a moment.
 
-What it does is in PROBE: ``finish``, ``raise RANK``, ``kill RANK``, ``sleep``, ``stop`` (sleeps;
-on USR1 leaves the marker that asks for another start, and finishes when started again).
+What it does is in PROBE: ``finish``, ``raise RANK``, ``kill RANK``, ``sleep``, ``deaf`` (sleeps
+through USR1 too), ``stop`` (sleeps; on USR1 leaves the marker that asks for another start, and
+finishes when started again).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def save_and_stop(_number: int, _frame: object) -> None:
     os._exit(0)
 
 
-signal.signal(signal.SIGUSR1, save_and_stop)
+signal.signal(signal.SIGUSR1, signal.SIG_IGN if what == "deaf" else save_and_stop)
 say(f"rank {rank} of {size} at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
 write("running")
 if rank == 0:
