@@ -271,4 +271,9 @@ def describe_result(result: Result) -> str:
     seconds, error = result.measured("step_seconds"), result.error_fraction("step_seconds")
     if seconds and error is not None:
         parts.append(f"{result.predicted('step_seconds'):6.3f}/{seconds:6.3f} s {error:+.0%}")
-    return f"{text} {'  '.join(parts)}  ({result.content['wall_seconds']} s)"
+    return f"{text} {'  '.join(parts)}  {_wall(result)}".rstrip()
+
+
+def _wall(result: Result) -> str:
+    seconds = result.content.get("wall_seconds")
+    return "" if seconds is None else f"({seconds} s)"

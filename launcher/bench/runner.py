@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -55,6 +55,11 @@ class Outputs:
     def results(self) -> Path:
         """One JSON object a line, appended as cases end."""
         return self.folder / f"{self.stem}.jsonl"
+
+    @property
+    def submitted(self) -> Path:
+        """One JSON object a line: cases that Slurm has, with their predictions."""
+        return self.folder / f"{self.stem}.submitted.jsonl"
 
     @property
     def csv(self) -> Path:
@@ -167,7 +172,7 @@ def run_sweep(
             say(f"the sweep's time is over; {case.name} is left for the next time")
             break
         result = Result(content=content | {"zerofit": version})
-        _append(outputs.results, result)
+        append_result(outputs, result)
         made.append(result)
         say(f"[{position}/{len(cases)}] {describe_result(result)}")
         failures_in_a_row = failures_in_a_row + 1 if result.is_failure else 0
@@ -213,11 +218,12 @@ def start_with(outputs: Outputs, stack: ExitStack, *, is_warm: bool) -> Start:
 
 def plan_case(case: Case) -> dict[str, Any]:
     """Plan a case; return its line of the results file as far as it is known before the run."""
-    content, _ = _planned(case)
+    content, _ = planned(case)
     return content
 
 
-def _planned(case: Case) -> tuple[dict[str, Any], Prepared | None]:
+def planned(case: Case) -> tuple[dict[str, Any], Prepared | None]:
+    """Return a case's line as far as it is known before the run; no plan where it is refused."""
     content: dict[str, Any] = {
         "case": case.name,
         "recipe": case.content,
@@ -234,7 +240,7 @@ def _planned(case: Case) -> tuple[dict[str, Any], Prepared | None]:
 def _run_case(case: Case, run_dir: Path, *, seconds: float | None, start: Start) -> dict[str, Any]:
     """Plan and run one case; return its line of the results file."""
     # Before anything runs, so that nothing that is measured can reach it.
-    content, prepared = _planned(case)
+    content, prepared = planned(case)
     if prepared is None:
         return content | {"wall_seconds": 0.0}
     started = time.monotonic()
@@ -243,28 +249,43 @@ def _run_case(case: Case, run_dir: Path, *, seconds: float | None, start: Start)
         made_dir, backend, request = create_run(prepared, run_dir)
     except LauncherError as error:
         return content | {"state": REFUSED, "wall_seconds": 0.0, "failure": str(error)}
-    state = failure = None
+    failure, is_out_of_time = None, False
     try:
         with _time_limit(seconds):
             start(made_dir, backend, request, prepared.plan)
     except JobInterruptedError as error:
         if error.exit_code != 128 + signal.SIGALRM:
             raise
-        state = OUT_OF_TIME
+        is_out_of_time = True
         failure = {"phase": None, "message": f"it had not ended after {seconds:.0f} s"}
     except LauncherError as error:
-        failure = _failure(made_dir, error)
-    ranks = rd.read_ranks(made_dir)
-    if state is None:
-        state = state_of(ranks, has_failed=failure is not None)
-    environment = json.loads(request.files[rd.ENVIRONMENT])
-    return content | {
+        failure = failure_of(made_dir, error)
+    outcome = outcome_of(made_dir, failure=failure)
+    if is_out_of_time:
+        outcome["state"] = OUT_OF_TIME
+    return content | outcome | {"wall_seconds": round(time.monotonic() - started, 1)}
+
+
+def outcome_of(run_dir: Path, *, failure: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what a run that has ended left in its directory.
+
+    Args:
+        run_dir: of the run.
+        failure: why it did not finish, if it did not.
+    """
+    # Where the data could not be used, nothing of the run is left.
+    ranks = rd.read_ranks(run_dir)
+    state = state_of(ranks, has_failed=failure is not None)
+    versions: dict[str, str] = {}
+    if (run_dir / rd.ENVIRONMENT).is_file():
+        packages = rd.read_json(run_dir / rd.ENVIRONMENT)["packages"]
+        versions = {name: number for name, number in packages.items() if number is not None}
+    return {
         "state": state,
-        "wall_seconds": round(time.monotonic() - started, 1),
-        "versions": {k: v for k, v in environment["packages"].items() if v is not None},
+        "versions": versions,
         "device_name": ranks[0].device_name if ranks else None,
         "measured": [measurement_of(rank) for rank in ranks],
-        "learnt": _learnt(made_dir),
+        "learnt": _learnt(run_dir),
         "failure": None if state == FINISHED else failure,
     }
 
@@ -277,7 +298,7 @@ def _learnt(run_dir: Path) -> dict[str, Any] | None:
     return {key: results.get(key) for key in _LOSSES}
 
 
-def _failure(run_dir: Path, error: LauncherError) -> dict[str, Any]:
+def failure_of(run_dir: Path, error: LauncherError) -> dict[str, Any]:
     """Return what the rank that failed first says, else what the launcher says."""
     failures = read_failures(run_dir) if isinstance(error, JobFailedError) else ()
     first = failures[0].failure if failures else None
@@ -306,14 +327,19 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _append(path: Path, result: Result) -> None:
+def append_result(outputs: Outputs, result: Result) -> None:
+    """Write a result to disk, behind the others.
+
+    Raises:
+        RunDirError: it cannot be written.
+    """
     try:
-        with path.open("a", encoding="utf-8") as stream:
+        with outputs.results.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(result.content) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise _unwritable(outputs.results, error) from None
 
 
 def _log_tail(run_dir: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,12 @@ if TYPE_CHECKING:
 @click.option("--retry-failed", is_flag=True, help="Run cases again that failed earlier.")
 @click.option(
     "--warm", is_flag=True, help="Import the training stack once and fork ranks: for short cases."
+)
+@click.option(
+    "--array", is_flag=True, help="Submit to Slurm as a job array; again: gather what has ended."
+)
+@click.option(
+    "--max-parallel", type=click.IntRange(min=1), help="Cases of an array at the same time."
 )
 @json_option
 def bench(
@@ -98,21 +105,35 @@ def _run(
     as_json: bool,
     warm: bool,
     retry_failed: bool,
+    array: bool,
+    max_parallel: int | None,
     **limits: Any,
 ) -> None:
     from launcher.bench.result import remaining
     from launcher.bench.runner import Limits, Outputs, read_outputs, run_sweep, start_with
 
+    if array and (warm or any(limits.values())):
+        raise click.UsageError(
+            "--array leaves starting and stopping to Slurm: no --warm, no limits"
+        )
+    if max_parallel is not None and not array:
+        raise click.UsageError("--max-parallel belongs to --array")
+
     folder = (out or Path(f"bench-{sweep.stem}")).absolute()
     outputs = Outputs(folder=folder, stem=sweep.stem, runs=(runs or folder / "runs").absolute())
-    before = read_outputs(outputs)
-    left = remaining(cases, before, source=str(outputs.results), retry_failed=retry_failed)
     show = say_aside if as_json else say
+    before = read_outputs(outputs)
+    made, waiting = _gathered(outputs, before, show) if array else ((), frozenset())
+    before = (*before, *made)
+    left = remaining(cases, before, source=str(outputs.results), retry_failed=retry_failed)
     if len(left) < len(cases):
         show(f"{len(cases) - len(left)} of {len(cases)} cases have results already")
-    with contextlib.ExitStack() as stack:
-        start = start_with(outputs, stack, is_warm=warm)
-        made = run_sweep(left, outputs, limits=Limits(**limits), say=show, start=start)
+    if array:
+        _submit(tuple(c for c in left if c.name not in waiting), outputs, show, max_parallel)
+    else:
+        with contextlib.ExitStack() as stack:
+            start = start_with(outputs, stack, is_warm=warm)
+            made = run_sweep(left, outputs, limits=Limits(**limits), say=show, start=start)
     results = read_outputs(outputs)
     paths = _write_summaries(outputs, results)
     states = [result.state for result in results]
@@ -120,7 +141,8 @@ def _run(
     if as_json:
         print(json.dumps({"files": [str(path) for path in paths], "states": counts}))
     else:
-        say(", ".join(f"{count} {state.replace('_', ' ')}" for state, count in counts.items()))
+        counted = [f"{count} {state.replace('_', ' ')}" for state, count in counts.items()]
+        say(", ".join(counted) or "no results yet")
         say(f"wrote {', '.join(str(path) for path in paths)}")
     failed = [result.case for result in made if result.is_failure]
     if failed:
@@ -129,6 +151,27 @@ def _run(
             where=str(outputs.results),
             fix="see their failure and their run directories; --retry-failed runs them again",
         )
+
+
+def _gathered(
+    outputs: Outputs, results: tuple[Result, ...], show: Callable[[str], None]
+) -> tuple[tuple[Result, ...], frozenset[str]]:
+    from launcher.bench.array import gather
+
+    return gather(outputs, results, say=show)
+
+
+def _submit(
+    cases: tuple[Case, ...],
+    outputs: Outputs,
+    show: Callable[[str], None],
+    max_parallel: int | None,
+) -> None:
+    from launcher.bench.array import submit_cases
+
+    if cases:
+        submit_cases(cases, outputs, say=show, max_parallel=max_parallel)
+        show("the same command gathers their results as they end")
 
 
 def _write_summaries(outputs: Outputs, results: tuple[Result, ...]) -> list[Path]:
