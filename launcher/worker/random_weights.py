@@ -55,7 +55,12 @@ def _fill_parameters(module: torch.nn.Module, *, dtype: torch.dtype, device: tor
 
 
 def _fill_buffers(model: Any, config: Any, *, device: torch.device) -> None:
-    """Make rotary embeddings anew: they compute their buffers from the configuration."""
+    """Make rotary embeddings anew, whose buffers follow from the configuration; scales too."""
     for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+        if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            continue
+        if hasattr(module, "scalar_embed_scale"):
+            # transformers 5.23 models/gemma3: the embedding's weight is filled in already.
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
+        else:
             model.set_submodule(name, type(module)(config).to(device))
