@@ -62,7 +62,7 @@ def bench(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 def outcome(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Run two cases, then the whole sweep; return the results and what each run printed."""
     first = bench(folder, "--warm", "--only", "e", "--max-failures-in-a-row", "1")
-    second = bench(folder, "--warm", "--case-seconds", "25")
+    second = bench(folder, "--warm", "--case-seconds", "60")
     assert (first.returncode, second.returncode) == (4, 4), first.stderr + second.stderr
     lines = (folder / "out" / "sweep.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], [first.stdout, second.stdout]
