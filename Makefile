@@ -59,5 +59,5 @@ $(VENV)/train.stamp: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/dev.stamp: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[train,qlora,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[train,qlora,mpi,dev]'
 	touch $@

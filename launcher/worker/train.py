@@ -144,6 +144,7 @@ def _train(  # noqa: PLR0917
 ) -> None:
     import torch.distributed as dist
 
+    from launcher.worker.gather_peaks import gather_peaks, log_fullest_rank
     from launcher.worker.progress import Progress
     from launcher.worker.resume import RemoveConverted
     from launcher.worker.sample import Sample
@@ -187,9 +188,10 @@ def _train(  # noqa: PLR0917
             "train_seconds": round(train_seconds, 3),
         }
         run_dir.write_json(inputs.folder / run_dir.RESULTS, results)
+    peaks = gather_peaks(recorder.snapshot(), ranks)
     dist.barrier()
     if ranks.rank == 0:
-        _log_fullest_rank(inputs.folder)
+        log_fullest_rank(peaks)
         # Last of all: DeepSpeed's launcher can exit with 0 although a rank was killed.
         run_dir.write_status(inputs.folder, "finished")
     dist.destroy_process_group()
@@ -264,30 +266,6 @@ def _sum_over_ranks(value: int, device: torch.device) -> int:
     total = torch.tensor(value, dtype=torch.int64, device=device)
     dist.all_reduce(total)
     return int(total.item())
-
-
-def _log_fullest_rank(folder: Path) -> None:
-    """Say which rank needed most; the ranks' files are complete when this runs."""
-    from launcher.peaks import peaks_from_json
-    from launcher.units import format_bytes
-
-    peaks = [
-        peaks_from_json(_read_json(path))
-        for path in sorted((folder / run_dir.RANKS).glob("*.json"))
-    ]
-    allocated = {
-        (peak.rank, phase): measured.peak_allocated_bytes
-        for peak in peaks
-        for phase, measured in peak.phases.items()
-    }
-    rank, phase = max(allocated, key=lambda key: allocated[key])
-    logger.info(
-        "fullest rank: %d of %d, %s allocated in phase %s",
-        rank,
-        len(peaks),
-        format_bytes(allocated[rank, phase]),
-        phase,
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,9 @@ def test_a_hostfile_s_hosts_train_together(  # noqa: PLR0917
     assert hosts_of(folder) == places
     results = json.loads((folder / "results.json").read_text())
     assert results["train_loss_last"] < results["train_loss_first"]
+    log = (folder / "logs" / "launcher.log").read_text()
+    assert ("peaks of 2 ranks came through MPI" in log) == (launcher == "openmpi")
+    assert re.search(rf"fullest rank: \d of {len(places)}, ", log)
     assert cluster.leftovers(within=5) == {}
     # The secret reached the hosts by a file that is gone again.
     assert not (folder / "environment.sh").exists()
