@@ -8,11 +8,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.peaks import RankPeaks, peaks_from_json, peaks_to_json
 from launcher.units import format_bytes
 from launcher.worker.ranks import Ranks
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,16 @@ def is_under_mpi(environment: Mapping[str, str]) -> bool:
     if "OMPI_COMM_WORLD_SIZE" in environment or "PMIX_RANK" in environment:
         return True
     return "PMI_SIZE" in environment and "SLURM_PROCID" not in environment
+
+
+def sum_over_ranks(value: int, device: torch.device) -> int:
+    """Return the sum of all ranks' values on every rank; all must call it."""
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return int(total.item())
 
 
 def log_fullest_rank(peaks: Sequence[RankPeaks]) -> None:

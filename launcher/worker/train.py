@@ -144,7 +144,7 @@ def _train(  # noqa: PLR0917
 ) -> None:
     import torch.distributed as dist
 
-    from launcher.worker.gather_peaks import gather_peaks, log_fullest_rank
+    from launcher.worker.gather_peaks import gather_peaks, log_fullest_rank, sum_over_ranks
     from launcher.worker.progress import Progress
     from launcher.worker.resume import RemoveConverted
     from launcher.worker.sample import Sample
@@ -175,7 +175,7 @@ def _train(  # noqa: PLR0917
         logger.info("random weights are not saved")
     else:
         trainer.save_final()
-    tokens_seen = _sum_over_ranks(recorder.num_tokens, trainer.args.device)
+    tokens_seen = sum_over_ranks(recorder.num_tokens, trainer.args.device)
     recorder.finish()
     if ranks.rank == 0:
         results = {
@@ -257,15 +257,6 @@ def _optimizer(inputs: Inputs) -> tuple[Any, dict[str, Any]]:
         "eps": 1e-8,  # Kingma & Ba, arXiv:1412.6980, and torch's default
         **variant,
     }
-
-
-def _sum_over_ranks(value: int, device: torch.device) -> int:
-    import torch
-    import torch.distributed as dist
-
-    total = torch.tensor(value, dtype=torch.int64, device=device)
-    dist.all_reduce(total)
-    return int(total.item())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
