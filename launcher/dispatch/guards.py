@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import selectors
 import subprocess
 import time
@@ -28,6 +29,7 @@ SILENT_SECONDS = 8 * ALIVE_SECONDS
 # this process (Ctrl-Z), shorter than anybody waits for a GPU that hangs.
 LOST_AFTER_SECONDS = 30.0
 _KEPT_LINES = 20
+_SPARE_FILES = 256
 
 
 @dataclass(kw_only=True)
@@ -71,6 +73,7 @@ class Guards:
             JobFailedError: names each host that cannot take part and why; all connections are
                 closed then.
         """
+        _allow_open_files(2 * len(self.hosts) + _SPARE_FILES)
         for host in self.hosts:
             self._guards.append(self._connect(host))
         deadline = time.monotonic() + HELLO_SECONDS
@@ -228,3 +231,10 @@ def _event(line: str) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         return None
     return value if isinstance(value, dict) and "event" in value else None
+
+
+def _allow_open_files(number: int) -> None:
+    """Raise ``ulimit -n`` of this process as far as it takes and is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY not in (soft, hard) and soft < number:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(number, hard), hard))

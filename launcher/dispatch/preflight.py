@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -182,14 +182,14 @@ def judge(hosts: Sequence[Host], answers: Sequence[Answer], needs: Needs) -> tup
         report = report_from_json(answer.value)
         skew = report.clock_seconds - answer.at_seconds
         nodes.append(Node(host=host, report=report, skew_seconds=round(skew, 2)))
-    reports = [node.report for node in nodes if node.report is not None]
+    usual = _usual([node.report for node in nodes if node.report is not None])
     first = hosts[0].name
     return tuple(
         replace(
             node,
             problems=(
                 *_own_problems(node, needs, is_first=node.host.name == first),
-                *_differences(node.report, reports),
+                *_differences(node.report, usual),
             ),
         )
         if node.report is not None
@@ -229,16 +229,24 @@ def _own_problems(node: Node, needs: Needs, *, is_first: bool) -> list[str]:
     return found
 
 
-def _differences(report: NodeReport, reports: Sequence[NodeReport]) -> list[str]:
+def _differences(report: NodeReport, usual: Mapping[str, str | None]) -> list[str]:
     """Return in what a node differs from most nodes."""
     found = []
     for name, own in _comparable(report).items():
-        usual, _ = Counter(_comparable(item).get(name) for item in reports).most_common(1)[0]
-        if own != usual and name in report.hashes:
+        if own != usual[name] and name in report.hashes:
             found.append(f"{name} has other content than on most nodes")
-        elif own != usual:
-            found.append(f"{name} is {own}, {usual} on most nodes")
+        elif own != usual[name]:
+            found.append(f"{name} is {own}, {usual[name]} on most nodes")
     return found
+
+
+def _usual(reports: Sequence[NodeReport]) -> dict[str, str | None]:
+    """Return what most nodes have, by name."""
+    values: dict[str, Counter[str | None]] = {}
+    for report in reports:
+        for name, value in _comparable(report).items():
+            values.setdefault(name, Counter())[value] += 1
+    return {name: counts.most_common(1)[0][0] for name, counts in values.items()}
 
 
 def _comparable(report: NodeReport) -> dict[str, str | None]:
