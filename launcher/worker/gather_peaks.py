@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from launcher.peaks import RankPeaks, peaks_from_json, peaks_to_json
@@ -62,8 +62,11 @@ def sum_over_ranks(value: int, device: torch.device) -> int:
     return int(total.item())
 
 
-def log_fullest_rank(peaks: Sequence[RankPeaks]) -> None:
-    """Say which rank needed most."""
+def log_fullest_rank(own: RankPeaks, ranks: Ranks) -> None:
+    """Say on rank 0 which rank needed most; all must call it."""
+    peaks = gather_peaks(own, ranks)
+    if ranks.rank != 0:
+        return
     allocated = {
         (peak.rank, phase): measured.peak_allocated_bytes
         for peak in peaks

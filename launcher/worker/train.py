@@ -144,7 +144,7 @@ def _train(  # noqa: PLR0917
 ) -> None:
     import torch.distributed as dist
 
-    from launcher.worker.gather_peaks import gather_peaks, log_fullest_rank, sum_over_ranks
+    from launcher.worker.gather_peaks import log_fullest_rank, sum_over_ranks
     from launcher.worker.progress import Progress
     from launcher.worker.resume import RemoveConverted
     from launcher.worker.sample import Sample
@@ -188,10 +188,9 @@ def _train(  # noqa: PLR0917
             "train_seconds": round(train_seconds, 3),
         }
         run_dir.write_json(inputs.folder / run_dir.RESULTS, results)
-    peaks = gather_peaks(recorder.snapshot(), ranks)
+    log_fullest_rank(recorder.snapshot(), ranks)
     dist.barrier()
     if ranks.rank == 0:
-        log_fullest_rank(peaks)
         # Last of all: DeepSpeed's launcher can exit with 0 although a rank was killed.
         run_dir.write_status(inputs.folder, "finished")
     dist.destroy_process_group()
