@@ -47,7 +47,6 @@ class NodeReport:
     driver: str | None
     cuda: str | None
     versions: dict[str, str | None]
-    num_cores: int
     memory_available_bytes: int
     shared_memory_free_bytes: int
     disk_free_bytes: int | None
@@ -98,7 +97,6 @@ def make_report(paths: Sequence[Path], *, run_parent: Path | None, port: int) ->
         driver=machine.driver_version,
         cuda="{}.{}".format(*machine.cuda_version) if machine.cuda_version else None,
         versions=_versions(),
-        num_cores=machine.num_cores,
         memory_available_bytes=machine.available_bytes,
         shared_memory_free_bytes=shutil.disk_usage(SHARED_MEMORY).free,
         disk_free_bytes=_disk_free(run_parent) if run_parent else None,

@@ -254,10 +254,13 @@ def _comparable(report: NodeReport) -> dict[str, str | None]:
     # Those that are missing are a node's own problem.
     hashes = {path: value for path, value in report.hashes.items() if value != MISSING}
     gpus = ", ".join(report.gpu_names) or "none"
+    locked = report.locked_memory_bytes
     return {
         "GPUs": gpus,
         "driver": report.driver,
         "CUDA": report.cuda,
+        # What InfiniBand and offload to NVMe pin; a node with less fails in mid-run.
+        "ulimit -l": "unlimited" if locked is None else format_bytes(locked),
         **report.versions,
         **hashes,
     }

@@ -23,7 +23,6 @@ REPORT = NodeReport(
     driver="550.54.15",
     cuda="12.4",
     versions={"python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8", "nccl": "2.27.3"},
-    num_cores=96,
     memory_available_bytes=1000 * GIB,
     shared_memory_free_bytes=500 * GIB,
     disk_free_bytes=900 * GIB,
@@ -71,6 +70,7 @@ def test_equal_nodes_are_good() -> None:
         ({"hashes": {"/data/train.jsonl": MISSING}}, "/data/train.jsonl is not there"),
         ({"hashes": {"/data/train.jsonl": "f" * 16}}, "has other content than on most nodes"),
         ({"open_files": 256}, "ulimit -n is 256"),
+        ({"locked_memory_bytes": 2**16}, "ulimit -l is 64.00 KiB, unlimited on most nodes"),
     ],
 )
 def test_a_node_that_differs_is_named_with_the_reason(
