@@ -2,7 +2,7 @@
 
     python benchmarks/safety_margin.py
 
-Every finished run of results/h100.jsonl is predicted anew with the present formulas. A plan that
+Every finished run of results/*.jsonl is predicted anew with the present formulas. A plan that
 may use ``1 - m`` of a device stays within it if ``m`` is at least ``(measured - predicted) /
 device``; the largest of these over the runs that count, each on the smallest device that holds
 it, is the margin, rounded up to a thousandth. It belongs into ``launcher/planning/safety.py``.
@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from launcher.hardware import default_cluster, find_gpu, gpu_names
+from launcher.hardware import default_cluster, find_gpu, gpu_names, match_device_name
 from launcher.model_source import resolve_model
 from launcher.planning.plan import strategy_from_json
 from launcher.predict.memory import estimate_memory
@@ -29,7 +29,9 @@ from launcher.strategy import Method, Optimizer, Precision, Strategy
 from launcher.workload import Workload
 
 SMALLEST_DEVICE_BYTES = min(find_gpu(name).memory_bytes for name in gpu_names())
-RESULTS = Path(__file__).resolve().parent / "results" / "h100.jsonl"
+RESULTS = sorted((Path(__file__).resolve().parent / "results").glob("*.jsonl"))
+# The worker held gathered 4-bit weights until the step was over when these were made.
+OUTDATED = {"7b-qlora-z3-2048-gc", "8b-qlora-z3-4096-gc-liger"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +57,14 @@ class Comparison:
 
 def comparisons() -> Iterator[Comparison]:
     """Yield every finished run, predicted anew."""
-    cluster = default_cluster(find_gpu("H100-80GB"), gpus_per_node=1)
-    for line in RESULTS.read_text(encoding="utf-8").splitlines():
+    lines = (line for path in RESULTS for line in path.read_text(encoding="utf-8").splitlines())
+    for line in lines:
         run = json.loads(line)
         used = [rank["device_used_bytes"] for rank in run["measured"] if rank["device_used_bytes"]]
-        if run["state"] != "finished" or not used:
+        if run["state"] != "finished" or not used or run["case"] in OUTDATED:
             continue
+        gpu = find_gpu(match_device_name(run["device_name"]) or run["device_name"])
+        cluster = default_cluster(gpu, gpus_per_node=len(run["measured"]))
         recipe = parse_recipe(yaml.safe_dump(run["recipe"]), source=run["case"])
         model, _ = resolve_model(recipe.model.name_or_path)
         workload = resolve_workload(recipe, model, cluster.gpu, source=run["case"])

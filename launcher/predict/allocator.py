@@ -8,6 +8,7 @@ from launcher.hardware import GpuSpec
 from launcher.predict.calibration import Calibration
 from launcher.predict.components import (
     CARRIED,
+    FLAT_GRADIENTS,
     FP32_GRADIENTS,
     GATHERED,
     LEAVING,
@@ -69,7 +70,7 @@ def reserved_bytes(
         return peak
     holes = {
         "loss": logits_hole_bytes + _carried_hole_bytes(phases["loss"], strategy),
-        "step": _step_hole_bytes(phases["step"]),
+        "step": _step_hole_bytes(phases["step"]) + _shared_step_hole_bytes(phases, zero),
     }
     if zero.counts.is_head_tied and strategy.zero_stage < 3:
         holes["backward"] = _activations_hole_bytes(phases)
@@ -103,6 +104,18 @@ def _step_hole_bytes(step: Mapping[str, int]) -> int:
     one piece (H100, AdamW foreach and single-tensor: 2.4 GB more than allocated, 1.2e9 elements).
     """
     return step[FP32_GRADIENTS] // 2 if TEMPORARIES in step and FP32_GRADIENTS in step else 0
+
+
+def _shared_step_hole_bytes(phases: Mapping[str, Mapping[str, int]], zero: ZeroRuntime) -> int:
+    """Return what other ranks' gradients left between the own ones: too small for flat gradients.
+
+    Those that wait from earlier micro-steps leave as much again (two H200, ZeRO-1/2, 7B and 8B:
+    reserved 6.7 to 9.0 GB above allocated for 6.7 to 8.0 GB of flat gradients, 13.4 with two
+    micro-steps; one GPU, with no other ranks: up to 2 GB).
+    """
+    if zero.world_size == 1 or zero.has_offloaded_optimizer:
+        return 0
+    return phases["step"].get(FLAT_GRADIENTS, 0) + phases["backward"].get(CARRIED, 0)
 
 
 def _activations_hole_bytes(phases: Mapping[str, Mapping[str, int]]) -> int:

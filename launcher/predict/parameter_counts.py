@@ -38,10 +38,12 @@ class ParameterCounts:
     largest_any: int
     """The largest tensor of the model, trained or not."""
     largest_in_layers: int
+    largest_gathered: int
+    """The largest tensor of a decoder layer as ZeRO-3 gathers it: quantized ones are packed."""
     gatherable: int
-    """All parameters that ZeRO-3 partitions, quantized ones excluded."""
+    """All parameters that ZeRO-3 partitions; packed ones count as the numbers they look like."""
     layers: int
-    """Elements of all decoder layers."""
+    """Elements of all decoder layers, packed ones likewise."""
     largest_in_bytes: float
     """The largest tensor in the model's precision."""
     sizes: tuple[tuple[int, int], ...]
@@ -84,6 +86,12 @@ def count_parameters(workload: Workload) -> ParameterCounts:
     quantized = workload.num_quantized_params
     ends = {weight.role: weight.num_params for weight in model.weights if not weight.in_layer}
     in_layers = [weight for weight in model.weights if weight.in_layer]
+    # ``bnb_4bit_quant_storage`` is the compute type: that many weights look like one number.
+    packing = 2 * workload.precision.bytes_per_element if quantized else 1
+    gathered = [
+        (weight.num_elements // (packing if weight.role == "linear" else 1), weight.count)
+        for weight in in_layers
+    ]
     return ParameterCounts(
         trainable=total,
         frozen=0 if is_full else model.num_params - quantized,
@@ -99,8 +107,9 @@ def count_parameters(workload: Workload) -> ParameterCounts:
         trained_sizes=tuple(trained),
         largest_any=model.largest_tensor_elements,
         largest_in_layers=max(weight.num_elements for weight in in_layers),
-        gatherable=model.num_params - quantized + (0 if is_full else total),
-        layers=sum(weight.num_params for weight in in_layers),
+        largest_gathered=max(size for size, _ in gathered),
+        gatherable=model.num_params - quantized + quantized // packing + (0 if is_full else total),
+        layers=sum(size * count for size, count in gathered),
         largest_in_bytes=model.largest_tensor_elements * workload.precision.bytes_per_element,
         sizes=tuple(base if is_full else base + adapters),
     )

@@ -59,7 +59,8 @@ class RunPhases:
             whole = {"whole tensor before it is partitioned": counts.largest_in_bytes}
             whole |= self._untied_head()
             if zero.has_offloaded_params:
-                whole["partition on its way to the host"] = counts.largest_in_bytes
+                cut = counts.largest_in_bytes / zero.world_size
+                whole["partition on its way to the host"] = cut
         else:
             whole = self._untied_head()
         yield "weights on the device", {**found, **whole}
@@ -101,7 +102,11 @@ class RunPhases:
             start = {**model, ADAPTERS: self._whole_adapter_bytes()}
             if zero.stage == 3 and zero.counts.quantized:
                 # Not born partitioned (zero.Init): the engine cuts one tensor after another.
-                start["partition beside its whole tensor"] = zero.counts.largest_in_bytes
+                counts = zero.counts
+                start[PARAMETERS] = float(zero.width * counts.frozen)
+                start[QUANTIZED] = counts.quantized_bytes + counts.quantization_state_bytes
+                cut = counts.largest_in_bytes / zero.world_size
+                start["partition beside its whole tensor"] = cut
             yield "engine start", start
         if zero.stage == 0:
             yield from self._stage_0_init(model, trained)
@@ -227,7 +232,9 @@ class RunPhases:
         """
         zero, found = self.zero, dict(self.resident)
         if zero.stage == 3:
-            found[GATHERED] = (2 if zero.gathers else 1) * zero.counts.largest_in_bytes
+            # From the host, the rank's own part comes first.
+            parts = 1 / zero.world_size if zero.has_offloaded_params else 0.0
+            found[GATHERED] = (1 + parts) * zero.counts.largest_in_bytes
         elif zero.stage > 0 and not zero.is_full:
             found["adapters cloned to be saved"] = float(zero.width * zero.counts.trainable)
         yield "checkpoint", found

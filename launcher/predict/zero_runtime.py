@@ -207,9 +207,9 @@ class ZeroRuntime:
         counts, knobs = self.counts, self.strategy.zero
         persisted = counts.persisted(knobs.stage3_param_persistence_threshold)
         total = (counts.gatherable - persisted) * remaining_fraction
-        live, needed = float(knobs.stage3_max_live_parameters), counts.largest_in_layers
+        live, needed = float(knobs.stage3_max_live_parameters), counts.largest_gathered
         if place == "layer":
-            live += 2 * counts.largest_in_layers
+            live += 2 * counts.largest_gathered
         elif place == "turn" or (place == "forward" and not self._holds_output_in_forward()):
             live = max(live, self._reused_elements() - counts.output)
         else:
@@ -245,7 +245,7 @@ class ZeroRuntime:
         It lives until all its tensors have been used; a single tensor is gathered in place.
         """
         counts, knobs = self.counts, self.strategy.zero
-        bucket, largest = knobs.stage3_prefetch_bucket_size, counts.largest_in_layers
+        bucket, largest = knobs.stage3_prefetch_bucket_size, counts.largest_gathered
         if self.world_size == 1 or bucket == 0:
             return 0.0
         if bucket >= largest:

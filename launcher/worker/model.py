@@ -62,6 +62,10 @@ def load_model(
     quantization = None
     if recipe.method is Method.qlora:
         quantization = quantization_config(recipe, dtype=dtype)
+        if strategy.zero_stage == 3:
+            from launcher.worker.gathered_4bit import release_gathered_4bit_weights
+
+            release_gathered_4bit_weights()
     if recipe.model.random_weights:
         model = _random_model(config, quantization, dtype=dtype, device=device, strategy=strategy)
     else:

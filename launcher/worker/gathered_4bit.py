@@ -1,0 +1,58 @@
+"""QLoRA under ZeRO-3: let go of gathered 4-bit weights until backward needs them."""
+
+# Shape suffixes: b = sequences, s = tokens, i = inputs, o = outputs, p = packed elements.
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes
+import torch
+from bitsandbytes.autograd._functions import MatMul4Bit
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, is_zero_param
+
+
+def release_gathered_4bit_weights() -> None:
+    """Have every 4-bit layer of this process save its parameter, not the gathered numbers.
+
+    bitsandbytes keeps the packed weights as an attribute of the autograd node (0.50
+    ``autograd/_functions.py:MatMul4Bit``), out of sight of ZeRO-3 and of checkpointing: each
+    rank then holds the whole gathered model from forward to the end of the step. Measured on
+    two H200 with Llama-2-7B: 8.5 GB in place of 4.5 GB. As DeepSpeed does for other linear
+    layers (0.19 ``zero/linear.py``), the parameter is saved; it is gathered when used.
+    """
+    bitsandbytes.matmul_4bit = _matmul_4bit
+
+
+class _MatMulSavingParameter(MatMul4Bit):  # type: ignore[misc]
+    @staticmethod
+    def forward(ctx: Any, a_bsi: torch.Tensor, weight_p: Any, *rest: Any) -> Any:
+        output_bso = MatMul4Bit.forward(ctx, a_bsi, weight_p, *rest)
+        ctx.tensors = (None, None)
+        ctx.save_for_backward(weight_p)
+        return output_bso
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (weight_p,) = ctx.saved_tensors
+        is_away = is_zero_param(weight_p) and weight_p.ds_status is ZeroParamStatus.NOT_AVAILABLE
+        if is_away:
+            weight_p.all_gather()
+        try:
+            ctx.tensors = (None, weight_p.view(-1, 1))
+            return MatMul4Bit.backward(ctx, *grads)
+        finally:
+            ctx.tensors = (None, None)
+            if is_away:
+                weight_p.partition()
+
+
+_matmul_without_gradient = bitsandbytes.matmul_4bit
+
+
+def _matmul_4bit(
+    a_bsi: torch.Tensor, weight_p: Any, quant_state: Any, out: Any = None, bias: Any = None
+) -> Any:
+    if torch.is_grad_enabled() and a_bsi.requires_grad:
+        return _MatMulSavingParameter.apply(a_bsi, weight_p, out, bias, quant_state)
+    return _matmul_without_gradient(a_bsi, weight_p, quant_state, out=out, bias=bias)
