@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -159,6 +160,10 @@ def expand_names(text: str) -> tuple[str, ...] | str:
         return (text,)
     if not _RANGES.fullmatch(text):
         return f"{text!r} is not a host name"
+    number = math.prod(map(_count, re.findall(r"\[(.*?)\]", text)))
+    if number > _MAX_HOSTS:
+        # Before they are made: a billion names would fill the memory.
+        return f"{text!r} stands for {number:,} hosts"
     # 20 ms, and most hostfiles have no ranges.
     from ClusterShell.NodeSet import RESOLVER_NOGROUP, NodeSet, NodeSetException
 
@@ -166,9 +171,13 @@ def expand_names(text: str) -> tuple[str, ...] | str:
         names = NodeSet(text, resolver=RESOLVER_NOGROUP)
     except NodeSetException as error:
         return f"{text!r} is not a range of host names: {error}"
-    if len(names) > _MAX_HOSTS:
-        return f"{text!r} stands for {len(names):,} hosts"
     return tuple(names)
+
+
+def _count(ranges: str) -> int:
+    """Return how many numbers ``01-16,20`` stands for; what cannot be read counts as one."""
+    pairs = re.findall(r"(\d{1,18})-(\d{1,18})", ranges)
+    return 1 + ranges.count(",") + sum(max(0, int(last) - int(first)) for first, last in pairs)
 
 
 def _parse_entry(entry: str) -> list[Host] | str:

@@ -33,6 +33,9 @@ def parse_machine_file(text: str, *, source: str) -> dict[str, int | None]:
             continue
         option = re.search(r"\bslots=(\d+)", match.group("options"))
         count = match.group("count") or (option.group(1) if option else None)
+        if count is not None and int(count) == 0:
+            problems.append(f"{source}:{line_number}: no slots; leave the host out instead")
+            continue
         for name in names:
             if name in slots:
                 slots[name] = (slots[name] or 1) + int(count or 1)

@@ -38,7 +38,7 @@ def rates_from_json(text: str, *, source: str) -> MeasuredRates:
     """Read the JSON of ``zerofit doctor``; keys beside the rates are left alone.
 
     Raises:
-        HardwareError: it is not that JSON, or a rate is not a number above 0.
+        HardwareError: it is not that JSON, a rate is not a number above 0, or there is none.
     """
     try:
         content = json.loads(text)
@@ -54,6 +54,11 @@ def rates_from_json(text: str, *, source: str) -> MeasuredRates:
         if value is not None and not (is_number and math.isfinite(value) and value > 0):
             raise _unusable(f"{key} is {value!r}, it must be null or a number above 0", source)
         rates[key] = value
+    if all(value is None for value in rates.values()):
+        why = (
+            content.get("rates_problem") or "doctor ran with --no-measure, or nodes were not ready"
+        )
+        raise _unusable(f"it has no rates: {why}", source)
     intra, inter, gemm = (rates[key] for key in _KEYS)
     return MeasuredRates(
         intra_node_bytes_per_s=None if intra is None else intra * 1e9 / 8,

@@ -52,7 +52,7 @@ def read_recipe(args: Sequence[str], options: Mapping[str, str | None]) -> tuple
     Raises:
         RecipeError: the file or a value cannot be used.
     """
-    files = [arg for arg in args if "=" not in arg or Path(arg).is_file()]
+    files = [arg for arg in args if "=" not in arg or why_no_recipe(arg) is None]
     if len(files) > 1:
         raise RecipeError(
             f"{len(files)} recipe files are named: {', '.join(files)}",
@@ -65,14 +65,25 @@ def read_recipe(args: Sequence[str], options: Mapping[str, str | None]) -> tuple
         source = "command line"
         return parse_recipe("", source=source, options=given, overrides=overrides), source
     path = Path(files[0])
-    if not path.is_file():
+    if problem := why_no_recipe(files[0]):
         raise RecipeError(
-            "there is no such recipe" if not path.exists() else "this is not a file",
+            problem,
             where=str(path),
             fix="name a recipe file, or describe the run by flags: --model NAME --method lora",
         )
     text = read_text(path)
     return parse_recipe(text, source=str(path), options=given, overrides=overrides), str(path)
+
+
+def why_no_recipe(arg: str) -> str | None:
+    """Return why a command's argument cannot be a recipe file; ``None`` when it is a file."""
+    try:
+        if Path(arg).is_file():
+            return None
+        return "this is not a file" if Path(arg).exists() else "there is no such recipe"
+    except OSError as error:
+        # An override may be longer than a file's name can be.
+        return f"this is not a file: {error.strerror}"
 
 
 def prepare(recipe: Recipe, *, source: str) -> Prepared:

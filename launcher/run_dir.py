@@ -205,9 +205,10 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        known = "the run stopped before it was written" if path.parent.exists() else "no such run"
         raise RunDirError(
-            f"there is no {path.name}", where=str(path.parent), fix=f"{known}; check the path"
+            f"there is no {path.name}",
+            where=str(path.parent),
+            fix="check the path; a run that stopped early, or was never started, lacks it",
         ) from None
     except UnicodeDecodeError:
         raise RunDirError(

@@ -19,7 +19,7 @@ from launcher.dispatch.base import JobHandle, write_files, write_handle
 from launcher.dispatch.interruptions import Interruptions
 from launcher.dispatch.slurm import SlurmBackend, check_accepted, handle_of
 from launcher.dispatch.worker_command import check_train_extra, run_worker
-from launcher.errors import DoesNotFitError, RecipeError, list_problems
+from launcher.errors import DoesNotFitError, RecipeError, RunDirError, list_problems
 from launcher.launch import DEFAULT_PARENT, create_run, remove_run, run_files
 from launcher.prepare import Prepared
 from launcher.recipe_paths import check_data_paths, with_absolute_paths
@@ -125,8 +125,16 @@ def submit_array(
             handle_of(f"{job_id}_{index}", run_id=known.run_id, run_dir=run_dir)
             for index, (known, run_dir) in enumerate(zip(ready, run_dirs, strict=True))
         ]
-        for handle in handles:
-            write_handle(handle)
+        try:
+            for handle in handles:
+                write_handle(handle)
+        except OSError as error:
+            slurm.cancel(job_id)
+            raise RunDirError(
+                f"cannot write: {error.strerror}; job {job_id} is cancelled again",
+                where=str(folder),
+                fix="free some disk space, or choose another folder",
+            ) from None
     say(f"submitted job array {job_id}: {len(handles)} runs in {folder}")
     return handles
 

@@ -42,6 +42,10 @@ def doctor(
 
     made = check_nodes(args, hostfile, measure=not no_measure)
     if made is None:
+        if output is not None or exclude_bad is not None:
+            raise click.UsageError(
+                "--output and --exclude-bad are for several nodes: name them with --hostfile"
+            )
         _check_this_machine(as_json=as_json)
         return
     from launcher.dispatch.preflight_view import render_preflight

@@ -13,6 +13,7 @@ import click
 
 from launcher.commands.options import existing_or_new, json_option, run_arg
 from launcher.console import out, say, say_aside
+from launcher.errors import RunDirError
 
 if TYPE_CHECKING:
     from launcher.dispatch.run_state import RunState
@@ -139,6 +140,10 @@ def _read_from(path: Path, offset: int) -> tuple[str, int]:
             content = stream.read()
     except FileNotFoundError:
         return "", offset
+    except OSError as error:
+        raise RunDirError(
+            f"cannot be read: {error.strerror}", where=str(path), fix="ask its owner"
+        ) from None
     return content.decode("utf-8", errors="replace"), offset + len(content)
 
 

@@ -83,7 +83,9 @@ def submit(
 
 
 def _prepare_each(args: tuple[str, ...]) -> list[Prepared]:
-    recipes = [arg for arg in args if "=" not in arg or Path(arg).is_file()]
+    from launcher.prepare import why_no_recipe
+
+    recipes = [arg for arg in args if "=" not in arg or why_no_recipe(arg) is None]
     overrides = [arg for arg in args if arg not in recipes]
     if not recipes:
         raise RecipeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -137,10 +138,19 @@ def read_handle(run_dir: Path) -> JobHandle:
     """
     path = run_dir / rd.JOB
     content: dict[str, Any] = rd.read_mapping(path, schema_version=JOB_SCHEMA_VERSION)
+    texts = ("backend", "run_id", "job_id", "host")
+    numbers = ("session_id", "master_port", "watcher_pid")
     try:
+        if not all(isinstance(content[name], str) for name in texts):
+            raise TypeError(f"{', '.join(texts)} must be text")
+        if not all(isinstance(content.get(name), int | None) for name in numbers):
+            raise TypeError(f"{', '.join(numbers)} must be numbers")
+        # Slurm's programs would take anything else for an option or a list of jobs.
+        if not re.fullmatch(r"\d+(_\d+)?", content["job_id"], re.ASCII):
+            raise TypeError(f"job_id is {content['job_id']!r}")
         # The directory may have been moved: it is where the file is.
         return JobHandle(**{**content, "run_dir": run_dir})
-    except TypeError as error:
+    except (KeyError, TypeError) as error:
         raise RunDirError(
             f"not a job file: {error}", where=str(path), fix="it was not written by zerofit"
         ) from None

@@ -30,6 +30,7 @@ def cancel_run(run_dir: Path) -> RunState:
         ControllerError: Slurm does not answer.
         JobFailedError: processes are left that do not end.
     """
+    rd.check_is_run(run_dir)
     handle = read_handle(run_dir)
     (before,) = observe([run_dir])
     if before.state not in ("running", "pending", "unknown"):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import run_dir as rd
+from launcher.dispatch.rank_lines import tail
 from launcher.errors import JobFailedError, RunDirError
 from launcher.peaks import RankPeaks
 
@@ -25,7 +26,6 @@ _CONSEQUENCE = re.compile(
 _ERROR_LINE = re.compile(
     r"(?:[\w.-]+: )?(?:\[rank ?\d+\]:? )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)"
 )
-_LOG_TAIL_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +67,12 @@ def read_failures(run_dir: Path) -> tuple[RankPeaks, ...]:
             _log.warning("cannot read a rank's file: %s", error)
             continue
         if peaks.failure is not None and peaks.state in ("failed", "out_of_memory"):
-            found.append((_is_consequence(peaks), written, peaks))
+            found.append((is_consequence(peaks), written, peaks))
     return tuple(peaks for *_, peaks in sorted(found, key=lambda item: item[:2]))
 
 
-def _is_consequence(peaks: RankPeaks) -> bool:
+def is_consequence(peaks: RankPeaks) -> bool:
+    """Return whether a rank that failed only noticed that another one was gone."""
     assert peaks.failure is not None
     return bool(_CONSEQUENCE.search(f"{peaks.failure.type}: {peaks.failure.message}"))
 
@@ -93,12 +94,12 @@ def describe_failure(
         lost_hosts: in the order in which they were lost.
     """
     log_file = run_dir / rd.LAUNCHER_LOG
-    log = _tail(log_file)
+    log = tail(run_dir)
     # Those that were only told to stop come last: the cause is another one.
     told_to_stop = (-signal.SIGTERM, 128 + signal.SIGTERM)
     dead_ranks = sorted(dead_ranks, key=lambda dead: dead.exit_status in told_to_stop)
     failures = read_failures(run_dir)
-    if failures and not _is_consequence(failures[0]):
+    if failures and not is_consequence(failures[0]):
         return _reported(failures, log, where=str(log_file))
     if lost_hosts:
         more = [host.host for host in lost_hosts[1:9]]
@@ -195,12 +196,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return "unknown"
-
-
-def _tail(path: Path) -> list[str]:
-    try:
-        with path.open("rb") as stream:
-            stream.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
-            return stream.read().decode("utf-8", errors="replace").splitlines()
-    except OSError:
-        return []

@@ -210,7 +210,7 @@ class Guards:
         name = guard.host.name
         if guard.problem is not None:
             fix = "start it again, which takes another port"
-            if "port" not in guard.problem:
+            if not guard.problem.startswith("port "):
                 fix = "choose a folder that all hosts share: --output-dir"
             return name, guard.problem, fix
         if guard.is_ready:

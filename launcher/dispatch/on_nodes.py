@@ -67,16 +67,22 @@ def run_by_srun(
     flags = [f"--nodes={num_nodes}", f"--ntasks={num_nodes}", "--ntasks-per-node=1", "--overlap"]
     values: list[dict[str, Any]] = []
     with tempfile.TemporaryFile("w+", encoding="utf-8") as stream:
-        process = subprocess.Popen(
-            ["srun", *flags, *python_argv(module, args)],
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
+        try:
+            process = subprocess.Popen(
+                ["srun", *flags, *python_argv(module, args)],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+            )
+        except OSError as error:
+            return [], f"cannot start srun: {error.strerror}"
         timer = threading.Timer(timeout_seconds, process.terminate)
         timer.start()
-        process.wait()
-        timer.cancel()
+        try:
+            process.wait()
+        finally:
+            timer.cancel()
+            process.terminate()
         stream.seek(0)
         said = []
         for line in stream:
@@ -99,6 +105,9 @@ def _run_one(host: str, argv: Sequence[str], timeout_seconds: float) -> Answer:
             timeout=timeout_seconds,
             check=False,
         )
+    except OSError as error:
+        fix = "apt-get install openssh-client"
+        return Answer(host=host, problem=f"cannot start ssh: {error.strerror}", fix=fix)
     except subprocess.TimeoutExpired:
         return Answer(
             host=host,

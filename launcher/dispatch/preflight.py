@@ -179,7 +179,13 @@ def judge(hosts: Sequence[Host], answers: Sequence[Answer], needs: Needs) -> tup
             problem = answer.problem or "no answer"
             nodes.append(Node(host=host, report=None, problems=(problem,), fix=answer.fix))
             continue
-        report = report_from_json(answer.value)
+        try:
+            report = report_from_json(answer.value)
+        except (KeyError, TypeError):
+            problem = "its report is of another version of zerofit"
+            fix = "install the same version on all hosts, or in a folder that they share"
+            nodes.append(Node(host=host, report=None, problems=(problem,), fix=fix))
+            continue
         skew = report.clock_seconds - answer.at_seconds
         nodes.append(Node(host=host, report=report, skew_seconds=round(skew, 2)))
     usual = _usual([node.report for node in nodes if node.report is not None])

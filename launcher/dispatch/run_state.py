@@ -61,7 +61,9 @@ def find_runs(folder: Path) -> list[Path]:
             "there is no such folder", where=str(folder), fix="name the folder that holds runs"
         )
     found = [path.parent for depth in ("", "*/", "*/*/") for path in folder.glob(depth + rd.STATUS)]
-    return sorted(found, key=lambda path: ((path / rd.RECIPE).stat().st_mtime, path.name))
+    # Other programs write a status.json, too.
+    runs = [path for path in found if (path / rd.RECIPE).is_file()]
+    return sorted(runs, key=lambda path: ((path / rd.RECIPE).stat().st_mtime, path.name))
 
 
 def observe(run_dirs: Sequence[Path]) -> list[RunState]:
@@ -202,6 +204,8 @@ def _progress(run_dir: Path) -> tuple[int | None, float | None]:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue  # half a line: it is being written
+        if not isinstance(entry, dict):
+            continue
         step = entry.get("step", step)
         loss = entry.get("loss", loss)
     return step, loss

@@ -247,7 +247,9 @@ def _run_sbatch(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> st
         return done.stdout
     said = _one_line(done.stderr) or f"exit status {done.returncode}"
     fix = "change the slurm settings of the recipe or the site file"
-    if re.search("contact slurm controller|Connection (refused|timed out)", said):
+    if re.search(
+        "contact slurm controller|configuration source|Connection (refused|timed out)", said
+    ):
         fix = "try again when `sinfo` answers"
     raise RejectedError(f"Slurm did not take the job: {said}", where="sbatch", fix=fix)
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from launcher import run_dir as rd
 from launcher.dispatch import slurm_commands as slurm
-from launcher.dispatch.failure import describe_failure, read_failures
+from launcher.dispatch.failure import describe_failure, is_consequence, read_failures
 from launcher.dispatch.rank_lines import tail
 from launcher.errors import JobFailedError
-from launcher.peaks import RankPeaks
 
 BY_SLURM = {
     "NODE_FAIL": (
@@ -42,7 +41,7 @@ def describe_slurm_failure(run_dir: Path, state: slurm.SlurmJobState) -> JobFail
     if state.state in BY_SLURM:
         return _ended_by_slurm(run_dir, state, log)
     failures = read_failures(run_dir)
-    if failures and not _names_a_peer(failures[0]):
+    if failures and not is_consequence(failures[0]):
         return describe_failure(run_dir, exit_code=None)
     where = str(run_dir / rd.LAUNCHER_LOG)
     lost = _lost_nodes(state, log)
@@ -104,10 +103,3 @@ def _lost_nodes(state: slurm.SlurmJobState, log: list[str]) -> str:
         bad = ""
     named = dict.fromkeys(match[1] for line in log if (match := _NODE_FAILURE.search(line)))
     return bad or ", ".join(named)
-
-
-def _names_a_peer(peaks: RankPeaks) -> bool:
-    """Return whether a rank only noticed that another one was gone."""
-    assert peaks.failure is not None
-    text = f"{peaks.failure.type}: {peaks.failure.message}"
-    return bool(re.search(r"Dist\w*Error|Connection (closed|reset)|Broken pipe", text))

@@ -91,6 +91,7 @@ def test_the_version_is_printed_in_three_ways(zerofit: Zerofit) -> None:
         (["plan", "--modle", "x"], ["--modle"]),
         (["plan"], ["no model is named", "llama2-7b"]),
         (["plan", "nothere.yaml"], ["nothere.yaml", "no such recipe"]),
+        (["plan", "x" * 300], ["this is not a file: File name too long"]),
         (["plan", "recipe.yaml", "recipe.yaml"], ["2 recipe files are named"]),
         (["plan", "recipe.yaml", "=3"], ["cannot read the override '=3'"]),
         (["plan", "recipe.yaml", "strategy.zero_stge=2"], ["zero_stge", "mean 'zero_stage'"]),

@@ -57,6 +57,8 @@ def test_empty_hostfile_never_falls_back_to_this_machine(text: str) -> None:
         ("node[3-2] slots=4", "is not a range of host names"),
         ("node[ slots=4", "is not a host name"),
         ("node[1-9999999] slots=4", "stands for 9,999,999 hosts"),
+        # It would fill the memory if its names were made first.
+        ("node[1-9]x[1-9999999999] slots=4", "stands for 89,999,999,991 hosts"),
         ("x;rm slots=4", "is not a host name"),
         ("n\u00f6de slots=4", "is not a host name"),
         ("@all slots=4", "is not a host name"),

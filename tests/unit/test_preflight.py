@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from launcher.dispatch.node_report import MISSING, NodeReport, hash_tree
-from launcher.dispatch.on_nodes import Answer
+from launcher.dispatch.on_nodes import Answer, run_by_srun, run_by_ssh
 from launcher.dispatch.preflight import Needs, Preflight, judge
-from launcher.errors import HostfileError
+from launcher.errors import HardwareError, HostfileError
 from launcher.hostfile import Host
 from launcher.machine_file import hosts_of_node_list, parse_machine_file
+from launcher.measured_rates import rates_from_json
 from launcher.units import GIB
 
 REPORT = NodeReport(
@@ -92,12 +94,43 @@ def test_the_port_matters_on_the_first_node_only() -> None:
 def test_the_json_has_every_key_that_plan_measured_reads() -> None:
     hosts = [Host(name="n1", slots=8)]
     answer = Answer(host="n1", problem="it refuses ssh connections", fix="start sshd on n1")
-    made = Preflight(nodes=judge(hosts, [answer], Needs())).to_json()
-    assert made["schema"] == 1
-    for key in ("intra_node_all_reduce_gbit_per_s", "inter_node_all_reduce_gbit_per_s"):
-        assert made[key] is None
-    assert made["gemm_tflop_per_s"] is None
-    assert made["hosts"][0]["problems"] == ["it refuses ssh connections"]
+    nodes = judge(hosts, [answer], Needs())
+    rates = {
+        "intra_node_all_reduce_gbit_per_s": 2900.0,
+        "inter_node_all_reduce_gbit_per_s": 9.6,
+        "gemm_tflop_per_s": 798.0,
+    }
+    written = json.dumps(Preflight(nodes=nodes, rates=rates).to_json())
+    read = rates_from_json(written, source="rates.json")
+    assert read.intra_node_bytes_per_s == pytest.approx(362.5e9)
+    assert read.inter_node_bytes_per_s == pytest.approx(1.2e9)
+    assert read.gemm_flops_per_s == pytest.approx(798e12)
+    assert json.loads(written)["hosts"][0]["problems"] == ["it refuses ssh connections"]
+
+
+def test_a_preflight_without_rates_cannot_be_planned_with() -> None:
+    hosts = [Host(name="n1", slots=8)]
+    nodes = judge(hosts, [Answer(host="n1", problem="it refuses ssh connections")], Needs())
+    made = Preflight(nodes=nodes, rates_problem="the all-reduce failed; n1: no route")
+    with pytest.raises(HardwareError, match="it has no rates: the all-reduce failed; n1: no route"):
+        rates_from_json(json.dumps(made.to_json()), source="rates.json")
+
+
+def test_a_report_of_another_version_is_a_problem_of_that_node() -> None:
+    value = asdict(REPORT)
+    del value["open_files"]
+    (node,) = judge([Host(name="n1", slots=8)], [Answer(host="n1", value=value)], Needs())
+    assert node.problems == ("its report is of another version of zerofit",)
+
+
+def test_a_program_that_is_missing_here_is_said_and_no_crash(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (answer,) = run_by_ssh(["n1"], "m", lambda _: [], timeout_seconds=1)
+    assert answer.problem == "cannot start ssh: No such file or directory"
+    values, said = run_by_srun("m", [], num_nodes=1, timeout_seconds=1)
+    assert (values, said) == ([], "cannot start srun: No such file or directory")
 
 
 def test_a_large_file_s_hash_changes_with_its_size_and_its_blocks(tmp_path: Path) -> None:
@@ -125,7 +158,9 @@ def test_machine_files_of_open_mpi_and_mpich_are_read() -> None:
     }
 
 
-@pytest.mark.parametrize("line", ["node1 rest", "$(id)", "a;b", "node1:x", "-oX"])
+@pytest.mark.parametrize(
+    "line", ["node1 rest", "node1:0", "node1 slots=0", "$(id)", "a;b", "node1:x", "-oX"]
+)
 def test_a_machine_file_s_bad_line_is_named(line: str) -> None:
     with pytest.raises(HostfileError, match="machines:2"):
         parse_machine_file(f"node9\n{line}\n", source="machines")

@@ -122,6 +122,29 @@ def test_runs_and_sweeps_are_listed_and_a_broken_one_hides_no_other(run: Path) -
         find_runs(run.parent / "nothere")
 
 
+def test_a_status_json_of_another_program_is_no_run(run: Path) -> None:
+    (run.parent / "other").mkdir()
+    (run.parent / "other" / rd.STATUS).write_text("{}")
+    assert find_runs(run.parent) == [run]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"job_id": None}, {"job_id": "--user=me"}, {"watcher_pid": "1"}, {"host": 5}]
+)
+def test_a_job_file_that_zerofit_has_not_written_is_refused(
+    run: Path, changes: dict[str, object]
+) -> None:
+    handle(run, **changes)
+    with pytest.raises(RunDirError, match="not a job file"):
+        observe([run])
+
+
+def test_a_line_of_the_log_that_is_no_object_is_passed_over(run: Path) -> None:
+    (run / rd.TRAINER_LOG).write_text('{"step": 3, "loss": 2.5}\nnull\n')
+    (seen,) = observe([run])
+    assert (seen.step, seen.loss) == (3, 2.5)
+
+
 def test_slurm_that_does_not_answer_makes_a_run_unknown_and_not_failed(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
