@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -95,22 +96,30 @@ def _read_ranks(folder: Path, problems: list[str]) -> tuple[RankPeaks, ...]:
     return tuple(found)
 
 
+_NUMBERS: tuple[str, ...] = (
+    "rank",
+    "world_size",
+    "steps_done",
+    "tokens_per_step",
+    "allocator_retries",
+)
+_PHASE: tuple[str, ...] = (*_INTEGER_FIELDS, "seconds")
+_numbers_of = operator.attrgetter(*_NUMBERS)
+_phase_of = operator.attrgetter(*_PHASE)
+
+
 def _check(peaks: RankPeaks) -> None:
     """Raise ValueError unless every number of a rank's file is one: JSON has no types to trust."""
-    numbers: dict[str, object] = {
-        name: getattr(peaks, name)
-        for name in ("rank", "world_size", "steps_done", "tokens_per_step", "allocator_retries")
-    }
-    for phase, values in peaks.phases.items():
-        numbers |= {f"{phase}.{name}": getattr(values, name) for name in _INTEGER_FIELDS}
-        numbers[f"{phase}.seconds"] = values.seconds
-    numbers |= {f"step_seconds[{i}]": value for i, value in enumerate(peaks.step_seconds)}
-    for name, value in numbers.items():
-        is_optional = name.endswith(".device_used_bytes")
-        if value is None and is_optional:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e18:
-            raise ValueError(f"{name} is {value!r}, which is no size, count or time")
+    groups = [("", _NUMBERS, _numbers_of(peaks))]
+    groups += [(f"{name}.", _PHASE, _phase_of(phase)) for name, phase in peaks.phases.items()]
+    steps = tuple(f"step_seconds[{index}]" for index in range(len(peaks.step_seconds)))
+    groups.append(("", steps, tuple(peaks.step_seconds)))
+    for prefix, names, values in groups:
+        for name, value in zip(names, values, strict=True):
+            if (type(value) is int or type(value) is float) and 0 <= value < 1e18:
+                continue
+            if not (value is None and name == "device_used_bytes"):
+                raise ValueError(f"{prefix}{name} is {value!r}, which is no size, count or time")
     if peaks.world_size > MAX_WORLD_SIZE:
         raise ValueError(f"world_size is {peaks.world_size}")
     texts: list[object] = [peaks.host, peaks.device, peaks.device_name, peaks.state]

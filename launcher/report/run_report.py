@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -182,7 +183,7 @@ class Chart:
     narrow_png: bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RunReport:
     """Everything that can be said about a run, finished or not."""
 
@@ -217,10 +218,14 @@ class RunReport:
 
     def fullest_in(self, phase: str) -> RankReport | None:
         """Return the rank that allocated most in a phase, ``None`` when none measured it."""
-        measured = [
-            (size, -rank.rank, rank)
-            for rank in self.ranks
-            if (row := rank.phase(phase)) is not None
-            and (size := row.allocated_bytes.measured) is not None
-        ]
-        return max(measured)[2] if measured else None
+        return self._fullest.get(phase)
+
+    @functools.cached_property
+    def _fullest(self) -> dict[str, RankReport]:
+        found: dict[str, tuple[float, RankReport]] = {}
+        for rank in sorted(self.ranks, key=lambda rank: rank.rank):
+            for row in rank.phases:
+                size = row.allocated_bytes.measured
+                if size is not None and (row.phase not in found or size > found[row.phase][0]):
+                    found[row.phase] = size, rank
+        return {phase: rank for phase, (_, rank) in found.items()}

@@ -70,9 +70,14 @@ def test_a_signal_ends_the_program_and_its_children(
             time.sleep(0.02)
         os.kill(os.getpid(), number)
 
+    # A program that was started in the background ignores SIGINT, and so would this test.
+    previous = signal.signal(number, signal.SIG_DFL)
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(JobInterruptedError) as caught:
-        run_worker("a_worker", [])
+    try:
+        with pytest.raises(JobInterruptedError) as caught:
+            run_worker("a_worker", [])
+    finally:
+        signal.signal(number, previous)
     assert caught.value.exit_code == 128 + number
     for pid in pid_file.read_text().split():
         stat = Path(f"/proc/{pid}/stat")
