@@ -79,7 +79,7 @@ def directives(  # noqa: PLR0913  one for each fact that Slurm asks for
         SetupError: settings that cannot stand there, or contradict the plan; all are listed.
         RunDirError: the run directory's path cannot stand there.
     """
-    _check_path(run_dir)
+    _check_path(run_dir, is_mounted=settings.container is not None)
     if problems := list(_problems(settings, name=name, ranks_per_node=ranks_per_node)):
         raise SetupError(
             list_problems(problems),
@@ -185,7 +185,7 @@ def _gres_with_count(gres: str, gpus_per_node: int) -> str | None:
     return None
 
 
-def _check_path(run_dir: PurePosixPath) -> None:
+def _check_path(run_dir: PurePosixPath, *, is_mounted: bool) -> None:
     text = str(run_dir)
     problem: LauncherError | None = None
     if not text.isprintable():
@@ -199,6 +199,12 @@ def _check_path(run_dir: PurePosixPath) -> None:
             "Slurm takes a percent sign or backslash in the path for a pattern",
             where=text,
             fix="choose another folder for the run",
+        )
+    elif is_mounted and (":" in text or "," in text):
+        problem = RunDirError(
+            "pyxis and apptainer take a colon or comma in the path for the end of a mount",
+            where=text,
+            fix="choose another folder for the run, or leave slurm.container out",
         )
     if problem is not None:
         raise problem

@@ -51,7 +51,7 @@ def submit(
     if max_parallel is not None and not array:
         raise click.UsageError("--max-parallel belongs to --array")
     if array:
-        prepared = _prepare_each(args)
+        prepared = _prepare_each(args, as_json=as_json)
         if dry_run:
             raise click.UsageError("--dry-run shows one run: leave --array out")
         from launcher.submit import submit_array
@@ -82,7 +82,7 @@ def submit(
         say(f"next: zerofit logs -f {handles[0].run_dir}")
 
 
-def _prepare_each(args: tuple[str, ...]) -> list[Prepared]:
+def _prepare_each(args: tuple[str, ...], *, as_json: bool) -> list[Prepared]:
     from launcher.prepare import why_no_recipe
 
     recipes = [arg for arg in args if "=" not in arg or why_no_recipe(arg) is None]
@@ -91,7 +91,7 @@ def _prepare_each(args: tuple[str, ...]) -> list[Prepared]:
         raise RecipeError(
             "no recipe is named", where="command line", fix="zerofit submit --array a.yaml b.yaml"
         )
-    return [fitting((recipe, *overrides)) for recipe in recipes]
+    return [fitting((recipe, *overrides), as_json=as_json) for recipe in recipes]
 
 
 def _note_hardware(prepared: Prepared) -> None:

@@ -6,6 +6,8 @@ import socket
 import time
 from pathlib import Path
 
+import psutil
+
 from launcher import run_dir as rd
 from launcher.dispatch import process_group
 from launcher.dispatch import slurm as slurm_backend
@@ -26,7 +28,7 @@ def cancel_run(run_dir: Path) -> RunState:
 
     Raises:
         RunDirError: zerofit has not started this run.
-        SetupError: it was started on another host.
+        SetupError: it was started on another host, or by another user.
         ControllerError: Slurm does not answer.
         JobFailedError: processes are left that do not end.
     """
@@ -69,7 +71,16 @@ def _cancel_processes(handle: JobHandle) -> None:
     # The watcher also ends what runs on other hosts, and writes down how the run ended.
     process = watcher(handle)
     if process is not None:
-        process.terminate()
+        try:
+            process.terminate()
+        except psutil.AccessDenied:
+            raise SetupError(
+                f"process {process.pid} belongs to another user",
+                where=str(handle.run_dir),
+                fix=f"ask {process.username()} to cancel it",
+            ) from None
+        except psutil.NoSuchProcess:
+            pass  # it has ended by itself this moment
         deadline = time.monotonic() + _WATCHER_SECONDS
         while process_group.is_alive(process) and time.monotonic() < deadline:
             time.sleep(0.1)

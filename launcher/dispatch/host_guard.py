@@ -9,6 +9,7 @@ processes here, and no other's.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import select
@@ -66,8 +67,9 @@ def describe_listener(port: int) -> str | None:
             return None
     for connection in psutil.net_connections("tcp"):
         if connection.laddr and connection.laddr.port == port and connection.pid:
-            name = psutil.Process(connection.pid).name()
-            return f"port {port} is taken by process {connection.pid} ({name})"
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                name = psutil.Process(connection.pid).name()
+                return f"port {port} is taken by process {connection.pid} ({name})"
     return f"port {port} is taken"
 
 

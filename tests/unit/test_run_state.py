@@ -10,9 +10,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launcher import run_dir as rd
+from launcher.dispatch import cancel
 from launcher.dispatch import slurm_commands as slurm
 from launcher.dispatch.base import JobHandle, write_handle
 from launcher.dispatch.cancel import cancel_run
@@ -108,6 +110,19 @@ def test_cancel_ends_the_processes_and_writes_it_down(
     assert rank.wait(timeout=5) == -signal.SIGTERM
     # Once more changes nothing.
     assert cancel_run(run) == seen
+
+
+def test_cancel_survives_that_the_run_ends_by_itself_this_moment(
+    run: Path, rank: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle(run)
+    watcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    gone = psutil.Process(watcher.pid)
+    watcher.kill()
+    watcher.wait()
+    monkeypatch.setattr(cancel, "watcher", lambda _handle: gone)
+    assert cancel_run(run).state == "killed"
+    assert rank.wait(timeout=5) == -signal.SIGTERM
 
 
 def test_runs_and_sweeps_are_listed_and_a_broken_one_hides_no_other(run: Path) -> None:

@@ -113,6 +113,15 @@ def test_a_path_that_slurm_would_read_otherwise_is_refused(name: str) -> None:
         script_of(replace(GPU_JOB, ranks=ranks))
 
 
+@pytest.mark.parametrize("name", ["a:b", "a,b"])
+def test_a_path_that_a_container_would_mount_otherwise_is_refused(name: str) -> None:
+    ranks = replace(GPU_JOB.ranks, run_dir=PurePosixPath("/runs") / name)
+    assert name in script_of(replace(GPU_JOB, ranks=ranks))
+    job = replace(with_settings(container="image", container_runtime="pyxis"), ranks=ranks)
+    with pytest.raises(RunDirError, match="end of a mount"):
+        script_of(job)
+
+
 def test_values_are_quoted_as_sbatch_reads_them() -> None:
     # Read back by sbatch 22.05.8: a "b" 'c' # d $(id) x;rm ü \ e
     name = "a \"b\" 'c' # d $(id) x;rm ü \\ e"
