@@ -90,7 +90,8 @@ def find_config(
     Raises:
         ModelError: unknown name, missing or broken config.json, no access, no network.
     """
-    folder = Path(name_or_path).expanduser()
+    # A ~ before a name that no user has stays as it is, and no such folder is found.
+    folder = Path(os.path.expanduser(name_or_path))  # noqa: PTH111
     if folder.is_dir() or _looks_like_path(name_or_path):
         return str(name_or_path), _read_folder(folder)
     entry = _find_entry(name_or_path)

@@ -11,7 +11,7 @@ from launcher.model_source import resolve_model
 from launcher.model_spec import ModelSpec
 from launcher.planning.matrix import STUDY_CONTEXTS, STUDY_MODELS, Matrix, make_matrix
 from launcher.planning.planner import Choice, choose_strategy
-from launcher.prepare import may_use_liger, read_recipe, resolve_cluster
+from launcher.prepare import may_use_liger, read_recipe, resolve_cluster, why_no_recipe
 from launcher.recipe_sections import Recipe
 from launcher.resolve import resolve_workload
 
@@ -31,7 +31,7 @@ def read_matrix_recipe(
     """
     names = _split(models)
     has_model = options.get("model.name_or_path") is not None or any(
-        Path(arg).is_file() or arg.startswith("model.name_or_path=") for arg in args
+        why_no_recipe(arg) is None or arg.startswith("model.name_or_path=") for arg in args
     )
     if not names and not has_model:
         names = STUDY_MODELS

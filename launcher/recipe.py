@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from launcher.errors import RecipeError, did_you_mean, list_problems
@@ -42,11 +45,7 @@ def parse_recipe(
     # Imported here: it costs 60 ms, and `zerofit version` or a finished plan needs none of it.
     from omegaconf import OmegaConf
 
-    parts = [(source, read_yaml(text, source))]
-    given = OmegaConf.create({})
-    for key, value in (options or {}).items():
-        OmegaConf.update(given, key, value)
-    parts.append(("command line", given))
+    parts = [(source, read_yaml(text, source)), ("command line", _parse_options(options or {}))]
     parts += [_parse_override(item) for item in overrides]
     tree = merge_strictly(Recipe, parts, source=source)
     if OmegaConf.is_missing(tree.model, "name_or_path"):
@@ -58,7 +57,7 @@ def parse_recipe(
     recipe = OmegaConf.to_object(tree)
     assert isinstance(recipe, Recipe)
     recipe = _with_typed_sources(recipe, source)
-    if wrong := list(_impossible_values(recipe)):
+    if wrong := list(_not_text(recipe)) or list(_impossible_values(recipe)):
         raise RecipeError(list_problems(wrong), where=source, fix="correct the values named above")
     return recipe
 
@@ -122,6 +121,7 @@ def read_yaml(text: str, source: str) -> Any:
     """
     import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     try:
         raw = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
@@ -129,6 +129,12 @@ def read_yaml(text: str, source: str) -> Any:
         raise RecipeError(
             f"this is not YAML: {_one_line(error)}", where=source, fix="mend that line"
         ) from None
+    except OmegaConfBaseException as error:
+        raise RecipeError(
+            _describe(error, source), where=source, fix="correct the key named above"
+        ) from None
+    except AssertionError:
+        raw = None  # OmegaConf 2.4's answer to a text that is a single number or true
     if not OmegaConf.is_dict(raw):
         raise RecipeError(
             f"a recipe is a mapping of keys to values, this is {text.strip()[:40]!r}",
@@ -169,9 +175,25 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _parse_options(options: Mapping[str, str]) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    given = OmegaConf.create({})
+    for key, value in options.items():
+        try:
+            OmegaConf.update(given, key, value)
+        except OmegaConfBaseException as error:
+            raise RecipeError(
+                f"{key}: {_one_line(error)}", where="command line", fix="correct the value"
+            ) from None
+    return given
+
+
 def _parse_override(item: str) -> tuple[str, Any]:
     import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     key, equals, _ = item.partition("=")
     if not equals or not key.strip():
@@ -187,6 +209,12 @@ def _parse_override(item: str) -> tuple[str, Any]:
             f"the value is not YAML: {_one_line(error)}",
             where=f"command line: {item}",
             fix="quote the value",
+        ) from None
+    except OmegaConfBaseException as error:
+        raise RecipeError(
+            _one_line(error).split(" full_key:")[0],
+            where=f"command line: {item}",
+            fix="correct the value",
         ) from None
 
 
@@ -247,6 +275,42 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def _not_text(recipe: Recipe) -> Iterator[str]:
+    """Yield a line per element that is no text: OmegaConf leaves tuples as they come."""
+    for part in fields(recipe):
+        section = getattr(recipe, part.name)
+        hints = get_type_hints(type(section)) if is_dataclass(section) else {}
+        for key in (key for key, hint in hints.items() if hint == tuple[str, ...]):
+            for item in getattr(section, key):
+                if not isinstance(item, str):
+                    yield f"{part.name}.{key} holds {item!r}, which is no text: quote it"
+
+
+def _impossible_paths(recipe: Recipe) -> Iterator[str]:
+    """Yield a line per path that no file system can hold, or of a user who is not known."""
+    data = recipe.data
+    paths = {
+        "model.name_or_path": recipe.model.name_or_path,
+        "data.path": data.path,
+        "data.eval_path": data.eval_path,
+        "data.chat_template": data.chat_template,
+    } | {f"data.sources[{i}].path": item.path for i, item in enumerate(data.sources)}
+    for key, path in paths.items():
+        if path is None:
+            continue
+        try:
+            os.lstat(Path(path).expanduser())
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                yield f"{key} is {path[:40]!r}…, too long for the name of a file"
+        except ValueError:
+            yield f"{key} is {path[:40]!r}, no name of a file"
+        except RuntimeError:
+            yield f"{key} is {path!r}: there is no such user here"
+
+
 def _impossible_values(recipe: Recipe) -> Iterable[str]:
     """Yield one line per value that no run could use."""
     positive: dict[str, float | None] = {
@@ -280,6 +344,7 @@ def _impossible_values(recipe: Recipe) -> Iterable[str]:
             f"data.sources[{index}].max_samples": given.max_samples,
         }
     yield from _impossible_data(recipe.data)
+    yield from _impossible_paths(recipe)
     for key, value in positive.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
             yield f"{key} is {value}, it must be a number above 0"

@@ -43,8 +43,12 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         sources=tuple(replace(item, path=_absolute(item.path)) for item in data.sources),
         chat_template=template,
     )
-    measured = recipe.cluster.measured
-    cluster = replace(recipe.cluster, measured=measured and str(Path(measured).resolve()))
+    measured, hostfile = recipe.cluster.measured, recipe.cluster.hostfile
+    cluster = replace(
+        recipe.cluster,
+        measured=measured and str(Path(measured).resolve()),
+        hostfile=hostfile and str(Path(hostfile).resolve()),
+    )
     model = replace(recipe.model, name_or_path=source)
     return replace(recipe, model=model, data=data, cluster=cluster)
 
@@ -75,7 +79,9 @@ def check_data_paths(recipe: Recipe) -> None:
         place = Path(path).expanduser()
         if not place.exists():
             problem = "there is no such data file"
-        elif place.is_dir() and not any(file.suffix in DATA_ENDINGS for file in place.rglob("*")):
+        elif place.is_dir() and not any(
+            file.suffix.lower() in DATA_ENDINGS for file in place.rglob("*")
+        ):
             problem = f"no file in this folder ends in {', '.join(DATA_ENDINGS)}"
         else:
             continue

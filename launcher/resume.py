@@ -70,9 +70,20 @@ def prepare_resume(run_dir: Path, overrides: Sequence[str]) -> Prepared:
     recipe = parse_recipe(rd.read_text(path), source=str(path), overrides=overrides)
     if recipe.model.precision is None:
         # Another GPU must not change the numbers' format in mid-training.
-        precision = Precision(rd.read_json(run_dir / rd.PLAN)["precision"])
+        precision = _planned_precision(run_dir / rd.PLAN)
         recipe = replace(recipe, model=replace(recipe.model, precision=precision))
     return prepare(recipe, source=str(path))
+
+
+def _planned_precision(plan: Path) -> Precision:
+    try:
+        return Precision(rd.read_json(plan)["precision"])
+    except (KeyError, ValueError):
+        raise RunDirError(
+            "it does not say in which precision the run trained",
+            where=str(plan),
+            fix="the file was changed, or another zerofit wrote it: start a new run",
+        ) from None
 
 
 def check_has_stopped(run_dir: Path) -> None:

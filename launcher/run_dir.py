@@ -334,7 +334,8 @@ def _absolute(path: Path) -> Path:
         raise RunDirError(
             f"the path {str(path)!r} is not text", where="run directory", fix="rename the folder"
         ) from None
-    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100  keeps symbolic links
+    # abspath keeps symbolic links, expanduser a ~ before a name that no user has.
+    return Path(os.path.abspath(os.path.expanduser(path)))  # noqa: PTH100, PTH111
 
 
 def _make_folders(run_dir: Path) -> list[Path]:

@@ -82,7 +82,7 @@ def _plan_matrix(
 @click.command()
 @click.argument("path", type=existing_or_new, default=Path("recipe.yaml"))
 @recipe_flags
-@click.option("--data", help="Training data: a JSON Lines file.")
+@click.option("--data", help="Training data: a file, a folder or a hub id.")
 def init(*, path: Path, options: dict[str, str | None], data: str | None) -> None:
     """Write a recipe for a model, a length and hardware; edit it, then plan or train it."""
     from launcher.init_recipe import new_recipe_text

@@ -110,9 +110,8 @@ def _files_in(folder: Path, source: DataSource, key: str) -> tuple[Path, ...]:
             splits = sorted(path.parent.name for path in folder.glob(f"*/{_SAVED_STATE}"))
             raise _no_split(source, splits, key)
         folder = folder / source.split
-    if (folder / _SAVED_STATE).is_file():  # written by datasets' save_to_disk
-        state = json.loads((folder / _SAVED_STATE).read_text(encoding="utf-8"))
-        return tuple(folder / entry["filename"] for entry in state["_data_files"])
+    if (folder / _SAVED_STATE).is_file():
+        return _saved_files(folder)
     readable = {
         path
         for path in folder.rglob("*")
@@ -142,6 +141,24 @@ def _files_in(folder: Path, source: DataSource, key: str) -> tuple[Path, ...]:
     else:
         found = by_split[source.split]
     return tuple(sorted(found))
+
+
+def _saved_files(folder: Path) -> tuple[Path, ...]:
+    """Return the files of what ``datasets``' ``save_to_disk`` wrote."""
+    state = folder / _SAVED_STATE
+    try:
+        entries = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+        files = tuple(folder / entry["filename"] for entry in entries)
+    except (ValueError, KeyError, TypeError):
+        files = ()
+    missing = [path.name for path in files if not path.is_file()]
+    if missing or not files:
+        raise DataError(
+            f"{missing[0]} is missing" if missing else "it names no data files",
+            where=str(state),
+            fix="write the data set anew with save_to_disk, or name its files in data.sources",
+        )
+    return files
 
 
 def _split_files(folder: Path, source: DataSource) -> dict[str, list[Path]]:

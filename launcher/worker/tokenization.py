@@ -64,9 +64,11 @@ def prompt_ids(example: Example, tokenizer: Any, *, where: str) -> list[int]:
     """
     if isinstance(example, Passage):
         start = example.prompt or example.completion[: len(example.completion) // 2]
+        _check_unicode(start, where)
         return list(tokenizer(start)["input_ids"])
     last = max(i for i, turn in enumerate(example.messages) if turn["role"] == "assistant")
     text = _render(example, tokenizer, end=last, where=where, add_generation_prompt=True)
+    _check_unicode(text, where)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from data_inputs import data_summary
 
@@ -8,7 +10,7 @@ from launcher.errors import DataError
 from launcher.launch import disk_bytes
 from launcher.prepare import prepare
 from launcher.recipe import parse_recipe
-from launcher.recipe_paths import check_data_paths
+from launcher.recipe_paths import check_data_paths, with_absolute_paths
 from launcher.units import MIB
 
 SMALL_FILES_BYTES = 64 * MIB
@@ -60,3 +62,17 @@ def test_each_data_file_is_looked_for_before_anything_is_written(key: str) -> No
     )
     with pytest.raises(DataError, match=f"correct data.{key}"):
         check_data_paths(recipe)
+
+
+def test_a_relative_hostfile_holds_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = parse_recipe("model: {name_or_path: gpt}\ncluster: {hostfile: hosts}", source="r")
+    assert with_absolute_paths(recipe).cluster.hostfile == str(tmp_path.resolve() / "hosts")
+
+
+def test_data_files_may_have_endings_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "TRAIN.JSONL").write_text('{"text": "a"}\n')
+    recipe = parse_recipe(f"model: {{name_or_path: gpt}}\ndata: {{path: {tmp_path}}}", source="r")
+    check_data_paths(recipe)

@@ -148,3 +148,31 @@ def test_sources_survive_being_written() -> None:
     assert recipe.data.sources[0].weight == 0.5
     assert recipe.data.sources[1].columns == {"text": "body"}
     assert parse_recipe(render_recipe(recipe), source="r.yaml") == recipe
+
+
+@pytest.mark.parametrize("text", ["5", "true", "null: 3", "model: !!set {a, b}"])
+def test_yaml_that_is_no_recipe_is_refused_in_words(text: str) -> None:
+    assert "r.yaml" in problem_of(text)
+
+
+def test_a_broken_interpolation_is_refused_where_it_stands() -> None:
+    assert "model.name_or_path" in problem_of('model: {name_or_path: "${oc.env:HOME"}')
+    assert "lora.r" in problem_of(MINIMAL, "lora.r=${nothing")
+    with pytest.raises(RecipeError, match=r"model\.name_or_path"):
+        parse_recipe("", source="r.yaml", options={"model.name_or_path": "${nothing"})
+
+
+def test_an_element_of_a_list_that_is_no_text_is_refused() -> None:
+    problem = problem_of(MINIMAL + "slurm: {modules: [{cuda: 12}]}")
+    assert "slurm.modules holds {'cuda': 12}, which is no text" in problem
+    assert "lora.target_modules" in problem_of(MINIMAL + "lora: {target_modules: [{a: b}]}")
+    assert "tracking.report_to" in problem_of(MINIMAL + "tracking: {report_to: [[wandb]]}")
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("x" * 300, "too long"), ("~no-such-user-here/x", "no such user")]
+)
+def test_a_path_that_cannot_exist_is_refused_with_its_key(path: str, reason: str) -> None:
+    problem = problem_of(MINIMAL, f"data.path={path}")
+    assert "data.path" in problem
+    assert reason in problem

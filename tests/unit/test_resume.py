@@ -101,3 +101,9 @@ def test_the_earlier_attempt_is_kept_and_the_log_goes_on(run: Path) -> None:
     assert list((run / rd.RANKS).iterdir()) == []
     assert (run / rd.TRAINER_LOG).is_file()
     assert set_aside(run).name == "2"
+
+
+def test_a_plan_without_a_precision_is_refused_in_words(run: Path) -> None:
+    rd.write_text(run / rd.PLAN, "{}")
+    with pytest.raises(RunDirError, match="which precision"):
+        prepare_resume(run, [])

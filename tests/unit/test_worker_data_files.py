@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 
 from launcher.errors import DataError
 from launcher.recipe_paths import DATA_ENDINGS
+from launcher.recipe_sections import DataSource
 from launcher.worker.data_files import read_records
+from launcher.worker.data_sources import open_source
+from launcher.worker.records import Passage
+from launcher.worker.tokenization import prompt_ids
 
 TEXT = {"text": "once upon a time"}
 
@@ -241,3 +245,25 @@ def test_whatever_a_file_holds_it_is_read_or_refused_in_words(
     with contextlib.suppress(DataError):
         for where, _ in read_records(path):
             assert where.startswith(path.name)
+
+
+@pytest.mark.parametrize(
+    ("state", "problem"),
+    [
+        ("{", "names no data files"),
+        ("[]", "names no data files"),
+        ('{"_data_files": [{"filename": "data.arrow"}]}', r"data\.arrow is missing"),
+    ],
+)
+def test_a_saved_data_set_that_is_damaged_is_refused(
+    tmp_path: Path, state: str, problem: str
+) -> None:
+    (tmp_path / "state.json").write_text(state)
+    with pytest.raises(DataError, match=problem):
+        open_source("data.path", DataSource(path=str(tmp_path)))
+
+
+def test_a_sample_prompt_with_half_a_character_is_refused_with_its_place() -> None:
+    broken = Passage(prompt="\ud83d", completion="yes")
+    with pytest.raises(DataError, match=r"line 1.*not Unicode"):
+        prompt_ids(broken, None, where="line 1")
