@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import math
 import os
 import re
@@ -67,22 +68,27 @@ def _with_typed_sources(recipe: Recipe, source: str) -> Recipe:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    typed: list[DataSource] = []
+    typed: list[Any] = []
     problems = []
     for index, given in enumerate(recipe.data.sources):
         try:
             tree = OmegaConf.merge(OmegaConf.structured(DataSource), given)
-            checked = OmegaConf.to_object(tree)
-            assert isinstance(checked, DataSource)
-            typed.append(checked)
+            typed.append(OmegaConf.to_object(tree))
         except OmegaConfBaseException as error:
             problems.append(f"data.sources[{index}].{_describe(error, source)}")
     if problems:
         raise RecipeError(
             list_problems(problems), where=source, fix="correct the values named above"
         )
-    data = replace(recipe.data, sources=tuple(typed))
-    return replace(recipe, data=data)
+    return replace(recipe, data=replace(recipe.data, sources=tuple(typed)))
+
+
+@functools.cache
+def _empty_tree(kind: type) -> Any:
+    """Return the tree with all defaults, which takes longest to build; merging copies it."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(kind, flags={"readonly": False})
 
 
 def merge_strictly(kind: type, parts: Sequence[tuple[str, Any]], *, source: str) -> Any:
@@ -99,7 +105,7 @@ def merge_strictly(kind: type, parts: Sequence[tuple[str, Any]], *, source: str)
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    tree = OmegaConf.structured(kind, flags={"readonly": False})
+    tree = _empty_tree(kind)
     problems = [line for where, part in parts for line in _unknown_keys(part, kind, where)]
     if not problems:
         for where, part in parts:
