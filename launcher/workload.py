@@ -80,11 +80,6 @@ class Workload:
         return self.lora.r * per_rank + dora
 
     @property
-    def num_frozen_params(self) -> int:
-        """Parameters of the base model that get no gradient."""
-        return 0 if self.method is Method.full else self.model.num_params
-
-    @property
     def num_quantized_params(self) -> int:
         """Parameters that bitsandbytes stores quantized: ``nn.Linear`` layers, not lm_head.
 
