@@ -156,6 +156,8 @@ class StrategySection:
     micro_batch_size_per_gpu: int | None = None
     grad_accum_dtype: Precision | None = None
     liger_kernels: bool | None = None
+    expandable_segments: bool | None = None
+    """Mode of torch's CUDA allocator in which blocks can grow; ``None``: on."""
     nvme_path: str | None = None
 
 

@@ -174,11 +174,16 @@ class ForkServer:
 
 
 class ForkServers:
-    """A fork server for jobs with bitsandbytes and one for those without; a context manager."""
+    """Fork servers for jobs with and without bitsandbytes and expandable segments.
+
+    Libraries read that when they are imported, hence servers of their own. A context manager.
+    """
 
     def __init__(self, log_file: Path) -> None:
         self._servers = {
-            has: ForkServer(log_file=log_file, has_bitsandbytes=has) for has in (False, True)
+            (has, expandable): ForkServer(log_file=log_file, has_bitsandbytes=has)
+            for has in (False, True)
+            for expandable in (False, True)
         }
 
     def __enter__(self) -> Self:
@@ -202,7 +207,8 @@ class ForkServers:
             Optimizer.adamw_8bit,
             Optimizer.paged_adamw_8bit,
         )
-        return WarmBackend(local=backend, plan=plan, server=self._servers[needs_bitsandbytes])
+        server = self._servers[needs_bitsandbytes, plan.strategy.expandable_segments]
+        return WarmBackend(local=backend, plan=plan, server=server)
 
 
 @dataclass(kw_only=True)

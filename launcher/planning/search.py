@@ -262,6 +262,7 @@ def _shapes(space: SearchSpace) -> Iterator[Strategy]:
                 liger_kernels=(
                     loss is Loss.liger if fixed.liger_kernels is None else fixed.liger_kernels
                 ),
+                expandable_segments=fixed.expandable_segments is not False,
                 zero=apply_to_knobs(knobs, space.raw_deepspeed),
             )
 

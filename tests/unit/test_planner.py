@@ -52,6 +52,15 @@ def test_the_demo_on_two_processor_ranks_is_planned_as_zero_2() -> None:
     assert choice.best.strategy.attention is Attention.sdpa
 
 
+@pytest.mark.parametrize(("wanted", "has"), [(None, True), (True, True), (False, False)])
+def test_segments_of_the_allocator_can_grow_unless_the_recipe_says_no(
+    wanted: bool | None, has: bool
+) -> None:
+    fixed = StrategySection(zero_stage=2, expandable_segments=wanted)
+    best = choose_strategy(workload(), cluster(), fixed=fixed).best
+    assert best.strategy.expandable_segments is has
+
+
 @pytest.mark.parametrize(("gpu", "name", "method", "tokens"), GRID)
 def test_no_plan_breaks_a_rule_or_its_limits(
     gpu: str, name: str, method: Method, tokens: int
