@@ -53,8 +53,8 @@ class _Commands(click.Group):
 @click.group(
     cls=_Commands,
     epilog=(
-        "Exit status: 0 done, 2 bad input, 3 does not fit, 4 the job failed, "
-        "130 interrupted (128 + the signal)."
+        "Exit status: 0 done, 2 bad input, 3 does not fit, 4 the job failed or was stopped, "
+        "128 + the signal when something else was interrupted."
     ),
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from launcher import run_dir as rd
 from launcher.backends import choose_backend
@@ -139,21 +139,35 @@ def disk_bytes(prepared: Prepared) -> int:
     return needed
 
 
-def describe_job(
+def dry_run(
     prepared: Prepared, output_dir: Path | None, *, backend: Backend | None = None
-) -> str:
-    """Return what :func:`create_run` would write and run, as text."""
+) -> tuple[Path, JobRequest]:
+    """Return the run directory that :func:`create_run` would make, and what would run in it."""
     recipe = _resolved(prepared.recipe)
     backend = backend or choose_backend(recipe)
     target = output_dir or Path(recipe.output_dir or DEFAULT_PARENT / "<model>-<method>-<time>")
     run_dir = target if target.is_absolute() else Path.cwd() / target
-    request = backend.render(prepared.plan, run_dir=run_dir, files=run_files(prepared))
+    return run_dir, backend.render(prepared.plan, run_dir=run_dir, files=run_files(prepared))
+
+
+def describe_job(run_dir: Path, request: JobRequest) -> str:
+    """Return what a dry run found, as text."""
     parts = [f"would write {len(request.files)} files into {run_dir}:"]
     for name, text in request.files.items():
         shown = text if name != rd.PLAN else f"({format_bytes(len(text))}; see zerofit plan)\n"
         parts.append(f"--- {name}\n{shown.rstrip()}")
     parts.append(f"and run there: {' '.join(request.argv)}")
     return "\n".join(parts)
+
+
+def job_to_json(run_dir: Path, request: JobRequest) -> dict[str, Any]:
+    """Return what a dry run found, for scripts."""
+    return {
+        "run_dir": str(run_dir),
+        "files": dict(request.files),
+        "argv": list(request.argv),
+        "env": dict(request.env),
+    }
 
 
 def start_run(

@@ -155,6 +155,11 @@ def _extra_problems(option: str) -> Iterator[str]:
         yield f"slurm.extra holds {option!r}: write --option or --option=value, one each"
     elif key in _OURS:
         yield f"slurm.extra holds {key}, which zerofit writes itself"
+    elif ours := next((name for name in _OURS if name.startswith(key)), None):
+        # sbatch reads options with getopt_long, which takes any beginning that is unique.
+        yield f"slurm.extra holds {key}, which sbatch would take for {ours}: write it out"
+    elif "--clusters".startswith(key):
+        yield f"slurm.extra holds {key}: submit on a login node of that cluster instead"
 
 
 def _container_problems(settings: SlurmSection) -> Iterator[str]:

@@ -43,7 +43,7 @@ def train_on_slurm(
 
     Raises:
         LauncherError: as :func:`submit_run`; or the job failed (exit status 4).
-        JobInterruptedError: Ctrl-C; says whether the job goes on.
+        InterruptionError: Ctrl-C; says whether the job goes on.
     """
     backend = slurm_backend(prepared.recipe)
     handle = submit_run(prepared, output_dir, say=say, tokenize=True)

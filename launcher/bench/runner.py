@@ -26,7 +26,7 @@ from launcher.bench.result import (
     state_of,
 )
 from launcher.bench.sweep import Case, parse_sweep
-from launcher.dispatch.base import Backend, JobInterruptedError
+from launcher.dispatch.base import Backend, InterruptionError
 from launcher.dispatch.failure import read_failures
 from launcher.dispatch.source_version import source_version
 from launcher.dispatch.warm import ForkServers
@@ -153,7 +153,7 @@ def run_sweep(
         start: how to run one job.
 
     Raises:
-        JobInterruptedError: Ctrl-C or its like; the case that ran leaves no result.
+        InterruptionError: Ctrl-C or its like; the case that ran leaves no result.
         RunDirError: a result cannot be written.
     """
     made: list[Result] = []
@@ -253,8 +253,8 @@ def _run_case(case: Case, run_dir: Path, *, seconds: float | None, start: Start)
     try:
         with _time_limit(seconds):
             start(made_dir, backend, request, prepared.plan)
-    except JobInterruptedError as error:
-        if error.exit_code != 128 + signal.SIGALRM:
+    except InterruptionError as error:
+        if error.signal_number != signal.SIGALRM:
             raise
         is_out_of_time = True
         failure = {"phase": None, "message": f"it had not ended after {seconds:.0f} s"}

@@ -12,7 +12,7 @@ import click
 
 from launcher.commands.options import existing_or_new, json_option
 from launcher.console import say, say_aside
-from launcher.errors import JobFailedError
+from launcher.errors import JobFailedError, RecipeError
 
 if TYPE_CHECKING:
     from launcher.bench.result import Result
@@ -75,11 +75,18 @@ def _dry_run(cases: tuple[Case, ...], *, as_json: bool) -> None:
     planned = [plan_case(case) for case in cases]
     if as_json:
         print(json.dumps(planned, indent=1))
-        return
-    for item in planned:
-        say(_planned_line(item))
-    num_fitting = sum(1 for item in planned if item.get("predicted", {}).get("fits"))
-    say(f"{len(planned)} cases, {num_fitting} are predicted to fit; nothing was started")
+    else:
+        for item in planned:
+            say(_planned_line(item))
+        num_fitting = sum(1 for item in planned if item.get("predicted", {}).get("fits"))
+        say(f"{len(planned)} cases, {num_fitting} are predicted to fit; nothing was started")
+    refused = [item["case"] for item in planned if "predicted" not in item]
+    if refused:
+        raise RecipeError(
+            f"{len(refused)} of {len(planned)} cases are refused: {', '.join(refused[:8])}",
+            where="dry run",
+            fix="mend their recipes as said above, or leave them out",
+        )
 
 
 def _planned_line(item: dict[str, Any]) -> str:

@@ -11,6 +11,9 @@ from launcher.console import out, say
 from launcher.errors import DoesNotFitError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from launcher.dispatch.base import Backend
     from launcher.planning.plan import Plan
     from launcher.prepare import Prepared
 
@@ -65,3 +68,20 @@ def show_plan(plan: Plan, *, as_json: bool, show_all: bool = False) -> None:
         print(json.dumps(plan_to_json(plan), indent=1))
     else:
         out.print(render_plan(plan, show_all=show_all))
+
+
+def show_dry_run(
+    prepared: Prepared,
+    output_dir: Path | None,
+    *,
+    as_json: bool,
+    backend: Backend | None = None,
+) -> None:
+    """Print what would be written and run."""
+    from launcher.launch import describe_job, dry_run, job_to_json
+
+    run_dir, request = dry_run(prepared, output_dir, backend=backend)
+    if as_json:
+        print(json.dumps(job_to_json(run_dir, request), indent=1))
+    else:
+        say(describe_job(run_dir, request))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.commands.options import output_dir_option, recipe_args
-from launcher.commands.planned import fitting
+from launcher.commands.planned import fitting, show_dry_run
 from launcher.console import say, say_aside
 from launcher.errors import RecipeError
 
@@ -50,10 +50,10 @@ def submit(
     show = say_aside if as_json else say
     if max_parallel is not None and not array:
         raise click.UsageError("--max-parallel belongs to --array")
+    if array and dry_run:
+        raise click.UsageError("--dry-run shows one run: leave --array out")
     if array:
         prepared = _prepare_each(args, as_json=as_json)
-        if dry_run:
-            raise click.UsageError("--dry-run shows one run: leave --array out")
         from launcher.submit import submit_array
 
         handles = submit_array(
@@ -68,9 +68,8 @@ def submit(
         _note_hardware(made)
         if dry_run:
             from launcher.backends import slurm_backend
-            from launcher.launch import describe_job
 
-            say(describe_job(made, output_dir, backend=slurm_backend(made.recipe)))
+            show_dry_run(made, output_dir, backend=slurm_backend(made.recipe), as_json=as_json)
             return
         from launcher.submit import submit_run
 

@@ -9,7 +9,13 @@ from pathlib import Path
 import click
 
 from launcher.commands.options import json_option, output_dir_option, recipe_args
-from launcher.commands.planned import fitting, leave_unfit, prepare_from, show_plan
+from launcher.commands.planned import (
+    fitting,
+    leave_unfit,
+    prepare_from,
+    show_dry_run,
+    show_plan,
+)
 from launcher.commands.results import export_run, show_report
 from launcher.console import say, say_aside
 
@@ -51,9 +57,7 @@ def train(*, args: tuple[str, ...], output_dir: Path | None, dry_run: bool, as_j
     3 when no strategy fits, 4 when the job failed.
     """
     if dry_run:
-        from launcher.launch import describe_job
-
-        say(describe_job(fitting(args), output_dir))
+        show_dry_run(fitting(args, as_json=as_json), output_dir, as_json=as_json)
         return
     run_dir = _train(args, output_dir, as_json=as_json)
     if as_json:

@@ -11,19 +11,28 @@ from typing import Any, BinaryIO, Protocol
 
 from launcher import run_dir as rd
 from launcher.dispatch.interruptions import Interruptions
-from launcher.errors import JobFailedError, RunDirError
+from launcher.errors import JobFailedError, LauncherError, RunDirError
 from launcher.job_script import JobRequest
 from launcher.planning.plan import Plan
 
 JOB_SCHEMA_VERSION = 1
 
 
-class JobInterruptedError(JobFailedError):
-    """A signal ended the job; the exit status is 128 + the signal, as shells have it."""
+class InterruptionError(LauncherError):
+    """A signal ended this command and no job: exit status 128 + the signal, as shells have it."""
 
     def __init__(self, problem: str, *, where: str, fix: str, signal_number: int) -> None:
         super().__init__(problem, where=where, fix=fix)
+        self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+
+
+class JobInterruptedError(InterruptionError, JobFailedError):
+    """A signal ended the job before it had finished: exit status 4, as for any other reason."""
+
+    def __init__(self, problem: str, *, where: str, fix: str, signal_number: int) -> None:
+        super().__init__(problem, where=where, fix=fix, signal_number=signal_number)
+        self.exit_code = JobFailedError.exit_code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +97,7 @@ def run_to_end(
 
     Raises:
         JobFailedError: it did not finish (exit status 4).
-        JobInterruptedError: SIGINT, SIGTERM or SIGHUP (exit status 128 + the signal).
+        JobInterruptedError: SIGINT, SIGTERM or SIGHUP (exit status 4).
         RunDirError: the files cannot be written.
         SetupError: the job cannot be started here.
     """

@@ -6,21 +6,19 @@ import socket
 import time
 from pathlib import Path
 
-import psutil
-
 from launcher import run_dir as rd
 from launcher.dispatch import process_group
 from launcher.dispatch import slurm as slurm_backend
 from launcher.dispatch import slurm_commands as slurm
 from launcher.dispatch.base import JobHandle, read_handle
 from launcher.dispatch.run_state import RunState, observe, watcher
+from launcher.dispatch.watch import CANCELLED
 from launcher.errors import JobFailedError, SetupError
 
 # Slurm ends ranks that ignore SIGTERM after KillWait, 30 s by default (slurm.conf(5)).
 _SLURM_SECONDS = 45.0
 # A watcher ends its ranks in TERM_GRACE_SECONDS and KILL_GRACE_SECONDS, here or on other hosts.
 _WATCHER_SECONDS = 30.0
-_REASON = "stopped by zerofit cancel"
 
 
 def cancel_run(run_dir: Path) -> RunState:
@@ -42,7 +40,7 @@ def cancel_run(run_dir: Path) -> RunState:
     else:
         _cancel_processes(handle)
     if rd.read_status(run_dir).state in ("created", "running"):
-        rd.write_status(run_dir, "interrupted", reason=_REASON)
+        rd.write_status(run_dir, "interrupted", reason=CANCELLED)
     return observe([run_dir])[0]
 
 
@@ -68,19 +66,18 @@ def _cancel_processes(handle: JobHandle) -> None:
             where=str(handle.run_dir),
             fix=f"run `zerofit cancel` on {handle.host}",
         )
-    # The watcher also ends what runs on other hosts, and writes down how the run ended.
+    # The watcher also ends what runs on other hosts, and writes down how the run ended. No signal:
+    # it may be a sweep, of which this run is one.
     process = watcher(handle)
     if process is not None:
         try:
-            process.terminate()
-        except psutil.AccessDenied:
+            (handle.run_dir / rd.CANCEL).touch()
+        except OSError as error:
             raise SetupError(
-                f"process {process.pid} belongs to another user",
+                f"cannot be asked to end: {error.strerror}",
                 where=str(handle.run_dir),
-                fix=f"ask {process.username()} to cancel it",
+                fix="ask the run's owner to cancel it",
             ) from None
-        except psutil.NoSuchProcess:
-            pass  # it has ended by itself this moment
         deadline = time.monotonic() + _WATCHER_SECONDS
         while process_group.is_alive(process) and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -106,6 +106,7 @@ class LocalBackend:
         """
         write_files(request, run_dir)
         try:
+            (run_dir / rd.CANCEL).unlink(missing_ok=True)
             rd.write_status(run_dir, "running")
             self._process = process_group.start_job(
                 request.argv, env=request.env, cwd=run_dir, log_file=run_dir / rd.LAUNCHER_LOG

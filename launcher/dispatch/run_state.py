@@ -227,8 +227,13 @@ def observe_all(folder: Path) -> list[RunState]:
     Raises:
         RunDirError: there is no such folder.
     """
+    return observe_readable(find_runs(folder))
+
+
+def observe_readable(run_dirs: Sequence[Path]) -> list[RunState]:
+    """Return how runs are doing; those that cannot be read come last, as unknown."""
     readable, broken = [], []
-    for run_dir in find_runs(folder):
+    for run_dir in run_dirs:
         try:
             rd.read_status(run_dir)
             _handle(run_dir)

@@ -41,6 +41,7 @@ class SlurmBackend:
     def check_place(self, plan: Plan) -> None:  # noqa: ARG002  the nodes are not seen from here
         """Raise SetupError unless jobs can be submitted from here."""
         slurm.check_programs()
+        slurm.check_cluster()
 
     def job(self, plan: Plan, run_dir: Path) -> SlurmJob:
         """Return what the script says."""
@@ -110,8 +111,8 @@ class SlurmBackend:
 
         Raises:
             JobFailedError: it did not finish.
-            JobInterruptedError: a signal ended the waiting; the job goes on, or is cancelled
-                if the signal came twice.
+            InterruptionError: a signal ended the waiting; the job goes on.
+            JobInterruptedError: Ctrl-C came twice; the job is cancelled.
         """
         watch_job(handle, interruptions=interruptions, console=console)
 

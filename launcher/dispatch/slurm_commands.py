@@ -71,6 +71,20 @@ def check_programs() -> None:
         )
 
 
+def check_cluster() -> None:
+    """Raise SetupError where the environment sends jobs to another cluster than this one.
+
+    Its controller would have to be asked for the job later, from wherever that is done.
+    """
+    elsewhere = os.environ.get("SLURM_CLUSTERS")
+    if elsewhere:
+        raise SetupError(
+            f"SLURM_CLUSTERS names {elsewhere}, and zerofit asks this machine's own cluster",
+            where="environment",
+            fix="unset it, and submit on a login node of that cluster",
+        )
+
+
 def submit(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> str:
     """Run ``sbatch`` and return the job's number.
 

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from launcher import run_dir as rd
 from launcher.dispatch import slurm_commands as slurm
-from launcher.dispatch.base import JobHandle, JobInterruptedError
+from launcher.dispatch.base import InterruptionError, JobHandle, JobInterruptedError
 from launcher.dispatch.failure import read_failures
 from launcher.dispatch.interruptions import Interruptions
 from launcher.dispatch.slurm_failure import (
@@ -97,7 +97,8 @@ def watch_job(handle: JobHandle, *, interruptions: Interruptions, console: Binar
 
     Raises:
         JobFailedError: it ended otherwise; says which host or rank, and why.
-        JobInterruptedError: a signal ended the watching; says whether the job goes on.
+        InterruptionError: a signal ended the watching; the job goes on.
+        JobInterruptedError: Ctrl-C came twice; the job is cancelled.
     """
     relay = LogRelay(path=handle.run_dir / rd.LAUNCHER_LOG, console=console)
     watch = _Watch(handle=handle, changed=time.monotonic())
@@ -168,7 +169,7 @@ def _leave(watch: _Watch, interruptions: Interruptions) -> None:
     """Stop watching: the job goes on, unless Ctrl-C comes twice, as with srun.
 
     Raises:
-        JobInterruptedError: always.
+        InterruptionError: always.
     """
     handle, number = watch.handle, interruptions.received[0]
     name = signal.Signals(number).name
@@ -190,7 +191,7 @@ def _leave(watch: _Watch, interruptions: Interruptions) -> None:
             fix="start it again in a new folder",
             signal_number=number,
         )
-    raise JobInterruptedError(
+    raise InterruptionError(
         f"no longer watching after {name}; job {handle.job_id} goes on",
         where=str(handle.run_dir),
         fix=f"`zerofit logs -f {handle.run_dir}` shows its log, `zerofit cancel` ends it",

@@ -16,7 +16,7 @@ from launcher.dispatch import process_group
 from launcher.dispatch.base import JobHandle, JobInterruptedError
 from launcher.dispatch.failure import DeadRank, LostHost, describe_failure, read_failures
 from launcher.dispatch.interruptions import Interruptions
-from launcher.errors import RunDirError
+from launcher.errors import JobFailedError, RunDirError
 from launcher.job_script import launcher_mark
 from launcher.run_checkpoints import newest_checkpoint
 
@@ -30,6 +30,7 @@ SCAN_SECONDS = 1.0
 FAILURE_LINGER_SECONDS = 6.0
 # When all ranks have ended well, its two processes need some seconds to end on a busy machine.
 END_LINGER_SECONDS = 30.0
+CANCELLED = "stopped by zerofit cancel"
 _CHUNK_BYTES = 2**16
 
 
@@ -120,6 +121,7 @@ def watch(
         console: where to copy the job's output.
 
     Raises:
+        JobFailedError: somebody asked for its end with ``zerofit cancel``.
         JobInterruptedError: a signal arrived; the run directory says "interrupted".
         JobFailedError: the launcher ended, or had to be ended, and rank 0 had not marked the
             run as finished. DeepSpeed's exit code alone proves nothing: it is 0 when its
@@ -131,7 +133,7 @@ def watch(
     trouble_since: float | None = None
     ended_since: float | None = None
     try:
-        while process.poll() is None and not interruptions.received:
+        while process.poll() is None and not _is_told_to_end(handle, interruptions):
             relay.copy_new()
             now = time.monotonic()
             ranks.look()
@@ -161,6 +163,10 @@ def watch(
     if trouble_since is not None:
         stopped_by = None  # it had failed before the signal came
     _conclude(handle, process.returncode, ranks, stopped_by=stopped_by)
+
+
+def _is_told_to_end(handle: JobHandle, interruptions: Interruptions) -> bool:
+    return bool(interruptions.received) or (handle.run_dir / rd.CANCEL).exists()
 
 
 def _has_lingered(now: float, trouble_since: float | None, ended_since: float | None) -> bool:
@@ -218,6 +224,13 @@ def _conclude(
             where=str(run_dir),
             fix=_way_on(run_dir),
             signal_number=stopped_by,
+        )
+    if (run_dir / rd.CANCEL).exists():
+        _record(run_dir, "interrupted", CANCELLED)
+        raise JobFailedError(
+            f"the run was {CANCELLED}; all of its processes have ended",
+            where=str(run_dir),
+            fix=_way_on(run_dir),
         )
     error = describe_failure(
         run_dir, exit_code=exit_code, dead_ranks=ranks.ended.values(), lost_hosts=ranks.lost

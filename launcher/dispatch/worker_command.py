@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.dispatch import process_group
-from launcher.dispatch.base import JobInterruptedError, new_run_id
+from launcher.dispatch.base import InterruptionError, new_run_id
 from launcher.dispatch.interruptions import Interruptions
 from launcher.errors import JobFailedError, SetupError
 from launcher.job_script import RUN_ID_VARIABLE
@@ -75,7 +75,7 @@ def run_worker(module: str, args: Sequence[str]) -> dict[str, Any]:
         SetupError: the training stack is not installed.
         WorkerError: it ended with another exit status than 0; the message is already shown.
         JobFailedError: it was killed, and could not say why.
-        JobInterruptedError: Ctrl-C or its like; the program has ended.
+        InterruptionError: Ctrl-C or its like; the program has ended.
     """
     check_train_extra()
     run_id = new_run_id()
@@ -98,7 +98,7 @@ def run_worker(module: str, args: Sequence[str]) -> dict[str, Any]:
             process_group.end_processes(run_id, session_id=process.pid)
     if interruptions.received:
         number = interruptions.received[0]
-        raise JobInterruptedError(
+        raise InterruptionError(
             f"stopped by {signal.Signals(number).name}",
             where=module,
             fix="run the same command again",

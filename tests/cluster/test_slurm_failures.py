@@ -89,7 +89,7 @@ def test_ctrl_c_lets_the_job_go_on_and_twice_cancels_it(
     watching.signal(signal.SIGINT)
     time.sleep(0.5)
     watching.signal(signal.SIGINT)
-    assert watching.wait(timeout=10) == 130
+    assert watching.wait(timeout=10) == 4
     assert re.search(r"job \d+ is cancelled", watching.output)
     assert rd.read_status(runs.folder / "twice").state == "interrupted"
     assert cluster.leftovers(within=8) == {}
@@ -102,10 +102,10 @@ def test_inside_an_allocation_cancel_ends_the_ranks_on_all_hosts_and_not_the_all
     seen = runs.status(runs.folder / "inside")
     assert (seen["state"], seen["backend"]) == ("running", "allocation")
     cancelled = runs.zerofit("cancel", runs.folder / "inside")
-    assert cancelled.stdout.startswith("killed: stopped by SIGTERM"), cancelled.stderr
+    assert cancelled.stdout.startswith("killed: stopped by zerofit cancel"), cancelled.stderr
     # salloc, for its command has ended.
     assert watching.wait(timeout=15) != 0
-    assert "the run was stopped by SIGTERM" in watching.output
+    assert "the run was stopped by zerofit cancel" in watching.output
     assert cluster.leftovers(within=8) == {}
 
 

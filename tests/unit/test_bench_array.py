@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from launcher import run_dir as rd
+from launcher.bench import array
 from launcher.bench.array import gather
 from launcher.bench.runner import Outputs, read_outputs
+from launcher.bench.sweep import parse_sweep
 from launcher.errors import RunDirError
 from launcher.peaks import PhasePeaks, RankPeaks, peaks_to_json
 
@@ -73,3 +76,30 @@ def test_a_broken_list_of_submissions_is_named_with_its_line(outputs: Outputs, l
     outputs.submitted.write_text(line + "\n")
     with pytest.raises(RunDirError, match=r"sweep\.submitted\.jsonl:1"):
         gather(outputs, (), say=str)
+
+
+def test_a_run_directory_that_is_gone_is_a_failed_case_and_blocks_no_other(
+    outputs: Outputs,
+) -> None:
+    shutil.rmtree(submit(outputs, "gone", "created"))
+    submit(outputs, "done", "finished")
+    (submit(outputs, "broken", "finished") / rd.JOB).write_text("half a fi")
+    made, waiting = gather(outputs, (), say=str)
+    assert {result.case: result.state for result in made} == {"gone": "failed", "done": "finished"}
+    assert "the run directory is gone" in str(made[0].failure)
+    assert waiting == {"broken"}
+
+
+def test_slurm_gets_no_job_that_cannot_be_written_down(
+    outputs: Outputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(array, "submit_array", lambda *_, **__: pytest.fail("it was submitted"))
+    outputs.submitted.mkdir()
+    cases = parse_sweep(
+        "defaults: {model: {name_or_path: smollm2-135m, random_weights: true}, max_seq_len: 64,"
+        " cluster: {gpu: H100-80GB}, optim: {max_steps: 1}}\ncases: [{name: a}]",
+        source="s",
+        overrides=(),
+    )
+    with pytest.raises(RunDirError, match="cannot be written: Is a directory"):
+        array.submit_cases(cases, outputs, say=str, max_parallel=None)

@@ -283,3 +283,28 @@ def test_ctrl_c_outside_of_a_run_leaves_with_130(
     monkeypatch.setattr(plan, "prepare_from", interrupted)
     outcome = zerofit("plan", recipe)
     assert (outcome.status, outcome.stdout, outcome.stderr) == (130, "", "\ninterrupted\n")
+
+
+def test_a_dry_run_as_json_holds_the_files_and_the_command(zerofit: Zerofit, recipe: str) -> None:
+    outcome = zerofit("train", recipe, "--dry-run", "--json", "--output-dir", "run")
+    job = json.loads(outcome.stdout)
+    assert job["argv"] == ["bash", "job.sh"]
+    assert job["files"]["job.sh"].startswith("#!/usr/bin/env bash")
+    submitted = json.loads(zerofit("submit", recipe, "--dry-run", "--json").stdout)
+    assert submitted["argv"][0] == "sbatch"
+
+
+def test_a_dry_run_of_an_array_is_refused_before_anything_is_planned(zerofit: Zerofit) -> None:
+    outcome = zerofit("submit", "--array", "nosuch.yaml", "--dry-run")
+    assert outcome.status == 2
+    assert "--dry-run shows one run" in outcome.stderr
+
+
+def test_a_dry_sweep_with_a_refused_case_leaves_with_2(zerofit: Zerofit, tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(
+        "defaults: {model: {name_or_path: smollm2-135m}, max_seq_len: 64}\n"
+        "cases: [{name: good}, {name: long, max_seq_len: 100000}]\n"
+    )
+    outcome = zerofit("bench", "sweep.yaml", "--dry-run")
+    assert outcome.status == 2
+    assert "1 of 2 cases are refused: long" in outcome.stderr

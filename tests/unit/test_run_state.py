@@ -16,11 +16,14 @@ import pytest
 from launcher import run_dir as rd
 from launcher.dispatch import cancel
 from launcher.dispatch import slurm_commands as slurm
-from launcher.dispatch.base import JobHandle, write_handle
+from launcher.dispatch.base import InterruptionError, JobHandle, write_handle
 from launcher.dispatch.cancel import cancel_run
+from launcher.dispatch.interruptions import Interruptions
 from launcher.dispatch.rank_lines import lines_of_rank
+from launcher.dispatch.rank_watch import RankWatch
 from launcher.dispatch.run_state import find_runs, observe, observe_all
-from launcher.errors import RunDirError, SetupError
+from launcher.dispatch.watch import watch
+from launcher.errors import JobFailedError, RunDirError, SetupError
 from launcher.job_script import RUN_ID_VARIABLE
 
 
@@ -110,6 +113,30 @@ def test_cancel_ends_the_processes_and_writes_it_down(
     assert rank.wait(timeout=5) == -signal.SIGTERM
     # Once more changes nothing.
     assert cancel_run(run) == seen
+
+
+def test_cancel_asks_the_watcher_and_does_not_end_it(run: Path) -> None:
+    """It may be a sweep with further runs to come."""
+    wait = (
+        "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.01)"
+    )
+    sweep = subprocess.Popen([sys.executable, "-c", wait, run / rd.CANCEL])
+    handle(run, watcher_pid=sweep.pid)
+    assert cancel_run(run).reason == "stopped by zerofit cancel"
+    assert sweep.wait(timeout=5) == 0
+
+
+def test_a_watched_run_ends_when_somebody_asks_for_it(run: Path) -> None:
+    sleeping = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    (run / rd.CANCEL).touch()
+    ranks = RankWatch(run_id="id", session_id=sleeping.pid)
+    made = handle(run, session_id=sleeping.pid, master_port=20_000)
+    with Interruptions() as nothing, pytest.raises(JobFailedError, match="by zerofit cancel") as e:
+        watch(sleeping, made, ranks, interruptions=nothing, console=None)
+    # A sweep goes on after it, which it does not after Ctrl-C.
+    assert not isinstance(e.value, InterruptionError)
+    assert sleeping.poll() is not None
+    assert rd.read_status(run).state == "interrupted"
 
 
 def test_cancel_survives_that_the_run_ends_by_itself_this_moment(

@@ -106,6 +106,14 @@ def test_all_settings_that_cannot_be_used_are_named_at_once() -> None:
     assert "slurm.container names no image" in said
 
 
+@pytest.mark.parametrize("option", ["--nod=3", "--outp=x", "--arr=0-9", "--no-r", "--clusters=b"])
+def test_a_beginning_of_an_option_that_the_script_depends_on_is_refused(option: str) -> None:
+    with pytest.raises(SetupError, match="slurm.extra holds " + option.partition("=")[0]):
+        script_of(with_settings(extra=(option,)))
+    # Longer ones are other options.
+    assert "--nodelist=a" in script_of(with_settings(extra=("--nodelist=a", "--time-min=5")))
+
+
 @pytest.mark.parametrize("name", ["new\nline", "100%", "back\\slash", "tab\t"])
 def test_a_path_that_slurm_would_read_otherwise_is_refused(name: str) -> None:
     ranks = replace(GPU_JOB.ranks, run_dir=PurePosixPath("/runs") / name)

@@ -56,6 +56,12 @@ def test_no_slurm_here_is_said_plainly(monkeypatch: pytest.MonkeyPatch, tmp_path
         slurm.check_programs()
 
 
+def test_jobs_for_another_cluster_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CLUSTERS", "other")
+    with pytest.raises(SetupError, match="SLURM_CLUSTERS names other"):
+        slurm.check_cluster()
+
+
 def test_states_reasons_and_nodes_are_read(program: Program) -> None:
     # The format asked for, as squeue 22.05.8 prints it.
     program(

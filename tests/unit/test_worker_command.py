@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.dispatch import worker_command
-from launcher.dispatch.base import JobInterruptedError
+from launcher.dispatch.base import InterruptionError
 from launcher.dispatch.worker_command import WorkerError, run_worker
 from launcher.errors import JobFailedError, SetupError
 
@@ -74,7 +74,7 @@ def test_a_signal_ends_the_program_and_its_children(
     previous = signal.signal(number, signal.SIG_DFL)
     threading.Thread(target=interrupt, daemon=True).start()
     try:
-        with pytest.raises(JobInterruptedError) as caught:
+        with pytest.raises(InterruptionError) as caught:
             run_worker("a_worker", [])
     finally:
         signal.signal(number, previous)
