@@ -63,6 +63,12 @@ class RankPeaks:
     allocator_retries: int = 0
     allocator_ooms: int = 0
     failure: RankFailure | None = None
+    phase: str | None = None
+    """Where the rank was when the file was written; ``None`` between two phases."""
+    beats: int = 0
+    """Borders between phases passed so far; ranks that wait for each other have about as many."""
+    progress_at: float | None = None
+    """When it passed the last one: Unix time of its host."""
 
 
 def peaks_to_json(peaks: RankPeaks) -> dict[str, Any]:

@@ -176,6 +176,19 @@ class TrackingSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecoverySection:
+    """What happens when a run does not go on as it should."""
+
+    watchdog_seconds: float | None = None
+    """A rank that takes longer over a micro-step hangs; ``None``: ten predicted step times,
+    100 s at least; 0 waits for ever."""
+    phase_seconds: float | None = None
+    """The same for load, init, the first step, eval and save; ``None``: half an hour."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """Losses or gradients that are not finite end the run, or their step is left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SlurmSection:
     """What the Slurm script asks for; a site file may set the same keys for all recipes.
 
@@ -228,5 +241,6 @@ class Recipe:
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Raw DeepSpeed keys; the generated config and the prediction both follow them."""
     tracking: TrackingSection = field(default_factory=TrackingSection)
+    recovery: RecoverySection = field(default_factory=RecoverySection)
     slurm: SlurmSection = field(default_factory=SlurmSection)
     output_dir: str | None = None

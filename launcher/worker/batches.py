@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -149,6 +150,8 @@ class RankBatches(Sampler[list[int]]):
         self._micro_batches_per_step = gradient_accumulation_steps * world_size
         self._rank = rank
         self._world_size = world_size
+        self.of_this_step: deque[list[int]] = deque(maxlen=gradient_accumulation_steps)
+        """Examples of the micro-batches that were dealt out last."""
 
     @property
     def batch_sampler(self) -> RankBatches:
@@ -169,4 +172,6 @@ class RankBatches(Sampler[list[int]]):
         order = list(self._order)
         for index in range(len(self)):
             first = (index * self._world_size + self._rank) * self._micro_batch_size
-            yield [order[i % len(order)] for i in range(first, first + self._micro_batch_size)]
+            batch = [order[i % len(order)] for i in range(first, first + self._micro_batch_size)]
+            self.of_this_step.append(batch)
+            yield batch

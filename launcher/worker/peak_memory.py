@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from launcher import run_dir
-from launcher.peaks import PhasePeaks, RankFailure, RankPeaks, RankState, peaks_to_json
+from launcher.peaks import PhasePeaks, RankFailure, RankPeaks, RankState
 from launcher.predict.memory import PHASES, Phase
+from launcher.worker.heartbeat import WRITE_INTERVAL_SECONDS, Heartbeat
 from launcher.worker.process_memory import HostPeak, Sampler, device_memory_reader
 from launcher.worker.storage_tracker import StorageTracker
 
 TRACKED_STEPS = 3
 """Optimizer steps during which tensors are counted on CPU: Adam's states appear in the first,
 the second is the first complete one; counting every operation for longer only costs time."""
-WRITE_INTERVAL_SECONDS = 5.0
 SAMPLE_INTERVAL_SECONDS = 0.1
 
 _OUT_OF_MEMORY_MESSAGES = (
@@ -75,11 +71,8 @@ class PeakRecorder:
     and otherwise at most every ``WRITE_INTERVAL_SECONDS``.
     """
 
-    def __init__(
-        self, folder: Path, *, rank: int, local_rank: int, world_size: int, device: torch.device
-    ) -> None:
-        self._path = run_dir.rank_file(folder, rank)
-        self._rank, self._local_rank, self._world_size = rank, local_rank, world_size
+    def __init__(self, heartbeat: Heartbeat, *, device: torch.device) -> None:
+        self._heartbeat = heartbeat
         self._device = device
         self._state: RankState = "running"
         self._failure: RankFailure | None = None
@@ -122,7 +115,6 @@ class PeakRecorder:
 
     def start(self) -> None:
         """Begin to measure, and write the file for the first time."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._device.type == "cpu":
             self._tracker = StorageTracker()
             self._start_tracker()
@@ -135,6 +127,7 @@ class PeakRecorder:
         """End the running phase, if any, and begin another, or none."""
         self._close_phase()
         self._phase = phase
+        self._heartbeat.mark(phase, steps_done=self.steps_done)
         if phase is not None:
             self._last_phase = phase
             self._phase_started = time.perf_counter()
@@ -213,6 +206,7 @@ class PeakRecorder:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not (engine.training and torch.is_grad_enabled()):
+                self._heartbeat.mark(self._phase)
                 return plain_forward(*args, **kwargs)
             self._num_tokens += kwargs["input_ids"].numel()
             self.switch("forward")
@@ -264,7 +258,7 @@ class PeakRecorder:
 
     def write(self) -> None:
         """Replace this rank's file with what is known now."""
-        run_dir.write_json(self._path, peaks_to_json(self.snapshot()))
+        self._heartbeat.write(self.snapshot())
         self._written = time.monotonic()
 
     def snapshot(self) -> RankPeaks:
@@ -276,12 +270,8 @@ class PeakRecorder:
         name = "cpu"
         if self._device.type == "cuda":
             name = torch.cuda.get_device_name(self._device)
-        return RankPeaks(
-            rank=self._rank,
-            local_rank=self._local_rank,
-            world_size=self._world_size,
-            host=socket.gethostname(),
-            pid=os.getpid(),
+        return replace(
+            self._heartbeat.known,
             device=self._device.type,
             device_name=name,
             state=self._state,
@@ -301,6 +291,7 @@ class PeakRecorder:
             self._sampler.stop()
         self._stop_tracker()
         self._state = state
+        self._heartbeat.stop()
         self.write()
 
     def _close_phase(self) -> None:

@@ -28,6 +28,8 @@ from launcher.planning.plan import strategy_from_json
 from launcher.recipe import parse_recipe
 from launcher.recipe_sections import Recipe
 from launcher.strategy import Attention, Method, Precision, Strategy
+from launcher.watchdog import Patience, patience
+from launcher.worker.heartbeat import Heartbeat
 from launcher.worker.interruption import exit_on_signal, listen_for_stop
 from launcher.worker.program import quiet_libraries
 from launcher.worker.ranks import (
@@ -59,6 +61,7 @@ class Inputs:
     strategy: Strategy
     precision: Precision
     ds_config: Mapping[str, Any]
+    patience: Patience
 
 
 def read_inputs(folder: Path) -> Inputs:
@@ -77,12 +80,18 @@ def read_inputs(folder: Path) -> Inputs:
             where=str(folder / run_dir.PLAN),
             fix="write the plan anew with the same version of zerofit",
         ) from None
+    recipe = parse_recipe(_read_text(recipe_path), source=str(recipe_path))
     return Inputs(
         folder=folder,
-        recipe=parse_recipe(_read_text(recipe_path), source=str(recipe_path)),
+        recipe=recipe,
         strategy=strategy_from_json(strategy),
         precision=precision,
         ds_config=_read_json(folder / run_dir.DS_CONFIG),
+        patience=patience(
+            watchdog_seconds=recipe.recovery.watchdog_seconds,
+            phase_seconds=recipe.recovery.phase_seconds,
+            step_seconds=plan.get("time", {}).get("step_seconds"),
+        ),
     )
 
 
@@ -95,6 +104,7 @@ def run(inputs: Inputs, ranks: Ranks, device: torch.device, recorder: PeakRecord
     from transformers import set_seed
 
     from launcher.worker.checkpoints import layout_of
+    from launcher.worker.finite import NumberCheck
     from launcher.worker.model import load_model
     from launcher.worker.resume import agree_on_checkpoint, resuming_config
     from launcher.worker.trainer import MeasuredTrainer, training_arguments
@@ -120,10 +130,17 @@ def run(inputs: Inputs, ranks: Ranks, device: torch.device, recorder: PeakRecord
         )
         recorder.count_model(model)
     options, summary, tokenizer = _data_options(inputs, ranks, model)
+    numbers = NumberCheck(
+        inputs.folder,
+        rank=ranks.rank,
+        on_nan=recipe.recovery.on_nan,
+        is_scaled=inputs.precision is Precision.fp16,
+    )
     trainer = MeasuredTrainer(
         recorder=recorder,
         layout=layout,
         save_total_limit=recipe.optim.save_total_limit,
+        numbers=numbers,
         resumption=resumption,
         model=model,
         args=arguments,
@@ -277,16 +294,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if inputs.recipe.model.random_weights or Path(inputs.recipe.model.name_or_path).is_dir():
             # Read when the training stack is imported, below: nothing there asks the hub then.
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        heartbeat = _start_heartbeat(inputs, ranks)
         device = choose_device(ranks, inputs.precision)
         from launcher.worker.peak_memory import PeakRecorder
 
-        recorder = PeakRecorder(
-            options.run_dir,
-            rank=ranks.rank,
-            local_rank=ranks.local_rank,
-            world_size=ranks.world_size,
-            device=device,
-        )
+        recorder = PeakRecorder(heartbeat, device=device)
         exit_on_signal(recorder.interrupt)
         recorder.start()
         if ranks.rank == 0:
@@ -297,6 +309,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _report_failure(error, ranks, recorder, folder=options.run_dir)
         return 1
     return 0
+
+
+def _start_heartbeat(inputs: Inputs, ranks: Ranks) -> Heartbeat:
+    heartbeat = Heartbeat(
+        inputs.folder,
+        inputs.patience,
+        rank=ranks.rank,
+        local_rank=ranks.local_rank,
+        world_size=ranks.world_size,
+    )
+    heartbeat.start()
+    return heartbeat
 
 
 def _report_failure(

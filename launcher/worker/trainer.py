@@ -19,6 +19,7 @@ from launcher.recipe_sections import Recipe
 from launcher.strategy import Loss, Precision, Strategy
 from launcher.worker import checkpoints
 from launcher.worker.batches import LongestFirst, RankBatches
+from launcher.worker.finite import NumberCheck, watch_plain_optimizer
 from launcher.worker.peak_memory import PeakRecorder
 from launcher.worker.resume import Resumption, load_converted
 
@@ -114,6 +115,7 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
         lengths: list[int] | None,
         layout: checkpoints.Layout,
         save_total_limit: int | None,
+        numbers: NumberCheck,
         resumption: Resumption | None = None,
         **options: Any,
     ) -> None:
@@ -122,6 +124,8 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
         self._lengths = lengths
         self._layout = layout
         self._save_total_limit = save_total_limit
+        self._numbers = numbers
+        self._batches: RankBatches | None = None
         self._is_staging = False
         plain_prepare = self.accelerator.prepare
 
@@ -131,6 +135,7 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
             with recorder.during("init"):
                 prepared = plain_prepare(*objects, **keywords)
             recorder.watch_engine(prepared[0])
+            watch_plain_optimizer(prepared[0])
             if resumption is not None and resumption.is_converted:
                 load_converted(prepared[0], resumption)
             return prepared
@@ -148,7 +153,7 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
                 * self.args.world_size
             )
             order = LongestFirst(self._lengths, group_size=group_size, seed=self.args.seed)
-        batches = RankBatches(
+        self._batches = RankBatches(
             order,
             micro_batch_size=self.args.train_batch_size,
             gradient_accumulation_steps=self.args.gradient_accumulation_steps,
@@ -157,10 +162,30 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
         )
         return DataLoader(
             self.train_dataset,
-            batch_sampler=batches,
+            batch_sampler=self._batches,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
         )
+
+    @property
+    def batch(self) -> list[list[int]]:
+        """Row numbers of this rank's examples in this step, one list a micro-step."""
+        assert self._batches is not None
+        return list(self._batches.of_this_step)
+
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        """Train on a micro-batch; at the end of a step, DeepSpeed takes it in here."""
+        try:
+            loss: torch.Tensor = super().training_step(*arguments, **options)
+        except Exception as error:
+            step = self.state.global_step + 1
+            raise (self._numbers.collapse_of(error, step=step) or error) from error
+        return self._numbers.add_loss(loss)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._numbers.end_step(norm, step=self.state.global_step + 1, batch=self.batch)
+        return norm
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Evaluate on the held-out set, as a phase of its own."""

@@ -17,6 +17,8 @@ from worker_runs import environment
 
 from launcher.peaks import RankPeaks, peaks_from_json
 from launcher.units import MIB
+from launcher.watchdog import HUNG_EXIT_STATUS, Patience
+from launcher.worker.heartbeat import Heartbeat
 from launcher.worker.peak_memory import TRACKED_STEPS, PeakRecorder, is_out_of_memory
 from launcher.worker.process_memory import HostPeak
 
@@ -25,7 +27,10 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def recorder(tmp_path: Path) -> Iterator[PeakRecorder]:
-    made = PeakRecorder(tmp_path, rank=3, local_rank=1, world_size=4, device=torch.device("cpu"))
+    endless = Patience(training_seconds=0, phase_seconds=0)
+    heartbeat = Heartbeat(tmp_path, endless, rank=3, local_rank=1, world_size=4)
+    heartbeat.start()
+    made = PeakRecorder(heartbeat, device=torch.device("cpu"))
     made.start()
     yield made
     if made.snapshot().state == "running":
@@ -223,20 +228,29 @@ WAITING = """
 import ctypes, sys
 from pathlib import Path
 import torch
+from launcher.watchdog import Patience
+from launcher.worker.heartbeat import Heartbeat
 from launcher.worker.interruption import exit_on_signal
 from launcher.worker.peak_memory import PeakRecorder
 
-recorder = PeakRecorder(
-    Path(sys.argv[1]), rank=3, local_rank=0, world_size=1, device=torch.device("cpu")
-)
+patience = Patience(training_seconds=float(sys.argv[2]), phase_seconds=1000)
+heartbeat = Heartbeat(Path(sys.argv[1]), patience, rank=3, local_rank=0, world_size=1)
+heartbeat.start()
+recorder = PeakRecorder(heartbeat, device=torch.device("cpu"))
 exit_on_signal(recorder.interrupt)
 recorder.start()
+recorder.begin_training()
+recorder.end_step()
 recorder.switch("backward")
+
+def wait_for_others():
+    # Like a rank inside a collective: in C, where Python runs no handlers, and not woken.
+    library = ctypes.CDLL(None)
+    while True:
+        library.usleep(50_000_000)
+
 print("ready", flush=True)
-# Like a rank inside a collective: in C, where Python runs no handlers, and not woken.
-library = ctypes.CDLL(None)
-while True:
-    library.usleep(50_000_000)
+wait_for_others()
 """
 
 
@@ -258,15 +272,44 @@ def test_the_file_is_readable_after_a_kill(tmp_path: Path) -> None:
     assert peaks.pid != os.getpid()
 
 
-def _signalled(folder: Path, number: signal.Signals) -> tuple[RankPeaks, int]:
-    with subprocess.Popen(
-        [sys.executable, "-c", WAITING, str(folder)],
+def _waiting(folder: Path, *, watchdog_seconds: float) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, str(folder), str(watchdog_seconds)],
         env=environment(),
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def _signalled(folder: Path, number: signal.Signals) -> tuple[RankPeaks, int]:
+    with _waiting(folder, watchdog_seconds=0) as process:
         process.send_signal(number)
         process.wait(timeout=20)
     return written(folder), process.returncode
+
+
+def test_a_rank_that_hangs_keeps_its_stacks_says_where_and_ends_and_one_that_was_stopped_does_not(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "logs").mkdir()
+    with _waiting(tmp_path, watchdog_seconds=3) as process:
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4.5)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.5)
+        assert written(tmp_path).state == "running"
+        process.wait(timeout=40)
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert process.returncode == HUNG_EXIT_STATUS
+    peaks = written(tmp_path)
+    assert peaks.failure is not None
+    assert (peaks.state, peaks.phase, peaks.failure.phase) == ("failed", "backward", "backward")
+    assert peaks.failure.type == "RankHungError"
+    assert "in phase backward, step 2: longer than 3 s" in peaks.failure.message
+    assert "in wait_for_others; all stacks are in logs/stack-00003.txt" in said
+    assert "in wait_for_others" in (tmp_path / "logs" / "stack-00003.txt").read_text()
