@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,12 @@ from launcher.errors import DataError
 from launcher.recipe_sections import Recipe
 from launcher.run_dir import write_json
 
+DATA = "data"
+"""Folder in the run directory with the tokenised data."""
+TRAIN, EVAL = "train.arrow", "eval.arrow"
+"""Rows of ``input_ids``, ``labels`` and ``length``; memory-mapped by the ranks."""
+CACHE_VERSION = 2
+"""Part of every cache key: raised whenever the same input would give other tokens."""
 SUMMARY = "summary.json"
 """Written last: a folder without it is not finished."""
 SEEN = "seen"
@@ -156,6 +164,25 @@ def find_prepared(recipe: Recipe, folder: Path) -> tuple[Path, DataSummary] | No
         return None  # nothing was prepared, or what was is not whole: then nothing is known
 
 
+def fill_run_directory(entry: Path, target: Path) -> None:
+    """Link or copy tokenised data into a run; its summary last, which says that it is whole.
+
+    Raises:
+        OSError: the entry is gone, or the disk is full.
+    """
+    target.mkdir(exist_ok=True)
+    names = [name for name in (TRAIN, EVAL) if (entry / name).exists()]
+    for name in (*names, SUMMARY):
+        (target / name).unlink(missing_ok=True)
+        partial = target / f".{name}"
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(entry / name, partial)
+        except OSError:  # another file system, or one without links
+            shutil.copy2(entry / name, partial)
+        partial.rename(target / name)
+
+
 def remember(recipe: Recipe, folder: Path, key: str) -> None:
     """Note which tokenised data belongs to a recipe as its files are now."""
     glance = glance_key(recipe)
@@ -174,18 +201,20 @@ def glance_key(recipe: Recipe) -> str | None:
         return None
     data = recipe.data
     paths = [data.path, data.eval_path, data.chat_template, *(s.path for s in data.sources)]
-    parts: list[Any] = [asdict(data), recipe.max_seq_len, str(tokenizer)]
+    parts: list[Any] = [CACHE_VERSION, asdict(data), recipe.max_seq_len, str(tokenizer)]
     try:
+        parts.append(version("tokenizers"))
         parts += [_stamp(path) for p in _TOKENIZER_FILES for path in sorted(tokenizer.glob(p))]
         parts += [_stamp(file) for path in paths if path for file in _files_below(Path(path))]
-    except OSError:
-        return None  # a file vanished in between
+    except (OSError, PackageNotFoundError):
+        return None  # a file vanished in between; or nothing can be tokenised here
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _stamp(path: Path) -> tuple[str, int, int]:
+def _stamp(path: Path) -> tuple[str, int, int, int]:
+    # The time of the last change of the file itself too: programs that copy set the other one.
     status = path.stat()
-    return str(path), status.st_size, status.st_mtime_ns
+    return str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _files_below(path: Path) -> Iterator[Path]:

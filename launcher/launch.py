@@ -14,7 +14,14 @@ from typing import Any, BinaryIO
 
 from launcher import run_dir as rd
 from launcher.backends import choose_backend
-from launcher.data_cache import summary_from_json
+from launcher.data_cache import (
+    DATA,
+    DataSummary,
+    cache_dir,
+    fill_run_directory,
+    find_prepared,
+    summary_from_json,
+)
 from launcher.data_view import describe_data
 from launcher.dispatch.base import Backend, run_to_end, write_files
 from launcher.dispatch.worker_command import check_trackers, check_train_extra, run_worker
@@ -23,7 +30,7 @@ from launcher.errors import LauncherError
 from launcher.job_script import JobRequest
 from launcher.planning.plan import plan_to_json
 from launcher.prepare import Prepared
-from launcher.recipe import render_recipe
+from launcher.recipe import parse_recipe, render_recipe
 from launcher.recipe_paths import check_data_paths, check_names_data, with_absolute_paths
 from launcher.recipe_sections import Recipe
 from launcher.strategy import Method
@@ -191,23 +198,35 @@ def start_run(
     Raises:
         LauncherError: the data cannot be used (exit status 2), or the job failed (4).
     """
-    if _has_data(request):
+    recipe = parse_recipe(request.files[rd.RECIPE], source=rd.RECIPE)
+    if recipe.data.has_training_data:
         try:
-            summary = run_worker("launcher.worker.data", ["--run-dir", str(run_dir)])
+            summary = prepare_run_data(recipe, run_dir)
         except LauncherError:
             remove_run(run_dir)
             say(f"removed {run_dir}: nothing has run in it")
             raise
-        for line in describe_data(summary_from_json(summary)):
+        for line in describe_data(summary):
             say(line)
     run_to_end(backend, request, run_dir=run_dir, console=console)
 
 
-def _has_data(request: JobRequest) -> bool:
-    import yaml
+def prepare_run_data(recipe: Recipe, run_dir: Path) -> DataSummary:
+    """Fill a run's data folder: from the cache where no file changed since, else by the worker.
 
-    data = yaml.safe_load(request.files[rd.RECIPE]).get("data", {})
-    return bool(data.get("path") or data.get("sources"))
+    Raises:
+        LauncherError: the data cannot be used.
+    """
+    paths = [recipe.data.path, recipe.data.eval_path, *(s.path for s in recipe.data.sources)]
+    # A hub data set can change without a file of this machine changing.
+    if all(Path(path).exists() for path in paths if path is not None):
+        found = find_prepared(recipe, cache_dir())
+        if found is not None:
+            # Anything that goes wrong here, the worker says better.
+            with contextlib.suppress(OSError):
+                fill_run_directory(found[0], run_dir / DATA)
+                return found[1]
+    return summary_from_json(run_worker("launcher.worker.data", ["--run-dir", str(run_dir)]))
 
 
 def _resolved(recipe: Recipe) -> Recipe:

@@ -173,6 +173,8 @@ class TrackingSection:
     project: str = "zerofit"
     run_name: str | None = None
     """``None``: the name of the run directory."""
+    sample_answer: bool | None = None
+    """Answer one held-out prompt before and after; ``None``: not under ZeRO-3, nor in a sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,15 +12,14 @@ from typing import BinaryIO
 
 from launcher import run_dir as rd
 from launcher.backends import choose_backend, slurm_backend
-from launcher.data_cache import summary_from_json
 from launcher.data_view import describe_data
 from launcher.dispatch import slurm_commands as slurm
 from launcher.dispatch.base import JobHandle, write_files, write_handle
 from launcher.dispatch.interruptions import Interruptions
 from launcher.dispatch.slurm import SlurmBackend, check_accepted, handle_of
-from launcher.dispatch.worker_command import check_train_extra, run_worker
+from launcher.dispatch.worker_command import check_train_extra
 from launcher.errors import DoesNotFitError, RecipeError, RunDirError, list_problems
-from launcher.launch import DEFAULT_PARENT, create_run, remove_run, run_files
+from launcher.launch import DEFAULT_PARENT, create_run, prepare_run_data, remove_run, run_files
 from launcher.prepare import Prepared
 from launcher.recipe_paths import check_data_paths, with_absolute_paths
 from launcher.recipe_sections import Recipe
@@ -145,7 +144,7 @@ def _prepare_run(
     """Tokenise, and return the backend that knows how long the run will take."""
     if not tokenize or not prepared.recipe.data.has_training_data:
         return backend
-    summary = summary_from_json(run_worker("launcher.worker.data", ["--run-dir", str(run_dir)]))
+    summary = prepare_run_data(with_absolute_paths(prepared.recipe), run_dir)
     for line in describe_data(summary):
         say(line)
     optim = prepared.recipe.optim

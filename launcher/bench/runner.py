@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -230,8 +230,11 @@ def planned(case: Case) -> tuple[dict[str, Any], Prepared | None]:
         "strategy_label": case.strategy_label,
         "planned_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    recipe = case.recipe
+    if recipe.tracking.sample_answer is None:
+        recipe = replace(recipe, tracking=replace(recipe.tracking, sample_answer=False))
     try:
-        prepared = prepare(case.recipe, source=case.name)
+        prepared = prepare(recipe, source=case.name)
     except LauncherError as error:
         return content | {"state": REFUSED, "failure": str(error)}, None
     return content | {"predicted": prediction_of(plan_to_json(prepared.plan))}, prepared

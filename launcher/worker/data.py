@@ -20,10 +20,15 @@ from typing import Any
 
 from launcher import run_dir
 from launcher.data_cache import (
+    CACHE_VERSION,
+    DATA,
+    EVAL,
     SUMMARY,
+    TRAIN,
     DataSummary,
     SplitSummary,
     cache_dir,
+    fill_run_directory,
     load_summary,
     remember,
     summary_to_json,
@@ -45,13 +50,7 @@ from launcher.worker.program import begin_program
 # Not __name__, which is "__main__" when this module is run.
 logger = logging.getLogger("launcher.worker.data")
 
-DATA = "data"
-"""Folder in the run directory with the tokenised data."""
-TRAIN, EVAL = "train.arrow", "eval.arrow"
-"""Rows of ``input_ids``, ``labels`` and ``length``; memory-mapped by the ranks."""
 _BEGUN = ".new-"
-CACHE_VERSION = 2
-"""Part of every cache key: raised whenever the same input would give other tokens."""
 MODEL_CONFIG = "model_config/config.json"
 """In the run directory, of a model that has no weights."""
 
@@ -99,7 +98,6 @@ def prepare_data(recipe: Recipe, tokenizer: Any, cache: Path) -> Path:
             shutil.rmtree(target, ignore_errors=True)  # what was there lacked a summary
             temporary.rename(target)
     _remove_leftovers(cache)
-    remember(recipe, cache, key)
     return target
 
 
@@ -257,21 +255,6 @@ def check_vocabulary(summary: DataSummary, recipe: Recipe, config_path: Path | N
         )
 
 
-def _fill_run_directory(entry: Path, target: Path) -> None:
-    """Link or copy tokenised data into a run; its summary last, which says that it is whole."""
-    target.mkdir(exist_ok=True)
-    names = [name for name in (TRAIN, EVAL) if (entry / name).exists()]
-    for name in (*names, SUMMARY):
-        (target / name).unlink(missing_ok=True)
-        partial = target / f".{name}"
-        partial.unlink(missing_ok=True)
-        try:
-            os.link(entry / name, partial)
-        except OSError:  # another file system, or one without links
-            shutil.copy2(entry / name, partial)
-        partial.rename(target / name)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Tokenise a recipe's data, print the summary as one line of JSON, return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m launcher.worker.data")
@@ -297,8 +280,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             summary = load_summary(entry)
             config = options.run_dir / MODEL_CONFIG if options.run_dir else None
             check_vocabulary(summary, recipe, config)
+            # What a later run finds again needs no further look.
+            remember(recipe, cache, entry.name)
         if options.run_dir:
-            _fill_run_directory(entry, options.run_dir / DATA)
+            fill_run_directory(entry, options.run_dir / DATA)
     except LauncherError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code

@@ -31,7 +31,8 @@ from launcher.worker.program import QUIET_ENVIRONMENT, quiet_libraries
 _HIDDEN = "bitsandbytes"
 _STACK = (
     "deepspeed", "transformers", "accelerate", "launcher.worker.train",
-    "launcher.worker.peak_memory",
+    "launcher.worker.peak_memory", "datasets", "launcher.worker.data_writer",
+    "launcher.worker.chat_templates", "launcher.worker.batches",
     *(f"transformers.models.{m}.modeling_{m}" for m in ("llama", "qwen2", "mistral", "phi3")),
 )  # fmt: skip
 _STACK_WITH_PEFT = (*_STACK, "peft", "launcher.worker.model", "launcher.worker.trainer")

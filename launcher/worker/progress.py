@@ -57,6 +57,19 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.losses = [entry["loss"] for entry in kept if "loss" in entry]
         self.eval_losses = [entry["eval_loss"] for entry in kept if "eval_loss" in entry]
 
+    def first_and_last_losses(self) -> dict[str, float | None]:
+        """Return the losses of results.json; ``None`` where none was logged."""
+        before, after = (
+            (self.eval_losses[0], self.eval_losses[-1]) if self.eval_losses else (None, None)
+        )
+        first, last = (self.losses[0], self.losses[-1]) if self.losses else (None, None)
+        return {
+            "eval_loss_before": before,
+            "eval_loss_after": after,
+            "train_loss_first": first,
+            "train_loss_last": last,
+        }
+
     def on_step_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
         """Advance the bar."""
         if self._bar is not None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,35 @@ from transformers import TrainerCallback
 
 from launcher import run_dir
 from launcher.data_cache import DataSummary
+from launcher.recipe_sections import TrackingSection
 from launcher.worker.examples import SAMPLE_NEW_TOKENS
 from launcher.worker.peak_memory import PeakRecorder
 
-SAMPLE_SECONDS = 20.0
-"""Longest time for one sample answer: under ZeRO-3 each of its tokens gathers the whole model."""
+logger = logging.getLogger(__name__)
 
+SAMPLE_SECONDS = 20.0
+"""Longest time for one sample answer; what was written until then is kept."""
 
 SAMPLE_BEFORE = "sample_before.json"
 """The first answer as JSON, for attempts that go on from a checkpoint."""
+
+
+def wants_sample(
+    tracking: TrackingSection, summary: DataSummary | None, *, zero_stage: int
+) -> bool:
+    """Return whether answers are to be written; what the recipe says comes first.
+
+    Under ZeRO-3 every token gathers the whole model once more, on all ranks together.
+    """
+    if summary is None or summary.sample_prompt_ids is None or tracking.sample_answer is False:
+        return False
+    if tracking.sample_answer is None and zero_stage == 3:
+        logger.info(
+            "no sample answer: under ZeRO-3 each of its tokens gathers the whole model "
+            "(tracking.sample_answer=true writes it all the same)"
+        )
+        return False
+    return True
 
 
 class Sample(TrainerCallback):  # type: ignore[misc]

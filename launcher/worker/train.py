@@ -164,12 +164,13 @@ def _train(  # noqa: PLR0917
     from launcher.worker.gather_peaks import log_fullest_rank, sum_over_ranks
     from launcher.worker.progress import Progress
     from launcher.worker.resume import RemoveConverted
-    from launcher.worker.sample import Sample
+    from launcher.worker.sample import Sample, wants_sample
     from launcher.worker.stop_request import StopOnRequest, leave_for_restart
     from launcher.worker.trainer import StepClock, without_built_in_progress
 
     progress = Progress(recorder, folder=inputs.folder, world_size=ranks.world_size)
-    sample = Sample(trainer, recorder, summary, folder=inputs.folder)
+    asked = wants_sample(inputs.recipe.tracking, summary, zero_stage=inputs.strategy.zero_stage)
+    sample = Sample(trainer, recorder, summary if asked else None, folder=inputs.folder)
     without_built_in_progress(trainer)
     stop = StopOnRequest(trainer.args.device)
     for callback in (sample, StepClock(recorder), stop):
@@ -196,11 +197,8 @@ def _train(  # noqa: PLR0917
     recorder.finish()
     if ranks.rank == 0:
         results = {
-            "eval_loss_before": progress.eval_losses[0] if progress.eval_losses else None,
-            "eval_loss_after": progress.eval_losses[-1] if progress.eval_losses else None,
+            **progress.first_and_last_losses(),
             "sample": sample.result(answer_after),
-            "train_loss_first": progress.losses[0] if progress.losses else None,
-            "train_loss_last": progress.losses[-1] if progress.losses else None,
             "tokens_seen": tokens_seen,
             "train_seconds": round(train_seconds, 3),
         }
@@ -217,10 +215,9 @@ def _data_options(
     inputs: Inputs, ranks: Ranks, model: Any
 ) -> tuple[dict[str, Any], DataSummary | None, Any]:
     """Return the trainer's data arguments, the data's summary and the tokenizer."""
-    from launcher.data_cache import load_summary
+    from launcher.data_cache import DATA, EVAL, TRAIN, load_summary
     from launcher.worker.batches import PackedRows, RandomTokens, RightPadding
     from launcher.worker.chat_templates import load_tokenizer
-    from launcher.worker.data import DATA, EVAL, TRAIN
     from launcher.worker.data_writer import read_rows
     from launcher.worker.trainer import SYNTHETIC_STEPS
     from launcher.worker.vocabulary import check_vocabulary

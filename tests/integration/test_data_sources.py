@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from worker_runs import environment, make_model, make_tokenizer, write_chats
 
-from launcher.data_cache import SUMMARY, DataSummary, load_summary
+from launcher.data_cache import SUMMARY, TRAIN, DataSummary, load_summary
 from launcher.errors import DataError
 from launcher.recipe import parse_recipe, render_recipe
 from launcher.recipe_sections import DataSource, Recipe
 from launcher.worker.chat_templates import load_tokenizer
-from launcher.worker.data import TRAIN, prepare_data
+from launcher.worker.data import prepare_data
 from launcher.worker.data_sources import open_source
 from launcher.worker.data_writer import read_rows
 

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 
+from launcher.bench.runner import planned
 from launcher.bench.sweep import Case, parse_sweep
 from launcher.errors import RecipeError
 from launcher.strategy import Checkpointing, Method
@@ -114,3 +115,13 @@ def test_all_wrong_cases_are_named_at_once() -> None:
     text = "cases: [{name: one, modle: {}}, {name: two, method: lorra, model: {name_or_path: x}}]"
     with pytest.raises(RecipeError, match=r"(?s)2 problems.*case one.*case two"):
         parse_sweep(text, source="x")
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [("null", False), ("true", True)])
+def test_a_sweep_writes_no_sample_answers_unless_asked(chosen: str, expected: bool) -> None:
+    keys = "model: {name_or_path: llama3.2-1b}, cluster: {gpu: H100-80GB, gpus_per_node: 1}"
+    text = f"cases: [{{name: a, {keys}, tracking: {{sample_answer: {chosen}}}}}]"
+    (case,) = parse_sweep(text, source="sweep.yaml")
+    _, prepared = planned(case)
+    assert prepared is not None
+    assert prepared.recipe.tracking.sample_answer is expected

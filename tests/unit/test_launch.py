@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from data_inputs import data_summary
 
+from launcher.data_cache import DATA, SUMMARY, TRAIN, cache_dir, remember, summary_to_json
 from launcher.data_view import describe_data
 from launcher.errors import DataError
-from launcher.launch import disk_bytes
+from launcher.launch import disk_bytes, prepare_run_data
 from launcher.prepare import prepare
 from launcher.recipe import parse_recipe
 from launcher.recipe_paths import check_data_paths, with_absolute_paths
@@ -76,3 +78,22 @@ def test_data_files_may_have_endings_in_capitals(tmp_path: Path) -> None:
     (tmp_path / "TRAIN.JSONL").write_text('{"text": "a"}\n')
     recipe = parse_recipe(f"model: {{name_or_path: gpt}}\ndata: {{path: {tmp_path}}}", source="r")
     check_data_paths(recipe)
+
+
+def test_data_that_was_tokenised_before_starts_no_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZEROFIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("launcher.launch.run_worker", lambda *_: pytest.fail("it was started"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    paths = [f"model.name_or_path={tmp_path / 'model'}", f"data.path={tmp_path / 'train.jsonl'}"]
+    recipe = parse_recipe("", source="test", overrides=paths)
+    entry = cache_dir() / "k1"
+    entry.mkdir(parents=True)
+    (entry / TRAIN).write_bytes(b"rows")
+    (entry / SUMMARY).write_text(json.dumps(summary_to_json(data_summary())))
+    remember(recipe, cache_dir(), "k1")
+    (tmp_path / "run").mkdir()
+    assert prepare_run_data(recipe, tmp_path / "run") == data_summary()
+    assert (tmp_path / "run" / DATA / TRAIN).read_bytes() == b"rows"
