@@ -8,7 +8,18 @@ from typing import Any, Literal
 
 SCHEMA_VERSION = 1
 
+_OF_A_STEP = ("first_step", "steady_state")
+
 RankState = Literal["running", "finished", "failed", "out_of_memory", "interrupted"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPeaks:
+    """The allocator's highest bytes in one phase of one optimizer step."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+    active_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +40,18 @@ class PhasePeaks:
     """Total wall time spent in the phase."""
     count: int
     """How many times the phase ran."""
+    peak_active_bytes: int | None = None
+    """Allocated, and freed blocks that another stream may still read; ``None`` on CPU."""
+    host_pinned_bytes: int | None = None
+    """Page-locked host memory of torch's allocator, sampled; ``None`` on CPU."""
+    gpu_utilisation_fraction: float | None = None
+    """Share of time in which a kernel ran (0-1), mean of NVML's samples in this phase."""
+    power_watts: float | None = None
+    """Draw of the GPU, mean of NVML's samples in this phase."""
+    first_step: StepPeaks | None = None
+    """The first optimizer step; ``None`` for phases outside steps."""
+    steady_state: StepPeaks | None = None
+    """The median of the last hundred steps, the first left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +80,7 @@ class RankPeaks:
     steps_done: int
     phases: Mapping[str, PhasePeaks] = field(default_factory=dict)
     step_seconds: tuple[float, ...] = ()
-    """Wall seconds of each optimizer step, in order."""
+    """Wall seconds of optimizer steps in order: the first, and the most recent thousand."""
     tokens_per_step: int = 0
     """Tokens that this rank processes in one optimizer step, padding included."""
     allocator_retries: int = 0
@@ -69,6 +92,9 @@ class RankPeaks:
     """Borders between phases passed so far; ranks that wait for each other have about as many."""
     progress_at: float | None = None
     """When it passed the last one: Unix time of its host."""
+    first_step_at: float | None = None
+    """When the first step ended: Unix time of this rank's host. All ranks end it together, so
+    that a difference is one of their clocks."""
 
 
 def peaks_to_json(peaks: RankPeaks) -> dict[str, Any]:
@@ -91,10 +117,15 @@ def peaks_from_json(value: Mapping[str, Any]) -> RankPeaks:
         return RankPeaks(
             **{
                 **content,
-                "phases": {k: PhasePeaks(**v) for k, v in content["phases"].items()},
+                "phases": {k: _phase(v) for k, v in content["phases"].items()},
                 "step_seconds": tuple(content["step_seconds"]),
                 "failure": RankFailure(**failure) if failure else None,
             }
         )
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"not a rank file: {error}") from None
+
+
+def _phase(value: Mapping[str, Any]) -> PhasePeaks:
+    steps = {key: StepPeaks(**value[key]) for key in _OF_A_STEP if value.get(key) is not None}
+    return PhasePeaks(**{**value, **steps}) if steps else PhasePeaks(**value)

@@ -60,7 +60,7 @@ class Heartbeat:
             steps_done=0,
         )
         """What was written of this rank last."""
-        self._folder = folder
+        self.folder = folder
         self._path = run_dir.rank_file(folder, rank)
         self._patience = patience
         self._phase: str | None = "start"
@@ -162,7 +162,7 @@ class Heartbeat:
         error = self._describe(main, limit_seconds, stack_file=name)
         sys.stderr.write(f"[rank {self.known.rank}] error: {error}\n")
         sys.stderr.flush()
-        with contextlib.suppress(OSError), (self._folder / name).open("a") as stream:
+        with contextlib.suppress(OSError), (self.folder / name).open("a") as stream:
             stream.write(f"{error.problem}\n")
             stream.flush()
             faulthandler.dump_traceback(stream, all_threads=True)

@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,41 +14,20 @@ import torch
 from launcher.peaks import PhasePeaks, RankFailure, RankPeaks, RankState
 from launcher.predict.memory import PHASES, Phase
 from launcher.worker.heartbeat import WRITE_INTERVAL_SECONDS, Heartbeat
-from launcher.worker.process_memory import HostPeak, Sampler, device_memory_reader
+from launcher.worker.memory_samples import MemorySampler
+from launcher.worker.running_peak import AllocatorPeaks, RunningPeak, StepTimes
 from launcher.worker.storage_tracker import StorageTracker
 
 TRACKED_STEPS = 3
 """Optimizer steps during which tensors are counted on CPU: Adam's states appear in the first,
 the second is the first complete one; counting every operation for longer only costs time."""
-SAMPLE_INTERVAL_SECONDS = 0.1
+_PHASES_OF_A_STEP: frozenset[Phase] = frozenset({"forward", "loss", "backward", "step"})
 
 _OUT_OF_MEMORY_MESSAGES = (
     "out of memory",  # CUDA driver, cuBLAS, NCCL
     "can't allocate memory",  # torch CPU allocator
     "failed to allocate memory",  # cudnn
 )
-
-
-@dataclass(slots=True)
-class _Peak:
-    """A phase's running maxima; the fields are those of :class:`PhasePeaks`."""
-
-    allocated_bytes: int = 0
-    reserved_bytes: int = 0
-    device_used_bytes: int | None = None
-    host_rss_bytes: int = 0
-    seconds: float = 0.0
-    count: int = 0
-
-    def frozen(self) -> PhasePeaks:
-        return PhasePeaks(
-            peak_allocated_bytes=self.allocated_bytes,
-            peak_reserved_bytes=self.reserved_bytes,
-            device_used_bytes=self.device_used_bytes,
-            host_rss_bytes=self.host_rss_bytes,
-            seconds=round(self.seconds, 6),
-            count=self.count,
-        )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -76,19 +55,16 @@ class PeakRecorder:
         self._device = device
         self._state: RankState = "running"
         self._failure: RankFailure | None = None
-        self._peaks: dict[Phase, _Peak] = {}
+        self._peaks: dict[Phase, RunningPeak] = {}
         self._phase: Phase | None = None
         self._phase_started = 0.0
         self._last_phase: Phase | None = None
         self._written = 0.0
-        self._step_seconds: list[float] = []
+        self._steps = StepTimes()
         self._step_border: float | None = None
         self._outside_step_seconds = 0.0
         self._num_tokens = 0
-        self._host = HostPeak()
-        self._device_used = device_memory_reader(device)
-        self._device_used_bytes: int | None = None
-        self._sampler: Sampler | None = None
+        self._samples = MemorySampler(heartbeat.folder, rank=heartbeat.known.rank, device=device)
         self._tracker: StorageTracker | None = None
         self._is_tracking = False
         self._reset_cuda_peaks: Callable[..., None] = torch.cuda.reset_peak_memory_stats
@@ -101,7 +77,7 @@ class PeakRecorder:
     @property
     def steps_done(self) -> int:
         """Optimizer steps that ended."""
-        return len(self._step_seconds)
+        return self._steps.count
 
     @property
     def num_tokens(self) -> int:
@@ -111,7 +87,7 @@ class PeakRecorder:
     @property
     def peak_allocated_bytes(self) -> int:
         """The fullest phase so far, of those that ended."""
-        return max((peak.allocated_bytes for peak in self._peaks.values()), default=0)
+        return max((peak.highest.allocated_bytes for peak in self._peaks.values()), default=0)
 
     def start(self) -> None:
         """Begin to measure, and write the file for the first time."""
@@ -120,7 +96,7 @@ class PeakRecorder:
             self._start_tracker()
         else:
             self._keep_peaks_at_resets()
-        self._sampler = Sampler(self._sample, interval_seconds=SAMPLE_INTERVAL_SECONDS)
+        self._samples.start(self._sample)
         self.write()
 
     def switch(self, phase: Phase | None) -> None:
@@ -176,8 +152,11 @@ class PeakRecorder:
         self.switch(None)
         assert self._step_border is not None
         now = time.perf_counter()
-        self._step_seconds.append(round(now - self._step_border - self._outside_step_seconds, 6))
+        self._steps.add(now - self._step_border - self._outside_step_seconds)
         self._step_border, self._outside_step_seconds = now, 0.0
+        if self._device.type == "cuda" or self._is_tracking:
+            for phase in _PHASES_OF_A_STEP & self._peaks.keys():
+                self._peaks[phase].end_step()
         if self.steps_done == TRACKED_STEPS:
             self._stop_tracker()
 
@@ -277,7 +256,8 @@ class PeakRecorder:
             state=self._state,
             steps_done=self.steps_done,
             phases=phases,
-            step_seconds=tuple(self._step_seconds),
+            step_seconds=self._steps.seconds(),
+            first_step_at=self._steps.first_ended_at,
             tokens_per_step=self._num_tokens // max(1, self.steps_done),
             allocator_retries=retries,
             allocator_ooms=ooms,
@@ -287,8 +267,7 @@ class PeakRecorder:
     def _end(self, state: RankState) -> None:
         self._close_phase()
         self._phase = None
-        if self._sampler is not None:
-            self._sampler.stop()
+        self._samples.stop()
         self._stop_tracker()
         self._state = state
         self._heartbeat.stop()
@@ -298,21 +277,12 @@ class PeakRecorder:
         if self._phase is None:
             return
         self._keep_allocator_peaks(self._phase)
-        peak = self._peaks[self._phase]
-        if self._device_used is not None:
-            if self._device_used_bytes is None and peak.device_used_bytes is None:
-                self._device_used_bytes = self._device_used()
-            seen = (peak.device_used_bytes, self._device_used_bytes)
-            peak.device_used_bytes = max(value for value in seen if value is not None)
-        peak.host_rss_bytes = max(peak.host_rss_bytes, self._host.peak_bytes())
-        peak.seconds += time.perf_counter() - self._phase_started
-        peak.count += 1
+        self._samples.end_phase(self._peaks[self._phase])
+        self._peaks[self._phase].seconds += time.perf_counter() - self._phase_started
+        self._peaks[self._phase].count += 1
 
     def _keep_allocator_peaks(self, phase: Phase) -> None:
-        peak = self._peaks.setdefault(phase, _Peak())
-        allocated, reserved = self._allocator_peaks()
-        peak.allocated_bytes = max(peak.allocated_bytes, allocated)
-        peak.reserved_bytes = max(peak.reserved_bytes, reserved)
+        self._peaks.setdefault(phase, RunningPeak()).keep(self._allocator_peaks())
 
     def _keep_peaks_at_resets(self) -> None:
         """Read torch's peaks before anyone else resets them in the middle of a phase.
@@ -330,35 +300,52 @@ class PeakRecorder:
         torch.cuda.reset_peak_memory_stats = reset
 
     def _reset_counters(self) -> None:
-        self._device_used_bytes = None
-        self._host.restart()
+        is_in_steps = self._phase in _PHASES_OF_A_STEP and self.steps_done >= TRACKED_STEPS
+        self._samples.begin_phase(self._phase, is_cheap=is_in_steps)
         if self._tracker is not None:
             self._tracker.reset_peak()
         if self._device.type == "cuda":
             self._reset_cuda_peaks(self._device)
 
-    def _allocator_peaks(self) -> tuple[int, int]:
+    def _allocator_peaks(self) -> AllocatorPeaks:
         if self._tracker is not None and self._is_tracking:
-            return self._tracker.peak_bytes, self._tracker.peak_bytes
-        if self._device.type != "cuda":
-            return 0, 0
-        stats = torch.cuda.memory.memory_stats_as_nested_dict(self._device)
+            peak = self._tracker.peak_bytes
+            return AllocatorPeaks(allocated_bytes=peak, reserved_bytes=peak)
+        stats = self._allocator_stats()
         if not stats:
-            return 0, 0
-        return stats["allocated_bytes"]["all"]["peak"], stats["reserved_bytes"]["all"]["peak"]
+            return AllocatorPeaks()
+        allocated, reserved, active = (
+            stats[f"{kind}_bytes"]["all"]["peak"] for kind in ("allocated", "reserved", "active")
+        )
+        return AllocatorPeaks(
+            allocated_bytes=allocated, reserved_bytes=reserved, active_bytes=active
+        )
+
+    def _allocator_stats(self) -> dict[str, Any]:
+        if self._device.type != "cuda":
+            return {}
+        stats: dict[str, Any] = torch.cuda.memory.memory_stats_as_nested_dict(self._device)
+        return stats
 
     def _allocator_counts(self) -> tuple[int, int]:
-        if self._device.type != "cuda":
-            return 0, 0
-        stats = torch.cuda.memory.memory_stats_as_nested_dict(self._device)
+        stats = self._allocator_stats()
         return stats.get("num_alloc_retries", 0), stats.get("num_ooms", 0)
 
+    def _present_bytes(self) -> tuple[int | None, int | None]:
+        """Return what is allocated and reserved now, for the timeline."""
+        if self._tracker is not None:
+            return (self._tracker.current_bytes if self._is_tracking else None), None
+        stats = self._allocator_stats()
+        if not stats:
+            return None, None
+        allocated, reserved = (
+            stats[f"{kind}_bytes"]["all"]["current"] for kind in ("allocated", "reserved")
+        )
+        return allocated, reserved
+
     def _sample(self) -> None:
-        self._host.sample()
-        if self._device_used is not None:
-            used = self._device_used()
-            known = self._device_used_bytes
-            self._device_used_bytes = used if known is None else max(known, used)
+        allocated, reserved = self._present_bytes()
+        self._samples.take(allocated, reserved, steps_done=self.steps_done)
 
     def _start_tracker(self) -> None:
         assert self._tracker is not None

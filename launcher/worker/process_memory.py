@@ -3,48 +3,61 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 logger = logging.getLogger(__name__)
 
 _STATUS = Path("/proc/self/status")
+_STATM = Path("/proc/self/statm")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 # proc(5): writing 5 resets the peak resident set size ("high water mark") to its present value.
 _RESET_PEAK = "5"
 
 
 class HostPeak:
-    """Peak resident memory of this process since the last :meth:`restart`.
+    """Peak resident memory of this process since the last restart.
 
-    Where the kernel refuses to reset its own counter (some containers), the peak is that of
-    the samples taken at :meth:`restart`, :meth:`sample` and :meth:`peak_bytes`.
+    The kernel's own counter is exact, and costs 0.13 ms for each phase. Where that is too much,
+    or where the kernel refuses to reset it (some containers), the peak is that of the samples
+    taken at :meth:`restart`, :meth:`sample` and :meth:`peak_bytes`.
     """
 
     def __init__(self) -> None:
         self._sampled_bytes = 0
         self.is_exact = self._reset_kernel_counter()
+        self._is_counting = self.is_exact
 
     def restart(self) -> None:
         """Start a new peak at the present resident size."""
+        self._is_counting = self.is_exact
         if self.is_exact:
             self._reset_kernel_counter()
         else:
-            self._sampled_bytes = _status_bytes("VmRSS")
+            self._sampled_bytes = resident_bytes()
 
-    def sample(self) -> None:
-        """Look at the present resident size, where the kernel's counter cannot be reset."""
-        if not self.is_exact:
-            self._sampled_bytes = max(self._sampled_bytes, _status_bytes("VmRSS"))
+    def restart_cheaply(self) -> None:
+        """Start a new peak that only :meth:`sample` raises; without a sample it is 0."""
+        self._is_counting = False
+        self._sampled_bytes = 0
+
+    def sample(self, resident: int) -> None:
+        """Count the present resident size, in bytes."""
+        self._sampled_bytes = max(self._sampled_bytes, resident)
 
     def peak_bytes(self) -> int:
         """Return the peak since the last restart."""
-        if self.is_exact:
+        if self._is_counting:
             return _status_bytes("VmHWM")
-        self.sample()
+        if not self.is_exact:
+            self.sample(resident_bytes())
         return self._sampled_bytes
 
     def _reset_kernel_counter(self) -> bool:
@@ -55,6 +68,11 @@ class HostPeak:
         return True
 
 
+def resident_bytes() -> int:
+    """Return the resident size of this process now."""
+    return int(_STATM.read_text(encoding="ascii").split()[1]) * _PAGE_BYTES
+
+
 def _status_bytes(key: str) -> int:
     """Return a line of /proc/self/status in bytes; it is written in units of 1024 bytes."""
     for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
@@ -63,8 +81,37 @@ def _status_bytes(key: str) -> int:
     return 0
 
 
-def device_memory_reader(device: torch.device) -> Callable[[], int] | None:
-    """Return a function giving the whole device's used bytes, as nvidia-smi shows them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMonitor:
+    """One GPU as its driver sees it, through NVML; what it does not say is ``None``."""
+
+    nvml: Any
+    handle: Any
+
+    def used_bytes(self) -> int | None:
+        """Return the whole device's used bytes, as nvidia-smi shows them."""
+        value = self._ask(self.nvml.nvmlDeviceGetMemoryInfo)
+        return None if value is None else int(value.used)
+
+    def utilisation_fraction(self) -> float | None:
+        """Return the share of the last second or less in which a kernel ran, 0-1."""
+        value = self._ask(self.nvml.nvmlDeviceGetUtilizationRates)
+        return None if value is None else value.gpu / 100
+
+    def power_watts(self) -> float | None:
+        """Return what the GPU draws; NVML says it in milliwatts."""
+        value = self._ask(self.nvml.nvmlDeviceGetPowerUsage)
+        return None if value is None else value / 1000
+
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
+        try:
+            return question(self.handle)
+        except self.nvml.NVMLError:  # a slice of a GPU (MIG) does not know its load or power
+            return None
+
+
+def monitor_device(device: torch.device) -> DeviceMonitor | None:
+    """Return what asks the driver about a device.
 
     Returns:
         ``None`` on CPU, and where the driver's library does not know the device.
@@ -81,7 +128,7 @@ def device_memory_reader(device: torch.device) -> Callable[[], int] | None:
     except (pynvml.NVMLError, AttributeError) as error:
         logger.warning("device memory is not sampled: NVML says %s", error)
         return None
-    return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+    return DeviceMonitor(nvml=pynvml, handle=handle)
 
 
 class Sampler:

@@ -16,11 +16,12 @@ import torch
 from worker_runs import environment
 
 from launcher.peaks import RankPeaks, peaks_from_json
+from launcher.timeline import timeline_from_json
 from launcher.units import MIB
 from launcher.watchdog import HUNG_EXIT_STATUS, Patience
 from launcher.worker.heartbeat import Heartbeat
 from launcher.worker.peak_memory import TRACKED_STEPS, PeakRecorder, is_out_of_memory
-from launcher.worker.process_memory import HostPeak
+from launcher.worker.process_memory import HostPeak, resident_bytes
 
 pytestmark = pytest.mark.integration
 
@@ -151,6 +152,31 @@ def test_tensors_are_not_counted_after_the_first_steps(recorder: PeakRecorder) -
     assert recorder.snapshot().phases["forward"].peak_allocated_bytes == before > 0
 
 
+def test_the_first_step_and_the_steady_state_are_told_apart(recorder: PeakRecorder) -> None:
+    recorder.begin_training()
+    for length in (9000, 1000, 3000):
+        with recorder.during("forward"):
+            torch.zeros(length)
+        recorder.end_step()
+    forward = recorder.snapshot().phases["forward"]
+    assert forward.first_step is not None
+    assert forward.steady_state is not None
+    # fp32; the median of two is the lower one.
+    assert forward.peak_allocated_bytes == forward.first_step.allocated_bytes == 36_000
+    assert forward.steady_state.allocated_bytes == 4_000
+
+
+def test_memory_over_time_is_written_by_its_thread(recorder: PeakRecorder, tmp_path: Path) -> None:
+    with recorder.during("load"):
+        kept = torch.zeros(1000)
+        time.sleep(0.35)
+    recorder.finish()
+    timeline = timeline_from_json(json.loads((tmp_path / "timeline" / "00003.json").read_text()))
+    loading = [sample for sample in timeline.samples if sample.phase == "load"]
+    assert {sample.allocated_bytes for sample in loading} == {4 * len(kept)}
+    assert all(sample.host_rss_bytes > 10 * MIB for sample in loading)
+
+
 def test_the_file_names_the_phase_that_an_error_ended(
     recorder: PeakRecorder, tmp_path: Path
 ) -> None:
@@ -219,7 +245,7 @@ def test_a_kernel_that_refuses_to_reset_its_counter_is_sampled_instead(
     host.restart()
     before = host.peak_bytes()
     block = bytearray(b"x") * (64 * MIB)
-    host.sample()
+    host.sample(resident_bytes())
     del block
     assert host.peak_bytes() - before >= 60 * MIB
 
