@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import operator
 import re
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from launcher import run_dir
-from launcher.peaks import PhasePeaks, RankPeaks, peaks_from_json
+from launcher.peaks import RankPeaks, peaks_from_json
 from launcher.planning import plan
 from launcher.report.prediction import MAX_WORLD_SIZE
 from launcher.report.run_report import RunFiles
 
 _RANK_FILE = re.compile(r"(\d+)\.json")
 _MAX_PROBLEMS_OF_A_KIND = 5
-_INTEGER_FIELDS = tuple(field.name for field in fields(PhasePeaks) if "int" in str(field.type))
 
 
 def load_run(directory: Path) -> RunFiles:
@@ -96,30 +93,26 @@ def _read_ranks(folder: Path, problems: list[str]) -> tuple[RankPeaks, ...]:
     return tuple(found)
 
 
-_NUMBERS: tuple[str, ...] = (
-    "rank",
-    "world_size",
-    "steps_done",
-    "tokens_per_step",
-    "allocator_retries",
-)
-_PHASE: tuple[str, ...] = (*_INTEGER_FIELDS, "seconds")
-_numbers_of = operator.attrgetter(*_NUMBERS)
-_phase_of = operator.attrgetter(*_PHASE)
+_NUMBERS = ("rank", "world_size", "steps_done", "tokens_per_step", "allocator_retries",
+            "allocator_ooms")  # fmt: skip
+_MAYBE_NUMBERS = ("first_step_at",)
+_PHASE = ("peak_allocated_bytes", "peak_reserved_bytes", "host_rss_bytes", "count", "seconds")
+_MAYBE_PHASE = ("device_used_bytes", "peak_active_bytes", "host_pinned_bytes",
+                "gpu_utilisation_fraction", "power_watts")  # fmt: skip
+_STEP, _MAYBE_STEP = ("allocated_bytes", "reserved_bytes"), ("active_bytes",)
 
 
 def _check(peaks: RankPeaks) -> None:
     """Raise ValueError unless every number of a rank's file is one: JSON has no types to trust."""
-    groups = [("", _NUMBERS, _numbers_of(peaks))]
-    groups += [(f"{name}.", _PHASE, _phase_of(phase)) for name, phase in peaks.phases.items()]
-    steps = tuple(f"step_seconds[{index}]" for index in range(len(peaks.step_seconds)))
-    groups.append(("", steps, tuple(peaks.step_seconds)))
-    for prefix, names, values in groups:
-        for name, value in zip(names, values, strict=True):
-            if (type(value) is int or type(value) is float) and 0 <= value < 1e18:
-                continue
-            if not (value is None and name == "device_used_bytes"):
-                raise ValueError(f"{prefix}{name} is {value!r}, which is no size, count or time")
+    _check_fields(peaks, _NUMBERS, _MAYBE_NUMBERS)
+    for name, phase in peaks.phases.items():
+        _check_fields(phase, _PHASE, _MAYBE_PHASE, prefix=f"{name}.")
+        for step in (phase.first_step, phase.steady_state):
+            if step is not None:
+                _check_fields(step, _STEP, _MAYBE_STEP, prefix=f"{name}.")
+    for index, seconds in enumerate(peaks.step_seconds):
+        if not _is_number(seconds):
+            raise ValueError(f"step_seconds[{index}] is {seconds!r}, which is no time")
     if peaks.world_size > MAX_WORLD_SIZE:
         raise ValueError(f"world_size is {peaks.world_size}")
     texts: list[object] = [peaks.host, peaks.device, peaks.device_name, peaks.state]
@@ -128,6 +121,22 @@ def _check(peaks: RankPeaks) -> None:
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"{text!r} stands where a text belongs")
+
+
+def _check_fields(
+    item: object, names: tuple[str, ...], maybe_names: tuple[str, ...], *, prefix: str = ""
+) -> None:
+    for name in names:
+        if not _is_number(value := getattr(item, name)):
+            raise ValueError(f"{prefix}{name} is {value!r}, which is no size, count or time")
+    for name in maybe_names:
+        value = getattr(item, name)
+        if value is not None and not _is_number(value):
+            raise ValueError(f"{prefix}{name} is {value!r}, which is no size, count or time")
+
+
+def _is_number(value: object) -> bool:
+    return (type(value) is int or type(value) is float) and 0 <= value < 1e18
 
 
 def _read_log(path: Path, problems: list[str]) -> tuple[Mapping[str, Any], ...]:
