@@ -3,24 +3,28 @@
     python benchmarks/scenarios.py --out FOLDER [KEY=VALUE ...]
 
 Each scenario goes through the command line as a user would, on two ranks of this machine: a run is
-ended by SIGTERM between two of its checkpoints, then goes on with one rank. Overrides change the
-recipe. One JSON object a line: the scenario, `held` (null: zerofit cannot do that yet), and why.
+stopped by SIGTERM between two of its checkpoints, goes on with one rank from what it saved then,
+is stopped by SIGUSR1, and goes on once more, from the checkpoint before the first stop, through
+steps whose losses are known. Overrides change the recipe. One JSON object a line: the scenario,
+whether it held, and why.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher import run_dir as rd
+from launcher.errors import JobFailedError
 
 SAVE_STEPS = 25
 # Adapters under ZeRO-2, and all weights under ZeRO-3.
@@ -36,63 +40,91 @@ RUNS = {
 }  # fmt: skip
 SHARED = [
     "model.random_weights=true", "cluster.gpus_per_node=2", "optim.global_batch_size=4",
-    "optim.max_steps=400", f"optim.save_steps={SAVE_STEPS}", "optim.save_total_limit=2",
+    "optim.max_steps=400", f"optim.save_steps={SAVE_STEPS}", "optim.save_total_limit=9",
 ]  # fmt: skip
 STEPS_AFTER_CHECKPOINT = 5
 RESUMED_STEPS = 5
 WAIT_SECONDS = 240.0
+STOP_SECONDS = 120.0
+"""Longest time for the step that runs and for saving, whole engine of the larger run included."""
 
 
 def scenarios(name: str, recipe: Sequence[str], folder: Path) -> Iterator[dict[str, Any]]:
-    """Stop a run with SIGTERM, then go on with one rank; yield what held."""
+    """Stop a run twice and go on with one rank each time; yield what held."""
     run = folder / name
     train = _zerofit("train", *recipe, "--output-dir", str(run), log=folder / f"{name}-train.log")
     if not _wait(train, lambda: _has_logged(run, SAVE_STEPS + STEPS_AFTER_CHECKPOINT)):
         train.kill()
         yield _line(name, "sigterm", held=False, why=_tail(folder / f"{name}-train.log"))
         return
-    train.send_signal(signal.SIGTERM)
-    status = train.wait(timeout=60)
-    kept = _checkpoint_steps(run)
+    yield from _stop(name, run, train, signal.SIGTERM)
+    before = dict(_losses(run))
+    newest = max(before)
+    yield from _resume(name, run, folder, before, scenario="resume-2-to-1")
+    before |= dict(_losses(run))
+    for step in _checkpoint_steps(run):
+        if step >= newest:
+            shutil.rmtree(run / rd.CHECKPOINTS / f"checkpoint-{step}")
+    yield from _resume(name, run, folder, before, scenario="resume-earlier-2-to-1")
+
+
+def _stop(
+    name: str, run: Path, process: subprocess.Popen[bytes], number: signal.Signals
+) -> Iterator[dict[str, Any]]:
+    """Send a signal to a run's command; yield how it ended, and what it saved."""
+    said = number.name.lower()
+    started = time.monotonic()
+    process.send_signal(number)
+    status = process.wait(timeout=STOP_SECONDS)
+    seconds = time.monotonic() - started
+    found, kept = rd.read_status(run), _checkpoint_steps(run)
     last_done = _losses(run)[-1][0]
-    is_own = bool(kept) and kept[-1] % SAVE_STEPS != 0 and kept[-1] >= last_done
-    ended = status == 128 + signal.SIGTERM and rd.read_status(run).state == "interrupted"
     yield _line(
-        name, "sigterm-ends-the-run", held=ended,
-        why=f"exit status {status}, state {rd.read_status(run).state}",
+        name, f"{said}-ends-the-run",
+        held=status == JobFailedError.exit_code and found.state == "interrupted",
+        why=f"exit status {status} after {seconds:.1f} s, state {found.state} ({found.reason})",
     )  # fmt: skip
     yield _line(
-        name, "sigterm-checkpoints", held=is_own or None,
+        name, f"{said}-checkpoints", held=bool(kept) and kept[-1] == last_done,
         why=f"stopped after step {last_done}, checkpoints of steps {kept}",
     )  # fmt: skip
-    yield _resume(name, run, folder)
 
 
-def _resume(name: str, run: Path, folder: Path) -> dict[str, Any]:
+def _resume(
+    name: str, run: Path, folder: Path, before: Mapping[int, float], *, scenario: str
+) -> Iterator[dict[str, Any]]:
+    """Go on with one rank, and stop again; yield what held.
+
+    Args:
+        name: of the run.
+        run: its directory.
+        folder: for what the commands print.
+        before: losses of steps that were made in an earlier attempt.
+        scenario: name of the scenario.
+    """
     kept = _checkpoint_steps(run)
     if not kept:
-        return _line(name, "resume-2-to-1", held=False, why="there is no checkpoint")
-    before = dict(_losses(run))
-    log = folder / f"{name}-resume.log"
+        yield _line(name, scenario, held=False, why="there is no checkpoint")
+        return
+    log = folder / f"{name}-{scenario}.log"
+    attempt = _num_attempts(run) + 1
     resume = _zerofit("resume", str(run), "cluster.gpus_per_node=1", log=log)
     # It is enough to see it go on; the rest of its steps would only take time.
-    if not _wait(resume, lambda: _runs_alone(run)):
+    if not _wait(resume, lambda: _num_attempts(run) == attempt and _runs_alone(run)):
         resume.kill()
-        return _line(name, "resume-2-to-1", held=False, why=_tail(log))
-    resume.send_signal(signal.SIGTERM)
-    resume.wait(timeout=60)
+        yield _line(name, scenario, held=False, why=_tail(log))
+        return
+    stopped = list(_stop(name, run, resume, signal.SIGUSR1))
     # The log loses what came after the checkpoint, and goes on from there.
     after = [item for item in _losses(run) if item[0] > kept[-1]]
-    if not after:
-        return _line(name, "resume-2-to-1", held=False, why="it logged no step")
-    first_step, first_loss = after[0]
-    expected = before.get(first_step)
-    same = expected is None or abs(first_loss - expected) <= 0.01 * abs(expected)
-    return _line(
-        name, "resume-2-to-1", held=first_step == kept[-1] + 1 and same,
-        why=f"went on at step {first_step} from checkpoint {kept[-1]}; loss there {first_loss:.4f} "
-        f"on one rank, {expected} on two before",
+    known = [(loss, before[step]) for step, loss in after if step in before]
+    same = all(abs(loss - expected) <= 0.01 * abs(expected) for loss, expected in known)
+    yield _line(
+        name, scenario, held=bool(after) and after[0][0] == kept[-1] + 1 and same,
+        why=f"went on from checkpoint {kept[-1]} with steps {[step for step, _ in after[:3]]}; "
+        f"losses now and before: {[(round(a, 4), round(b, 4)) for a, b in known[:3]]}",
     )  # fmt: skip
+    yield from stopped
 
 
 def _zerofit(*argv: str, log: Path) -> subprocess.Popen[bytes]:
@@ -118,6 +150,11 @@ def _has_logged(run: Path, step: int) -> bool:
     return (run / rd.TRAINER_LOG).is_file() and any(done >= step for done, _ in _losses(run))
 
 
+def _num_attempts(run: Path) -> int:
+    """Return how many attempts were set aside for a newer one."""
+    return len(list((run / "attempts").glob("*")))
+
+
 def _runs_alone(run: Path) -> bool:
     ranks = rd.read_ranks(run)
     return any(rank.world_size == 1 and rank.steps_done >= RESUMED_STEPS for rank in ranks)
@@ -140,7 +177,7 @@ def _tail(log: Path) -> str:
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:])
 
 
-def _line(run: str, scenario: str, *, held: bool | None, why: str) -> dict[str, Any]:
+def _line(run: str, scenario: str, *, held: bool, why: str) -> dict[str, Any]:
     return {"run": run, "scenario": scenario, "held": held, "why": why}
 
 
@@ -160,9 +197,9 @@ def main() -> int:
         for found in scenarios(name, [*recipe, *SHARED, *options.overrides], folder):
             with (options.out / "scenarios.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(found) + "\n")
-            word = {True: "held", False: "DID NOT HOLD", None: "cannot do that yet"}[found["held"]]
+            word = "held" if found["held"] else "DID NOT HOLD"
             print(f"{found['run']:10} {found['scenario']:22} {word}: {found['why']}", flush=True)
-            has_failed = has_failed or found["held"] is False
+            has_failed = has_failed or not found["held"]
     return int(has_failed)
 
 

@@ -184,6 +184,7 @@ def start_run(
     *,
     say: Callable[[str], None],
     console: BinaryIO | None,
+    saves: bool = True,
 ) -> None:
     """Tokenise the data, run the job to its end, with its output on the terminal.
 
@@ -194,6 +195,7 @@ def start_run(
         request: what to run.
         say: shows a line of text.
         console: where the job's output is copied; ``None`` leaves it in the log.
+        saves: as :func:`~launcher.dispatch.base.run_to_end`.
 
     Raises:
         LauncherError: the data cannot be used (exit status 2), or the job failed (4).
@@ -208,7 +210,7 @@ def start_run(
             raise
         for line in describe_data(summary):
             say(line)
-    run_to_end(backend, request, run_dir=run_dir, console=console)
+    run_to_end(backend, request, run_dir=run_dir, console=console, saves=saves)
 
 
 def prepare_run_data(recipe: Recipe, run_dir: Path) -> DataSummary:

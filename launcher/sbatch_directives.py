@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+from launcher.checkpoint_time import STEP_FACTOR, save_seconds
 from launcher.errors import LauncherError, RunDirError, SetupError, list_problems
 from launcher.recipe_sections import SlurmSection
 
@@ -20,30 +21,27 @@ _OURS = {
 }  # fmt: skip
 _TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}|infinite|unlimited", re.I)
 
-# A run took up to 1.62 times its predicted step time (README, worst of 60), and Slurm kills what
-# is late, while a limit that is too long only makes the job wait for a larger gap.
-TIME_FACTOR = 1.7
 # Start of the ranks, compilation of DeepSpeed's kernels (44 s each), loading the model.
 START_SECONDS = 900
 _ROUND_MINUTES = 15
 # Slurm's timer looks once a minute (sbatch(1), --signal: up to 60 seconds early).
 _SIGNAL_RESOLUTION_SECONDS = 60
-# A shared file system under load; local drives are ten times faster.
-_CHECKPOINT_BYTES_PER_S = 200e6
 
 
 def suggest_time_limit_minutes(num_steps: int, step_seconds: float) -> int:
     """Return a time limit for a run of so many optimizer steps, in whole quarters of an hour."""
-    minutes = (START_SECONDS + TIME_FACTOR * num_steps * step_seconds) / 60
+    # Slurm kills what is late, while a limit that is too long only makes the job wait for a
+    # larger gap.
+    minutes = (START_SECONDS + STEP_FACTOR * num_steps * step_seconds) / 60
     return math.ceil(minutes / _ROUND_MINUTES) * _ROUND_MINUTES
 
 
 def suggest_signal_seconds(checkpoint_bytes: int, step_seconds: float) -> int:
     """Return how long before the time limit the ranks must hear of it to save a checkpoint.
 
-    They finish the step that they are in, and write.
+    Slurm's own words are "up to 60 seconds earlier"; see :mod:`launcher.checkpoint_time`.
     """
-    needed = TIME_FACTOR * step_seconds + checkpoint_bytes / _CHECKPOINT_BYTES_PER_S
+    needed = save_seconds(checkpoint_bytes, step_seconds=step_seconds)
     return _SIGNAL_RESOLUTION_SECONDS + max(60, math.ceil(needed))
 
 

@@ -211,7 +211,7 @@ def start_with(outputs: Outputs, stack: ExitStack, *, is_warm: bool) -> Start:
 
     def start(run_dir: Path, backend: Backend, request: JobRequest, plan: Plan) -> None:
         chosen = backend if servers is None else servers.warmed(backend, plan)
-        start_run(run_dir, chosen, request, say=lambda _line: None, console=None)
+        start_run(run_dir, chosen, request, say=lambda _line: None, console=None, saves=False)
 
     return start
 

@@ -53,8 +53,9 @@ def render(*, args: tuple[str, ...], output_dir: Path | None, as_json: bool) -> 
 def train(*, args: tuple[str, ...], output_dir: Path | None, dry_run: bool, as_json: bool) -> None:
     """Plan, write the run directory, and train: here, on a hostfile's hosts, or through Slurm.
 
-    Ctrl-C ends all ranks; a job of its own in Slurm goes on, unless it comes twice. Exit status
-    3 when no strategy fits, 4 when the job failed.
+    Ctrl-C ends all ranks; SIGTERM, SIGUSR1 or a file RUN/stop let them save a checkpoint first. A
+    job of its own in Slurm goes on, unless Ctrl-C comes twice. Exit status 3 when no strategy
+    fits, 4 when the job failed.
     """
     if dry_run:
         show_dry_run(fitting(args, as_json=as_json), output_dir, as_json=as_json)

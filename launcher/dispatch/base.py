@@ -85,23 +85,31 @@ class Backend(Protocol):
 
 
 def run_to_end(
-    backend: Backend, request: JobRequest, *, run_dir: Path, console: BinaryIO | None = None
+    backend: Backend,
+    request: JobRequest,
+    *,
+    run_dir: Path,
+    console: BinaryIO | None = None,
+    saves: bool = True,
 ) -> JobHandle:
     """Submit a job and wait until it has finished; Ctrl-C at any moment ends all of it.
+
+    SIGTERM and SIGUSR1 let the ranks save a checkpoint first.
 
     Args:
         backend: where to run.
         request: what its ``render`` returned.
         run_dir: an existing, writable run directory.
         console: where to copy what the job prints; ``None`` leaves it in the log file.
+        saves: whether a run that is stopped is worth a checkpoint.
 
     Raises:
         JobFailedError: it did not finish (exit status 4).
-        JobInterruptedError: SIGINT, SIGTERM or SIGHUP (exit status 4).
+        JobInterruptedError: a signal ended it (exit status 4).
         RunDirError: the files cannot be written.
         SetupError: the job cannot be started here.
     """
-    with Interruptions() as interruptions:
+    with Interruptions(saves=saves) as interruptions:
         handle = backend.submit(request, run_dir=run_dir)
         backend.wait(handle, interruptions=interruptions, console=console)
     return handle

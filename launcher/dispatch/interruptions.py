@@ -13,11 +13,15 @@ class Interruptions:
     Use as a context manager in the main thread, around starting and watching a job.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
     """The last one comes from a timer that a caller may have set to limit a job's time."""
+    ASKING = (signal.SIGTERM, signal.SIGUSR1)
+    """What schedulers, service managers and `kill` send before they use force."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, saves: bool = False) -> None:
         self.received: list[int] = []
+        self.asking: tuple[int, ...] = self.ASKING if saves else ()
+        """Signals after which the ranks may save; after any other, a run ends at once."""
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:

@@ -24,6 +24,7 @@ from launcher.dispatch.watch import watch
 from launcher.errors import RunDirError, SetupError
 from launcher.job_script import WORKER_MODULE, DeepSpeedJob, JobRequest, render_job
 from launcher.planning.plan import Plan
+from launcher.stop_file import clear_stop
 
 # Below Linux's range for outgoing connections (ip_local_port_range starts at 32768), so that
 # none of those takes the port between our look and the ranks' start.
@@ -107,6 +108,7 @@ class LocalBackend:
         write_files(request, run_dir)
         try:
             (run_dir / rd.CANCEL).unlink(missing_ok=True)
+            clear_stop(run_dir)
             rd.write_status(run_dir, "running")
             self._process = process_group.start_job(
                 request.argv, env=request.env, cwd=run_dir, log_file=run_dir / rd.LAUNCHER_LOG

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import subprocess
@@ -16,9 +17,11 @@ from launcher.dispatch import process_group
 from launcher.dispatch.base import JobHandle, JobInterruptedError
 from launcher.dispatch.failure import DeadRank, LostHost, describe_failure, read_failures
 from launcher.dispatch.interruptions import Interruptions
+from launcher.dispatch.stopping import Stopping
 from launcher.errors import JobFailedError, RunDirError
 from launcher.job_script import launcher_mark
 from launcher.run_checkpoints import newest_checkpoint
+from launcher.stop_file import clear_stop
 
 _log = logging.getLogger(__name__)
 
@@ -132,8 +135,9 @@ def watch(
     last_scan = 0.0
     trouble_since: float | None = None
     ended_since: float | None = None
+    stopping = Stopping(run_dir=handle.run_dir, interruptions=interruptions, started=started)
     try:
-        while process.poll() is None and not _is_told_to_end(handle, interruptions):
+        while not stopping.is_time_to_end() and _goes_on(process, ranks, stopping):
             relay.copy_new()
             now = time.monotonic()
             ranks.look()
@@ -159,14 +163,14 @@ def watch(
         _end_everything(process, handle, ranks, interruptions)
         ranks.close()
     relay.copy_new()
-    stopped_by = interruptions.received[0] if interruptions.received else None
-    if trouble_since is not None:
-        stopped_by = None  # it had failed before the signal came
+    had_failed = trouble_since is not None  # before the signal came
+    stopped_by = None if had_failed else next(iter(interruptions.received), None)
     _conclude(handle, process.returncode, ranks, stopped_by=stopped_by)
 
 
-def _is_told_to_end(handle: JobHandle, interruptions: Interruptions) -> bool:
-    return bool(interruptions.received) or (handle.run_dir / rd.CANCEL).exists()
+def _goes_on(process: JobProcess, ranks: Ranks, stopping: Stopping) -> bool:
+    # A signal to all processes at once ends the launcher, while the ranks are saving.
+    return process.poll() is None or (stopping.is_waiting and not ranks.all_ended)
 
 
 def _has_lingered(now: float, trouble_since: float | None, ended_since: float | None) -> bool:
@@ -189,6 +193,9 @@ def _new_failure(run_dir: Path, started: float) -> bool:
 def _end_everything(
     process: JobProcess, handle: JobHandle, ranks: Ranks, interruptions: Interruptions
 ) -> None:
+    # Else ranks that are saving would take what follows for the first request.
+    with contextlib.suppress(OSError):
+        clear_stop(handle.run_dir)
     # A second Ctrl-C means: now.
     gone = ranks.end(at_once=len(interruptions.received) > 1)
     # What is left here is the launcher. It must not see SIGTERM when the ranks are on other
@@ -216,6 +223,15 @@ def _conclude(
         if exit_code != 0:
             _log.warning("the run finished; its launcher then ended with code %s", exit_code)
         return
+    said = _said_when_stopped(run_dir)
+    if said is not None:
+        raise JobInterruptedError(
+            f"the run was stopped: {said}",
+            where=str(run_dir),
+            fix=_way_on(run_dir),
+            # Somebody made the stop file, and this process was not told.
+            signal_number=stopped_by or signal.SIGTERM,
+        )
     if stopped_by is not None:
         name = signal.Signals(stopped_by).name
         _record(run_dir, "interrupted", f"stopped by {name}")
@@ -243,6 +259,15 @@ def _conclude(
             run_dir,
         )
     raise error
+
+
+def _said_when_stopped(run_dir: Path) -> str | None:
+    """Return what the ranks wrote down when they had saved because they were asked to."""
+    try:
+        status = rd.read_status(run_dir)
+    except RunDirError:
+        return None
+    return status.reason if status.state == "interrupted" else None
 
 
 def _way_on(run_dir: Path) -> str:

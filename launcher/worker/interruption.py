@@ -24,8 +24,12 @@ def stop_was_requested() -> bool:
     return _STOP_REQUESTED.is_set()
 
 
-def exit_on_signal(last_act: Callable[[], None]) -> None:
+def exit_on_signal(last_act: Callable[[], None], *, is_stopping: Callable[[], bool]) -> None:
     """End the process on a signal, after ``last_act``, with status 128 + the signal's number.
+
+    SIGTERM is left alone while the run is being stopped with a checkpoint: whoever sends it to
+    all processes at once (a service manager, for example) has asked for just that, and sends
+    SIGKILL to those that take too long.
 
     Python runs a signal's handler only between two bytecodes of the main thread, and a rank
     whose peer died waits inside a collective for many minutes. The interpreter writes the
@@ -33,6 +37,7 @@ def exit_on_signal(last_act: Callable[[], None]) -> None:
 
     Args:
         last_act: runs in that thread; the main thread may still be working.
+        is_stopping: whether the ranks were asked to save and end; asked in that thread.
     """
     reading, writing = socket.socketpair()
     writing.setblocking(False)  # noqa: FBT003 - positional-only
@@ -43,8 +48,10 @@ def exit_on_signal(last_act: Callable[[], None]) -> None:
 
     # The thread holds the writing end open, which nothing else refers to.
     def wait(_writing: socket.socket) -> None:
-        while (number := reading.recv(1)[0]) not in SIGNALS:
-            pass
+        while True:
+            number = reading.recv(1)[0]
+            if number in SIGNALS and not (number == signal.SIGTERM and is_stopping()):
+                break
         try:
             last_act()
         finally:

@@ -19,7 +19,9 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from launcher.errors import JobFailedError, RunDirError
+from launcher.recipe_sections import Recipe
 from launcher.run_checkpoints import UNFINISHED
+from launcher.run_dir import TRAINER_LOG
 from launcher.worker.checkpoints import (
     Checkpoint,
     Layout,
@@ -43,6 +45,8 @@ class Resumption:
     step: int
     is_converted: bool
     """Whether ``path`` is a conversion, which is not needed once it was loaded."""
+    is_evaluated: bool
+    """Whether the held-out loss of this step is known."""
 
 
 def agree_on_checkpoint(checkpoints: Path, layout: Layout, *, rank: int) -> Resumption | None:
@@ -84,9 +88,13 @@ def _find(checkpoints: Path, layout: Layout) -> dict[str, Any]:
             "fix": "remove the folder to start from the beginning",
             "has_failed": False,
         }
+    known = {
+        "step": found.step,
+        "is_evaluated": _is_evaluated(checkpoints.parent / TRAINER_LOG, found.step),
+    }
     if found.layout == layout:
         logger.info("continuing from %s", found.path)
-        return {"path": str(found.path), "step": found.step, "is_converted": False}
+        return {"path": str(found.path), "is_converted": False, **known}
     try:
         target = _convert(found, layout)
     except (RunDirError, JobFailedError) as error:
@@ -96,7 +104,7 @@ def _find(checkpoints: Path, layout: Layout) -> dict[str, Any]:
             "fix": error.fix,
             "has_failed": isinstance(error, JobFailedError),
         }
-    return {"path": str(target), "step": found.step, "is_converted": True}
+    return {"path": str(target), "is_converted": True, **known}
 
 
 def _convert(found: Checkpoint, layout: Layout) -> Path:
@@ -137,6 +145,27 @@ def resuming_config(ds_config: Mapping[str, Any], resumption: Resumption | None)
     if resumption is not None and resumption.is_converted and is_partitioned:
         config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
     return config
+
+
+def evaluates_first(recipe: Recipe, resumption: Resumption | None) -> bool:
+    """Return whether to evaluate before the next step.
+
+    A run that begins does so, and one that was stopped before it had made the evaluation that
+    belongs to its last step.
+    """
+    if recipe.data.eval_path is None or resumption is None:
+        return recipe.data.eval_path is not None
+    every = recipe.optim.eval_steps
+    return every is not None and resumption.step % every == 0 and not resumption.is_evaluated
+
+
+def _is_evaluated(log: Path, step: int) -> bool:
+    """Return whether the log of an earlier attempt has the held-out loss of a step."""
+    if not log.is_file():
+        return False
+    lines = log.read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines if line.endswith("}")]
+    return any(entry["step"] == step and "eval_loss" in entry for entry in entries)
 
 
 def load_converted(engine: Any, resumption: Resumption) -> None:

@@ -1,9 +1,11 @@
-"""When Slurm says that the time is nearly up: save a checkpoint after this step, and end."""
+"""When a run is asked to stop: save a checkpoint after this step, on all ranks, and end."""
 
 from __future__ import annotations
 
 import logging
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +15,116 @@ from transformers import TrainerCallback
 
 from launcher import run_dir
 from launcher.sbatch_script import REQUEUE_MARKER
+from launcher.stop_file import clear_stop, is_asked_to_stop, stop_reason
 from launcher.worker.interruption import stop_was_requested
 
 logger = logging.getLogger(__name__)
+
+SECONDS_TO_ASK = 0.5
+"""The launcher looks for signals every 0.2 s (launcher/dispatch/watch.py)."""
+
+
+class NothingToSaveError(Exception):
+    """The ranks were asked to stop, and have done nothing since the newest checkpoint."""
+
+
+class EvaluationCutShortError(Exception):
+    """The ranks were asked to stop in the middle of an evaluation."""
+
+
+class StopRequest:
+    """Whether any rank was asked to stop, by a signal to it or by the file in the run directory."""
+
+    def __init__(self, folder: Path, device: torch.device, *, rank: int) -> None:
+        self._folder, self._device, self._rank = folder, device, rank
+
+    def was_made(self) -> bool:
+        """Return the same answer on every rank; all of them call it.
+
+        Ranks hear of a request at different moments, and must stop at the same one. Rank 0 looks
+        for the file, so that a step costs one listing and not one a rank.
+        """
+        here = stop_was_requested() or (self._rank == 0 and is_asked_to_stop(self._folder))
+        anywhere = torch.tensor(int(here), device=self._device)
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+        return bool(anywhere.item())
+
+    def check_before_training(self) -> None:
+        """Raise NothingToSaveError if there was a request; all ranks call it."""
+        if self.was_made():
+            raise NothingToSaveError
 
 
 class StopOnRequest(TrainerCallback):  # type: ignore[misc]
     """Stops all ranks after the same step, with a checkpoint, once one of them was asked to."""
 
-    def __init__(self, device: torch.device) -> None:
-        # Nobody asks elsewhere, and the ranks need not agree after each step.
-        self._may_be_asked = "SLURM_JOB_ID" in os.environ
-        self._device = device
+    def __init__(self, request: StopRequest) -> None:
+        self._request = request
+        self._begun_at = 0
         self.stopped_at: int | None = None
         """The optimizer step after which training stopped, if it was asked to."""
 
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Look before the first step, which can come long after the start."""
+        self._begun_at = state.global_step
+        self._request.check_before_training()
+
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Agree with the other ranks, which the signal reaches at other moments."""
-        if not self._may_be_asked or state.global_step >= state.max_steps:
+        """Save and stop; an evaluation that is due now is made when the run goes on."""
+        if state.global_step < state.max_steps and self._request.was_made():
+            self._stop(state, control)
+            control.should_save, control.should_evaluate = True, False
+
+    def on_save(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop after a checkpoint that was being saved anyway."""
+        is_open = self.stopped_at is None and state.global_step < state.max_steps
+        if is_open and self._request.was_made():
+            self._stop(state, control)
+
+    def on_prediction_step(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave an evaluation; what was trained before it is saved."""
+        if not self._request.was_made():
             return
-        was_asked = torch.tensor(int(stop_was_requested()), device=self._device)
-        dist.all_reduce(was_asked, op=dist.ReduceOp.MAX)
-        if was_asked.item():
-            self.stopped_at = state.global_step
-            control.should_save = True
-            control.should_training_stop = True
+        if state.global_step == self._begun_at:
+            raise NothingToSaveError
+        self._stop(state, control)
+        control.should_save = True
+        raise EvaluationCutShortError
+
+    def _stop(self, state: Any, control: Any) -> None:
+        self.stopped_at = state.global_step
+        control.should_training_stop = True
 
 
-def leave_for_restart(folder: Path, *, step: int, rank: int) -> None:
-    """Say that the checkpoint is there and that the job may be started again; all ranks call it."""
+def leave_for_restart(folder: Path, *, step: int | None, rank: int) -> None:
+    """Say that the run can go on from what is saved; all ranks call it.
+
+    Args:
+        folder: the run directory.
+        step: optimizer step that was saved; ``None`` when there was nothing to save.
+        rank: of this process.
+    """
     dist.barrier()
     if rank == 0:
-        reason = f"the time limit is near: saved after step {step}"
+        saved = "before its first step" if step is None else f"saved after step {step}"
+        reason = f"{stop_reason(folder)}: {saved}"
         logger.info("%s", reason)
         run_dir.write_status(folder, "interrupted", reason=reason)
-        # Read by the job script, which asks Slurm to start the job again.
-        (folder / REQUEUE_MARKER).touch()
+        if "SLURM_JOB_ID" in os.environ:
+            # Read by the job script, which asks Slurm to start the job again.
+            (folder / REQUEUE_MARKER).touch()
+        clear_stop(folder)
     dist.destroy_process_group()
+
+
+def is_stopping(folder: Path) -> Callable[[], bool]:
+    """Return what tells a thread of a rank whether the ranks were asked to save and end."""
+
+    def is_asked() -> bool:
+        if stop_was_requested() or is_asked_to_stop(folder):
+            return True
+        # Who sends SIGTERM to all processes at once reaches a rank before the launcher has asked.
+        time.sleep(SECONDS_TO_ASK)
+        return is_asked_to_stop(folder)
+
+    return is_asked

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import sys
@@ -27,6 +26,7 @@ from launcher.errors import LauncherError, RunDirError
 from launcher.planning.plan import strategy_from_json
 from launcher.recipe import parse_recipe
 from launcher.recipe_sections import Recipe
+from launcher.stop_file import clear_stop
 from launcher.strategy import Attention, Method, Precision, Strategy
 from launcher.watchdog import Patience, patience
 from launcher.worker.heartbeat import Heartbeat
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from launcher.data_cache import DataSummary
     from launcher.worker.peak_memory import PeakRecorder
     from launcher.worker.resume import Resumption
+    from launcher.worker.stop_request import StopOnRequest, StopRequest
 
 # Not __name__, which is "__main__" in a rank.
 logger = logging.getLogger("launcher.worker.train")
@@ -71,7 +72,7 @@ def read_inputs(folder: Path) -> Inputs:
         RunDirError: a file is missing or not what it should be.
     """
     recipe_path = folder / run_dir.RECIPE
-    plan = _read_json(folder / run_dir.PLAN)
+    plan = run_dir.read_json(folder / run_dir.PLAN)
     try:
         strategy, precision = plan["strategy"], Precision(plan["precision"])
     except (KeyError, ValueError) as error:
@@ -80,13 +81,13 @@ def read_inputs(folder: Path) -> Inputs:
             where=str(folder / run_dir.PLAN),
             fix="write the plan anew with the same version of zerofit",
         ) from None
-    recipe = parse_recipe(_read_text(recipe_path), source=str(recipe_path))
+    recipe = parse_recipe(run_dir.read_text(recipe_path), source=str(recipe_path))
     return Inputs(
         folder=folder,
         recipe=recipe,
         strategy=strategy_from_json(strategy),
         precision=precision,
-        ds_config=_read_json(folder / run_dir.DS_CONFIG),
+        ds_config=run_dir.read_json(folder / run_dir.DS_CONFIG),
         patience=patience(
             watchdog_seconds=recipe.recovery.watchdog_seconds,
             phase_seconds=recipe.recovery.phase_seconds,
@@ -96,23 +97,42 @@ def read_inputs(folder: Path) -> Inputs:
 
 
 def run(inputs: Inputs, ranks: Ranks, device: torch.device, recorder: PeakRecorder) -> None:
-    """Train from start to end on this rank.
+    """Train from start to end on this rank, or until it is asked to stop.
 
     Raises:
         LauncherError: something that the user can mend.
     """
+    from launcher.worker.stop_request import NothingToSaveError, StopRequest, leave_for_restart
+
+    with recorder.during("load"):
+        start_process_group(device)
+    stop_request = StopRequest(inputs.folder, device, rank=ranks.rank)
+    try:
+        _load_and_train(inputs, ranks, device, recorder, stop_request)
+    except NothingToSaveError:
+        recorder.interrupt()
+        leave_for_restart(inputs.folder, step=None, rank=ranks.rank)
+
+
+def _load_and_train(
+    inputs: Inputs,
+    ranks: Ranks,
+    device: torch.device,
+    recorder: PeakRecorder,
+    stop_request: StopRequest,
+) -> None:
     from transformers import set_seed
 
     from launcher.worker.checkpoints import layout_of
     from launcher.worker.finite import NumberCheck
     from launcher.worker.model import load_model
-    from launcher.worker.resume import agree_on_checkpoint, resuming_config
+    from launcher.worker.resume import agree_on_checkpoint, evaluates_first, resuming_config
+    from launcher.worker.stop_request import StopOnRequest
     from launcher.worker.trainer import MeasuredTrainer, training_arguments
 
     recipe, strategy = inputs.recipe, inputs.strategy
     layout = layout_of(strategy, inputs.precision, inputs.ds_config, world_size=ranks.world_size)
     with recorder.during("load"):
-        start_process_group(device)
         checkpoints = inputs.folder / run_dir.CHECKPOINTS
         resumption = agree_on_checkpoint(checkpoints, layout, rank=ranks.rank)
         arguments = training_arguments(
@@ -122,13 +142,14 @@ def run(inputs: Inputs, ranks: Ranks, device: torch.device, recorder: PeakRecord
             folder=inputs.folder,
             precision=inputs.precision,
             device=device,
-            is_resumed=resumption is not None,
+            evaluates_first=evaluates_first(recipe, resumption),
         )
         set_seed(recipe.optim.seed)
         model = load_model(
             recipe, strategy, precision=inputs.precision, device=device, run_dir=inputs.folder
         )
         recorder.count_model(model)
+    stop_request.check_before_training()
     options, summary, tokenizer = _data_options(inputs, ranks, model)
     numbers = NumberCheck(
         inputs.folder,
@@ -148,7 +169,7 @@ def run(inputs: Inputs, ranks: Ranks, device: torch.device, recorder: PeakRecord
         processing_class=tokenizer,
         **options,
     )
-    _train(trainer, inputs, ranks, recorder, summary, resumption)
+    _train(trainer, inputs, ranks, recorder, summary, resumption, StopOnRequest(stop_request))
 
 
 def _train(  # noqa: PLR0917
@@ -158,6 +179,7 @@ def _train(  # noqa: PLR0917
     recorder: PeakRecorder,
     summary: DataSummary | None,
     resumption: Resumption | None,
+    stop: StopOnRequest,
 ) -> None:
     import torch.distributed as dist
 
@@ -165,14 +187,13 @@ def _train(  # noqa: PLR0917
     from launcher.worker.progress import Progress
     from launcher.worker.resume import RemoveConverted
     from launcher.worker.sample import Sample, wants_sample
-    from launcher.worker.stop_request import StopOnRequest, leave_for_restart
+    from launcher.worker.stop_request import leave_for_restart
     from launcher.worker.trainer import StepClock, without_built_in_progress
 
     progress = Progress(recorder, folder=inputs.folder, world_size=ranks.world_size)
     asked = wants_sample(inputs.recipe.tracking, summary, zero_stage=inputs.strategy.zero_stage)
     sample = Sample(trainer, recorder, summary if asked else None, folder=inputs.folder)
     without_built_in_progress(trainer)
-    stop = StopOnRequest(trainer.args.device)
     for callback in (sample, StepClock(recorder), stop):
         trainer.add_callback(callback)
     # First, because it adds to the numbers that trackers write down.
@@ -182,12 +203,13 @@ def _train(  # noqa: PLR0917
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resumption.path) if resumption else None)
     train_seconds = time.perf_counter() - started
+    if stop.stopped_at is None and trainer.eval_dataset is not None:
+        trainer.evaluate()
     if stop.stopped_at is not None:
+        trainer.save_progress()
         recorder.interrupt()
         leave_for_restart(inputs.folder, step=stop.stopped_at, rank=ranks.rank)
         return
-    if trainer.eval_dataset is not None:
-        trainer.evaluate()
     answer_after = sample.answer()
     if inputs.recipe.model.random_weights and inputs.recipe.method is Method.full:
         logger.info("random weights are not saved")
@@ -294,9 +316,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         heartbeat = _start_heartbeat(inputs, ranks)
         device = choose_device(ranks, inputs.precision)
         from launcher.worker.peak_memory import PeakRecorder
+        from launcher.worker.stop_request import is_stopping
 
         recorder = PeakRecorder(heartbeat, device=device)
-        exit_on_signal(recorder.interrupt)
+        exit_on_signal(recorder.interrupt, is_stopping=is_stopping(options.run_dir))
         recorder.start()
         if ranks.rank == 0:
             # Also when job.sh was started by hand, perhaps after an interruption.
@@ -323,6 +346,9 @@ def _start_heartbeat(inputs: Inputs, ranks: Ranks) -> Heartbeat:
 def _report_failure(
     error: BaseException, ranks: Ranks, recorder: PeakRecorder | None, *, folder: Path
 ) -> None:
+    # The others may be told to end now; they must not take it for the request to save.
+    with contextlib.suppress(OSError):
+        clear_stop(folder)
     if recorder is not None:
         with contextlib.suppress(OSError):  # a full disk must not hide the reason
             recorder.fail(error)
@@ -357,24 +383,6 @@ def _is_first_of_its_kind(error: BaseException, folder: Path) -> bool:
     except OSError:
         return True  # a full disk, or no run directory: better twice than never
     return True
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RunDirError(
-            f"cannot be read: {error.strerror}",
-            where=str(path),
-            fix="start the run with zerofit, which writes this file",
-        ) from None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise RunDirError(f"not JSON: {error}", where=str(path), fix="start the run anew") from None
 
 
 if __name__ == "__main__":

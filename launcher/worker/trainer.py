@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from launcher.worker.batches import LongestFirst, RankBatches
 from launcher.worker.finite import NumberCheck, watch_plain_optimizer
 from launcher.worker.peak_memory import PeakRecorder
 from launcher.worker.resume import Resumption, load_converted
+from launcher.worker.stop_request import EvaluationCutShortError
 
 FINAL = "final"
 """Folder below ``checkpoints`` with the trained weights and the tokenizer."""
@@ -37,7 +38,7 @@ def training_arguments(
     folder: Path,
     precision: Precision,
     device: torch.device,
-    is_resumed: bool = False,
+    evaluates_first: bool = False,
 ) -> TrainingArguments:
     """Return the trainer's arguments; making them starts the process group.
 
@@ -72,7 +73,7 @@ def training_arguments(
         eval_strategy="steps" if optim.eval_steps and recipe.data.eval_path else "no",
         eval_steps=optim.eval_steps,
         # The engine exists only inside train(), so the first evaluation happens there.
-        eval_on_start=recipe.data.eval_path is not None and not is_resumed,
+        eval_on_start=evaluates_first,
         prediction_loss_only=True,
         save_strategy="steps" if optim.save_steps else "no",
         save_steps=optim.save_steps or 500,
@@ -188,9 +189,10 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
         return norm
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        """Evaluate on the held-out set, as a phase of its own."""
-        with self._recorder.during("eval"):
-            metrics: dict[str, float] = super().evaluate(*arguments, **options)
+        """Evaluate on the held-out set, as a phase of its own; nothing if it was cut short."""
+        metrics: dict[str, float] = {}
+        with self._recorder.during("eval"), suppress(EvaluationCutShortError):
+            metrics = super().evaluate(*arguments, **options)
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002
@@ -203,6 +205,15 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
                 self._save(output_dir)
             else:
                 super().save_model(output_dir, _internal_call=_internal_call)
+
+    def save_progress(self) -> None:
+        """Save a checkpoint of the step that was reached, unless there is one.
+
+        Raises:
+            SaveFailedError: the disk did not take it.
+        """
+        if not (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}").exists():
+            self._save_checkpoint(self.model, None)
 
     def save_final(self) -> None:
         """Save the trained weights below the name ``final``, whole or not at all.

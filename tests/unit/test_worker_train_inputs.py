@@ -53,9 +53,9 @@ def test_the_run_directory_says_all(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     write_inputs(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(RunDirError) as caught:
+    with pytest.raises(RunDirError, match=f"there is no {name}") as caught:
         read_inputs(tmp_path)
-    assert caught.value.where == str(tmp_path / name)
+    assert caught.value.where == str(tmp_path)
 
 
 def test_half_a_plan_is_an_error(tmp_path: Path) -> None:
