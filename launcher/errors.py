@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable
 
+from launcher.failure_kind import FailureKind
+
 
 class LauncherError(Exception):
     """Base class of every error that is the user's to mend.
@@ -16,6 +18,8 @@ class LauncherError(Exception):
     """
 
     exit_code = 2
+    kind = FailureKind.other
+    """What it means for a run; a rank's own errors say it here."""
     is_shown = False
     """Whether the user has seen it already, so that the command line only leaves."""
 
@@ -61,9 +65,19 @@ class DoesNotFitError(LauncherError):
 
 
 class JobFailedError(LauncherError):
-    """A job started and did not finish; the run directory holds what it left."""
+    """A job started and did not finish; the run directory holds what it left.
+
+    ``kind`` is given where it is known why.
+    """
 
     exit_code = 4
+
+    def __init__(
+        self, problem: str, *, where: str, fix: str, kind: FailureKind | None = None
+    ) -> None:
+        super().__init__(problem, where=where, fix=fix)
+        if kind is not None:
+            self.kind = kind
 
 
 def did_you_mean(value: str, known: Collection[str]) -> str:

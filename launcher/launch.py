@@ -1,4 +1,4 @@
-"""From a plan to a run: write the run directory, prepare the data, start the ranks."""
+"""From a plan to a run directory with its data, and to its ranks."""
 
 from __future__ import annotations
 
@@ -46,27 +46,6 @@ _STACK = (
 
 # Tokenizer, logs, peaks and generated files, beside the weights.
 _SMALL_FILES_BYTES = 64 * MIB
-
-
-def train_run(
-    prepared: Prepared, output_dir: Path | None, *, say: Callable[[str], None], console: BinaryIO
-) -> Path:
-    """Make a run directory, train to the end, and return the directory.
-
-    Args:
-        prepared: a plan that fits.
-        output_dir: the directory to make; ``None`` leaves it to the recipe, or picks a name.
-        say: shows a line of text.
-        console: where the job's output is copied.
-
-    Raises:
-        LauncherError: it cannot be started (exit status 2), failed (4) or was interrupted.
-    """
-    check_can_start(prepared)
-    run_dir, backend, request = create_run(prepared, output_dir)
-    say(f"run directory: {run_dir}")
-    start_run(run_dir, backend, request, say=say, console=console)
-    return run_dir
 
 
 def check_can_start(prepared: Prepared) -> None:
@@ -186,11 +165,10 @@ def start_run(
     console: BinaryIO | None,
     saves: bool = True,
 ) -> None:
-    """Tokenise the data, run the job to its end, with its output on the terminal.
+    """Tokenise the data, and run the job once, with its output on the terminal.
 
     Args:
-        run_dir: made by :func:`create_run`; removed again when tokenising fails or is
-            interrupted, so that the same command can be given again.
+        run_dir: as for :func:`prepare_data`.
         backend: where to run.
         request: what to run.
         say: shows a line of text.
@@ -199,6 +177,22 @@ def start_run(
 
     Raises:
         LauncherError: the data cannot be used (exit status 2), or the job failed (4).
+    """
+    prepare_data(run_dir, request, say=say)
+    run_to_end(backend, request, run_dir=run_dir, console=console, saves=saves)
+
+
+def prepare_data(run_dir: Path, request: JobRequest, *, say: Callable[[str], None]) -> None:
+    """Tokenise the data of a run, where it has any.
+
+    Args:
+        run_dir: made by :func:`create_run`; removed again when tokenising fails or is
+            interrupted, so that the same command can be given again.
+        request: what will run.
+        say: shows a line of text.
+
+    Raises:
+        LauncherError: the data cannot be used.
     """
     recipe = parse_recipe(request.files[rd.RECIPE], source=rd.RECIPE)
     if recipe.data.has_training_data:
@@ -210,7 +204,6 @@ def start_run(
             raise
         for line in describe_data(summary):
             say(line)
-    run_to_end(backend, request, run_dir=run_dir, console=console, saves=saves)
 
 
 def prepare_run_data(recipe: Recipe, run_dir: Path) -> DataSummary:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from launcher.failure_kind import FailureKind
+
 SCHEMA_VERSION = 1
 
 _OF_A_STEP = ("first_step", "steady_state")
@@ -62,6 +64,7 @@ class RankFailure:
     type: str
     message: str
     traceback: str
+    kind: FailureKind = FailureKind.other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,13 +122,17 @@ def peaks_from_json(value: Mapping[str, Any]) -> RankPeaks:
                 **content,
                 "phases": {k: _phase(v) for k, v in content["phases"].items()},
                 "step_seconds": tuple(content["step_seconds"]),
-                "failure": RankFailure(**failure) if failure else None,
+                "failure": _failure_from_json(failure) if failure else None,
             }
         )
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"not a rank file: {error}") from None
 
 
 def _phase(value: Mapping[str, Any]) -> PhasePeaks:
     steps = {key: StepPeaks(**value[key]) for key in _OF_A_STEP if value.get(key) is not None}
     return PhasePeaks(**{**value, **steps}) if steps else PhasePeaks(**value)
+
+
+def _failure_from_json(value: Mapping[str, Any]) -> RankFailure:
+    return RankFailure(**{**value, "kind": FailureKind(value.get("kind", "other"))})

@@ -18,6 +18,7 @@ from launcher.hostfile import equal_slots
 from launcher.measured_rates import rates_from_json, with_measured_rates
 from launcher.model_source import find_config
 from launcher.model_spec import spec_from_config
+from launcher.planning.ceiling import NO_CEILING, Ceiling
 from launcher.planning.plan import Plan
 from launcher.planning.planner import can_fit, make_plan
 from launcher.predict.step_time import run_estimate, speedup_over_one_node
@@ -86,8 +87,13 @@ def why_no_recipe(arg: str) -> str | None:
         return f"this is not a file: {error.strerror}"
 
 
-def prepare(recipe: Recipe, *, source: str) -> Prepared:
+def prepare(recipe: Recipe, *, source: str, ceiling: Ceiling = NO_CEILING) -> Prepared:
     """Resolve the recipe's model and cluster, and plan it.
+
+    Args:
+        recipe: what to train.
+        source: what to call the recipe in errors.
+        ceiling: what an attempt that ran out of memory has taught.
 
     Raises:
         LauncherError: the model, the GPU or a value cannot be used.
@@ -111,6 +117,7 @@ def prepare(recipe: Recipe, *, source: str) -> Prepared:
     choices: dict[str, Any] = {
         "raw_deepspeed": recipe.deepspeed,
         "has_liger": may_use_liger(recipe),
+        "ceiling": ceiling,
     }
 
     def fits(workload: Workload, cluster: ClusterSpec, fixed: StrategySection) -> bool:

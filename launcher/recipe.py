@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import functools
-import math
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from launcher.errors import RecipeError, did_you_mean, list_problems
-from launcher.recipe_sections import (
-    DATA_COLUMNS,
-    TRACKERS,
-    DataSection,
-    DataSource,
-    Recipe,
-    StrategySection,
-)
-from launcher.strategy import Offload
+from launcher.recipe_sections import DataSource, Recipe
+from launcher.recipe_values import impossible_values
 
 
 def parse_recipe(
@@ -58,7 +47,7 @@ def parse_recipe(
     recipe = OmegaConf.to_object(tree)
     assert isinstance(recipe, Recipe)
     recipe = _with_typed_sources(recipe, source)
-    if wrong := list(_not_text(recipe)) or list(_impossible_values(recipe)):
+    if wrong := list(_not_text(recipe)) or list(impossible_values(recipe)):
         raise RecipeError(list_problems(wrong), where=source, fix="correct the values named above")
     return recipe
 
@@ -290,111 +279,3 @@ def _not_text(recipe: Recipe) -> Iterator[str]:
             for item in getattr(section, key):
                 if not isinstance(item, str):
                     yield f"{part.name}.{key} holds {item!r}, which is no text: quote it"
-
-
-def _impossible_paths(recipe: Recipe) -> Iterator[str]:
-    """Yield a line per path that no file system can hold, or of a user who is not known."""
-    data = recipe.data
-    paths = {
-        "model.name_or_path": recipe.model.name_or_path,
-        "data.path": data.path,
-        "data.eval_path": data.eval_path,
-        "data.chat_template": data.chat_template,
-    } | {f"data.sources[{i}].path": item.path for i, item in enumerate(data.sources)}
-    for key, path in paths.items():
-        if path is None:
-            continue
-        try:
-            os.lstat(Path(path).expanduser())
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:
-                yield f"{key} is {path[:40]!r}…, too long for the name of a file"
-        except ValueError:
-            yield f"{key} is {path[:40]!r}, no name of a file"
-        except RuntimeError:
-            yield f"{key} is {path!r}: there is no such user here"
-
-
-def _impossible_values(recipe: Recipe) -> Iterable[str]:
-    """Yield one line per value that no run could use."""
-    positive: dict[str, float | None] = {
-        "max_seq_len": recipe.max_seq_len,
-        "model.max_position_embeddings": recipe.model.max_position_embeddings,
-        "optim.global_batch_size": recipe.optim.global_batch_size,
-        "optim.learning_rate": recipe.optim.learning_rate,
-        "optim.num_train_epochs": recipe.optim.num_train_epochs,
-        "optim.max_steps": recipe.optim.max_steps,
-        "optim.logging_steps": recipe.optim.logging_steps,
-        "optim.eval_steps": recipe.optim.eval_steps,
-        "optim.save_steps": recipe.optim.save_steps,
-        "optim.save_total_limit": recipe.optim.save_total_limit,
-        "optim.max_grad_norm": recipe.optim.max_grad_norm,
-        "lora.r": recipe.lora.r,
-        "lora.alpha": recipe.lora.alpha,
-        "cluster.num_nodes": recipe.cluster.num_nodes,
-        "cluster.gpus_per_node": recipe.cluster.gpus_per_node,
-        "cluster.host_memory_gib": recipe.cluster.host_memory_gib,
-        "cluster.inter_node_gbit_per_s": recipe.cluster.inter_node_gbit_per_s,
-        "cluster.price_per_gpu_hour": recipe.cluster.price_per_gpu_hour,
-        "slurm.cpus_per_task": recipe.slurm.cpus_per_task,
-        "slurm.signal_seconds": recipe.slurm.signal_seconds,
-        "strategy.micro_batch_size_per_gpu": recipe.strategy.micro_batch_size_per_gpu,
-        "data.max_train_samples": recipe.data.max_train_samples,
-        "data.max_eval_samples": recipe.data.max_eval_samples,
-    }
-    for index, given in enumerate(recipe.data.sources):
-        positive |= {
-            f"data.sources[{index}].weight": given.weight,
-            f"data.sources[{index}].max_samples": given.max_samples,
-        }
-    yield from _impossible_data(recipe.data)
-    yield from _impossible_paths(recipe)
-    for key, value in positive.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            yield f"{key} is {value}, it must be a number above 0"
-    if not 0 <= recipe.lora.dropout < 1:
-        yield f"lora.dropout is {recipe.lora.dropout}, it must be at least 0 and below 1"
-    if not 0 <= recipe.optim.warmup_ratio <= 1:
-        yield f"optim.warmup_ratio is {recipe.optim.warmup_ratio}, it must be between 0 and 1"
-    if not 0 <= recipe.optim.weight_decay < math.inf:
-        yield f"optim.weight_decay is {recipe.optim.weight_decay}, it must not be negative"
-    for key, beta in (("1", recipe.optim.adam_beta1), ("2", recipe.optim.adam_beta2)):
-        if not 0 <= beta < 1:
-            yield f"optim.adam_beta{key} is {beta}, it must be at least 0 and below 1"
-    if not recipe.lora.target_modules:
-        yield "lora.target_modules is empty, name modules or use all-linear"
-    for name in set(recipe.tracking.report_to) - set(TRACKERS):
-        yield f"tracking.report_to: there is no {name!r}: {did_you_mean(name, TRACKERS)}"
-    yield from _impossible_strategy(recipe.strategy)
-
-
-def _impossible_strategy(strategy: StrategySection) -> Iterable[str]:
-    if strategy.zero_stage in (0, 1, 2) and strategy.offload_param not in (None, Offload.none):
-        yield f"strategy.offload_param needs zero_stage 3, not {strategy.zero_stage}"
-    if strategy.zero_stage == 0 and strategy.offload_optimizer not in (None, Offload.none):
-        yield "strategy.offload_optimizer needs zero_stage 1, 2 or 3, not 0"
-    nvme = Offload.nvme in (strategy.offload_optimizer, strategy.offload_param)
-    if nvme and strategy.nvme_path is None:
-        yield "strategy.nvme_path is missing: offload to nvme needs a folder on the drive"
-    if strategy.offload_optimizer is Offload.nvme and strategy.zero_stage in (1, 2):
-        yield f"optimizer offload to nvme needs zero_stage 3, not {strategy.zero_stage}"
-
-
-def _impossible_data(data: DataSection) -> Iterable[str]:
-    if data.path is not None and data.sources:
-        yield "data.path and data.sources are both set; name all sources in data.sources"
-    if data.sources and data.max_train_samples is not None:
-        yield "data.max_train_samples goes with data.path; use max_samples in data.sources"
-    for index, item in enumerate(data.sources):
-        if item.path == "???":
-            yield f"data.sources[{index}].path is missing"
-    columns = {"data.columns": data.columns}
-    columns |= {f"data.sources[{i}].columns": item.columns for i, item in enumerate(data.sources)}
-    for key, mapping in columns.items():
-        for ours, theirs in mapping.items():
-            if not isinstance(theirs, str):
-                yield f"{key}.{ours} is {theirs!r}, not the name of a column"
-            if ours not in DATA_COLUMNS:
-                yield f"{key}: no format has a column {ours!r}: {did_you_mean(ours, DATA_COLUMNS)}"

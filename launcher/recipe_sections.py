@@ -179,8 +179,13 @@ class TrackingSection:
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverySection:
-    """What happens when a run does not go on as it should."""
+    """What happens when a run does not go on; docs/reliability.md: which failure leads to what."""
 
+    max_attempts: int = 5
+    """Starts of the run in all, the first one included; 1 never starts it again."""
+    oom: Literal["ladder", "within_recipe", "stop"] = "ladder"
+    """When memory runs out: go on with a more frugal plan, even where that changes strategy keys
+    that the recipe sets; only with one that leaves those as they are; or stop."""
     watchdog_seconds: float | None = None
     """A rank that takes longer over a micro-step hangs; ``None``: ten predicted step times,
     100 s at least; 0 waits for ever."""

@@ -30,6 +30,7 @@ _CHANGEABLE = (
     "cluster.",
     "strategy.",
     "slurm.",
+    "recovery.",
     "tracking.",
     "deepspeed.zero_optimization.",
     "optim.save_steps",

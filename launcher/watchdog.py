@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-HUNG_EXIT_STATUS = 75
-"""What a rank that hangs ends itself with: sysexits.h, EX_TEMPFAIL, "try again later"."""
+from launcher.failure_kind import EXIT_STATUS, FailureKind
+
+HUNG_EXIT_STATUS = EXIT_STATUS[FailureKind.hang]
+"""What a rank that hangs ends itself with."""
 HUNG = "RankHungError"
 """``RankFailure.type`` of such a rank."""
 STEP_FACTOR = 10.0

@@ -30,7 +30,8 @@ def resume(*, run: Path, overrides: tuple[str, ...], dry_run: bool, as_json: boo
     cluster.gpus_per_node=1 or strategy.zero_stage=3: the checkpoint is converted. Global batch
     size, order of the data and schedule stay.
     """
-    from launcher.resume import prepare_resume, resume_run
+    from launcher.recovery.supervise import resume_to_end
+    from launcher.resume import prepare_resume
 
     prepared = prepare_resume(run, overrides)
     if dry_run or not prepared.plan.fits:
@@ -39,7 +40,7 @@ def resume(*, run: Path, overrides: tuple[str, ...], dry_run: bool, as_json: boo
             leave_unfit()
         return
     show, stream = (say_aside, sys.stderr) if as_json else (say, sys.stdout)
-    run_dir = resume_run(run, prepared, say=show, console=stream.buffer)
+    run_dir = resume_to_end(run, prepared, say=show, console=stream.buffer)
     if as_json:
         print(json.dumps({"run_dir": str(run_dir), "state": "finished"}))
     else:

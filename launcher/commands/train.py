@@ -91,7 +91,7 @@ def demo(*, output_dir: Path | None) -> None:
 
 
 def _train(args: tuple[str, ...], output_dir: Path | None, *, as_json: bool = False) -> Path:
-    from launcher.launch import train_run
+    from launcher.recovery.supervise import train_to_end
     from launcher.submit import goes_to_slurm, train_on_slurm
 
     # With --json, stdout is for the result alone.
@@ -99,4 +99,4 @@ def _train(args: tuple[str, ...], output_dir: Path | None, *, as_json: bool = Fa
     prepared = fitting(args, as_json=as_json)
     if goes_to_slurm(prepared.recipe):
         return train_on_slurm(prepared, output_dir, say=show, console=stream.buffer)
-    return train_run(prepared, output_dir, say=show, console=stream.buffer)
+    return train_to_end(prepared, output_dir, say=show, console=stream.buffer)

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Protocol
 from launcher import run_dir as rd
 from launcher.dispatch.interruptions import Interruptions
 from launcher.errors import JobFailedError, LauncherError, RunDirError
+from launcher.failure_kind import FailureKind
 from launcher.job_script import JobRequest
 from launcher.planning.plan import Plan
 
@@ -29,6 +30,8 @@ class InterruptionError(LauncherError):
 
 class JobInterruptedError(InterruptionError, JobFailedError):
     """A signal ended the job before it had finished: exit status 4, as for any other reason."""
+
+    kind = FailureKind.interrupted
 
     def __init__(self, problem: str, *, where: str, fix: str, signal_number: int) -> None:
         super().__init__(problem, where=where, fix=fix, signal_number=signal_number)

@@ -12,6 +12,7 @@ from pathlib import Path
 from launcher import run_dir as rd
 from launcher.dispatch.rank_lines import tail
 from launcher.errors import JobFailedError, RunDirError
+from launcher.failure_kind import FailureKind
 from launcher.peaks import RankPeaks
 
 _log = logging.getLogger(__name__)
@@ -106,7 +107,10 @@ def describe_failure(
         also = f"\n  then lost too: {', '.join(more)}" if more else ""
         first = lost_hosts[0]
         return JobFailedError(
-            f"{first.host} was lost: {first.problem}{also}", where=str(run_dir), fix=first.fix
+            f"{first.host} was lost: {first.problem}{also}",
+            where=str(run_dir),
+            fix=first.fix,
+            kind=FailureKind.lost_host,
         )
     if failures and _first_killed(dead_ranks) is None:
         return _reported(failures, log, where=str(log_file))
@@ -114,12 +118,7 @@ def describe_failure(
     if by_signal is None and exit_code is not None:
         by_signal = _killed_by_exit_code(exit_code)
     if by_signal is not None:
-        who, number = by_signal
-        return JobFailedError(
-            f"{who} was killed by signal {number} ({_signal_name(number)})",
-            where=str(log_file),
-            fix=_SIGNAL_FIXES.get(number, "the log has what the rank printed last"),
-        )
+        return _killed(*by_signal, where=str(log_file))
     died = next((dead for dead in dead_ranks if dead.exit_status), None)
     if rd.free_bytes(run_dir) < rd.PROBE_BYTES:
         # Neither the rank's file nor the log could be written any more.
@@ -127,6 +126,7 @@ def describe_failure(
             "the disk is full, and the run has ended",
             where=str(run_dir),
             fix="free some space, or start it again in a folder on a larger disk",
+            kind=FailureKind.storage,
         )
     who = str(died) if died else "the deepspeed launcher"
     code = died.exit_status if died else exit_code
@@ -172,7 +172,16 @@ def _reported(failures: tuple[RankPeaks, ...], log: list[str], *, where: str) ->
     if first.state == "out_of_memory":
         fix = "`zerofit report` shows which phase was fuller than predicted; use a smaller micro "
         fix += "batch, a higher zero_stage, or offload"
-    return JobFailedError(problem, where=where, fix=fix)
+    return JobFailedError(problem, where=where, fix=fix, kind=failure.kind)
+
+
+def _killed(who: str, number: int, *, where: str) -> JobFailedError:
+    return JobFailedError(
+        f"{who} was killed by signal {number} ({_signal_name(number)})",
+        where=where,
+        fix=_SIGNAL_FIXES.get(number, "the log has what the rank printed last"),
+        kind=FailureKind.killed,
+    )
 
 
 def _first_killed(dead_ranks: Iterable[DeadRank]) -> tuple[str, int] | None:

@@ -122,7 +122,7 @@ def _observe_one(
         where = (job.nodes if job else "") or where
     else:
         state, reason = _of_processes(handle, status)
-    step, loss = _progress(run_dir)
+    step, loss = last_logged(run_dir)
     return RunState(
         run_dir=run_dir,
         state=state,
@@ -196,7 +196,7 @@ def watcher(handle: JobHandle) -> psutil.Process | None:
         return None
 
 
-def _progress(run_dir: Path) -> tuple[int | None, float | None]:
+def last_logged(run_dir: Path) -> tuple[int | None, float | None]:
     """Return the last step and loss that rank 0 logged."""
     step, loss = None, None
     for line in _last_lines(run_dir / rd.TRAINER_LOG):

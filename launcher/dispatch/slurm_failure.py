@@ -10,6 +10,7 @@ from launcher.dispatch import slurm_commands as slurm
 from launcher.dispatch.failure import describe_failure, is_consequence, read_failures
 from launcher.dispatch.rank_lines import tail
 from launcher.errors import JobFailedError
+from launcher.failure_kind import FailureKind
 
 BY_SLURM = {
     "NODE_FAIL": (
@@ -27,6 +28,12 @@ BY_SLURM = {
     "DEADLINE": ("its deadline passed", "start it again without --deadline"),
 }
 """Ends that Slurm decides, with what to do: what the ranks say then is only how they took it."""
+_KINDS = {
+    "NODE_FAIL": FailureKind.lost_host,
+    "BOOT_FAIL": FailureKind.lost_host,
+    "OUT_OF_MEMORY": FailureKind.host_oom,
+}
+"""The other ends were wished for by somebody."""
 # What srun and slurmstepd print, with the host (Slurm 22.05).
 _NODE_FAILURE = re.compile(r"srun: error: Node failure on (\S+)")
 _TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
@@ -47,7 +54,10 @@ def describe_slurm_failure(run_dir: Path, state: slurm.SlurmJobState) -> JobFail
     lost = _lost_nodes(state, log)
     if lost:
         return JobFailedError(
-            f"job {state.job_id}: a node failed: {lost}", where=where, fix=BY_SLURM["NODE_FAIL"][1]
+            f"job {state.job_id}: a node failed: {lost}",
+            where=where,
+            fix=BY_SLURM["NODE_FAIL"][1],
+            kind=FailureKind.lost_host,
         )
     ended = [match for line in log if (match := _TASK_ENDED.search(line))]
     # Those that were told to stop because of another one come last.
@@ -92,7 +102,8 @@ def _ended_by_slurm(run_dir: Path, state: slurm.SlurmJobState, log: list[str]) -
         problem += f": {', '.join(hosts) or state.nodes}"
     elif state.state == "CANCELLED" and state.reason:
         problem += f" ({state.reason})"
-    return JobFailedError(problem, where=str(run_dir), fix=fix)
+    kind = _KINDS.get(state.state, FailureKind.interrupted)
+    return JobFailedError(problem, where=str(run_dir), fix=fix, kind=kind)
 
 
 def _lost_nodes(state: slurm.SlurmJobState, log: list[str]) -> str:

@@ -19,6 +19,7 @@ from launcher.dispatch.failure import DeadRank, LostHost, describe_failure, read
 from launcher.dispatch.interruptions import Interruptions
 from launcher.dispatch.stopping import Stopping
 from launcher.errors import JobFailedError, RunDirError
+from launcher.failure_kind import FailureKind
 from launcher.job_script import launcher_mark
 from launcher.run_checkpoints import newest_checkpoint
 from launcher.stop_file import clear_stop
@@ -247,6 +248,7 @@ def _conclude(
             f"the run was {CANCELLED}; all of its processes have ended",
             where=str(run_dir),
             fix=_way_on(run_dir),
+            kind=FailureKind.interrupted,
         )
     error = describe_failure(
         run_dir, exit_code=exit_code, dead_ranks=ranks.ended.values(), lost_hosts=ranks.lost

@@ -8,6 +8,7 @@ from typing import Any
 
 from launcher.errors import RecipeError
 from launcher.hardware import ClusterSpec
+from launcher.planning.ceiling import NO_CEILING, Ceiling
 from launcher.planning.explain import Setting, explain_choice
 from launcher.planning.plan import Candidate, Plan
 from launcher.planning.rejections import explain_rejections
@@ -58,6 +59,7 @@ def choose_strategy(
     raw_deepspeed: Mapping[str, Any] | None = None,
     has_liger: bool = True,
     safety_fraction: float = SAFETY_FRACTION,
+    ceiling: Ceiling = NO_CEILING,
     every_kind: bool = False,
 ) -> Choice:
     """Return the fastest strategy that fits; :func:`make_plan` explains it as well.
@@ -69,6 +71,7 @@ def choose_strategy(
         raw_deepspeed: raw DeepSpeed keys; the prediction follows those that move memory.
         has_liger: whether Liger's kernels may be chosen.
         safety_fraction: share of the device's memory that stays free (0-1).
+        ceiling: what an attempt that ran out of memory has taught.
         every_kind: weigh also what could not be the best, so that it can be explained.
 
     Raises:
@@ -81,6 +84,7 @@ def choose_strategy(
         raw_deepspeed,
         has_liger=has_liger,
         safety_fraction=safety_fraction,
+        ceiling=ceiling,
     )
     weighed, impossible = weigh_all(space, every_kind=every_kind)
     if not weighed:
@@ -115,6 +119,7 @@ def can_fit(
     raw_deepspeed: Mapping[str, Any] | None = None,
     has_liger: bool = True,
     safety_fraction: float = SAFETY_FRACTION,
+    ceiling: Ceiling = NO_CEILING,
 ) -> bool:
     """Return whether :func:`choose_strategy` would find something that fits, only faster."""
     space = _search_space(
@@ -124,6 +129,7 @@ def can_fit(
         raw_deepspeed,
         has_liger=has_liger,
         safety_fraction=safety_fraction,
+        ceiling=ceiling,
     )
     return anything_fits(space)
 
@@ -136,6 +142,7 @@ def make_plan(
     raw_deepspeed: Mapping[str, Any] | None = None,
     has_liger: bool = True,
     safety_fraction: float = SAFETY_FRACTION,
+    ceiling: Ceiling = NO_CEILING,
 ) -> Plan:
     """Return the fastest strategy that fits, with the reasons and what it was weighed against.
 
@@ -148,6 +155,7 @@ def make_plan(
         raw_deepspeed=raw_deepspeed,
         has_liger=has_liger,
         safety_fraction=safety_fraction,
+        ceiling=ceiling,
         every_kind=True,
     )
     best, limit_bytes = choice.best, choice.space.limit_bytes
@@ -198,6 +206,7 @@ def _search_space(
     *,
     has_liger: bool,
     safety_fraction: float,
+    ceiling: Ceiling,
 ) -> SearchSpace:
     fixed = fixed or StrategySection()
     memory_bytes = cluster.free_memory_bytes or cluster.gpu.memory_bytes
@@ -209,6 +218,7 @@ def _search_space(
         has_liger=has_liger,
         limit_bytes=memory_bytes - int(memory_bytes * safety_fraction),
         micro_batch_sizes=_micro_batch_sizes(workload, cluster, fixed),
+        ceiling=ceiling,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from launcher.ds_keys import apply_to_knobs
 from launcher.hardware import ClusterSpec
+from launcher.planning.ceiling import NO_CEILING, Ceiling
 from launcher.planning.plan import Candidate
 from launcher.planning.rules import default_attention, losses_that_work, why_impossible
 from launcher.predict.attention_kernel import attention_kernel
@@ -50,6 +51,7 @@ class SearchSpace:
     """Device memory that a rank may use."""
     micro_batch_sizes: tuple[int, ...]
     """Ascending divisors of the samples per GPU and step."""
+    ceiling: Ceiling = NO_CEILING
 
     def weigh(self, shape: Strategy, micro_batch_size: int) -> Candidate:
         """Return a strategy at a micro-batch size with its memory and time."""
@@ -62,6 +64,7 @@ class SearchSpace:
             fits=(
                 memory.device_used_bytes <= self.limit_bytes
                 and memory.host_bytes_per_node <= self.cluster.host_memory_bytes
+                and self.ceiling.admits(memory)
             ),
         )
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from launcher import run_dir
 from launcher.errors import JobFailedError, RunDirError
+from launcher.failure_kind import FailureKind
 from launcher.run_checkpoints import MANIFEST, UNFINISHED, newest_checkpoint
 from launcher.strategy import Precision, Strategy
 from launcher.units import MIB, format_bytes
@@ -35,6 +36,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 class SaveFailedError(JobFailedError):
     """A checkpoint could not be written; earlier ones are whole."""
+
+    kind = FailureKind.storage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

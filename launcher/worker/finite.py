@@ -18,6 +18,7 @@ import torch
 
 from launcher import run_dir
 from launcher.errors import JobFailedError
+from launcher.failure_kind import FailureKind
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +34,13 @@ _AT_LEAST_SCALE = "Current loss scale already at minimum"
 class NotFiniteError(JobFailedError):
     """A loss or the gradients' norm is NaN or infinite."""
 
+    kind = FailureKind.nan
+
 
 class LossScaleError(JobFailedError):
     """fp16's loss scale has collapsed: gradients overflow at every scale."""
+
+    kind = FailureKind.nan
 
 
 class NumberCheck:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from launcher import run_dir
 from launcher.errors import JobFailedError
+from launcher.failure_kind import FailureKind
 from launcher.peaks import RankFailure, RankPeaks, peaks_to_json
 from launcher.watchdog import HUNG, HUNG_EXIT_STATUS, Patience
 
@@ -32,6 +33,8 @@ _BACKUP_SECONDS = 30.0
 
 class RankHungError(JobFailedError):
     """A rank that got no further for longer than it may."""
+
+    kind = FailureKind.hang
 
 
 assert RankHungError.__name__ == HUNG
@@ -171,6 +174,7 @@ class Heartbeat:
             type=HUNG,
             message=str(error),
             traceback="".join(traceback.format_list(main)),
+            kind=error.kind,
         )
         self._lock.acquire(timeout=REPORT_SECONDS / 2)  # the main thread may hang in writing
         self._is_over = True

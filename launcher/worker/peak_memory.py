@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from launcher.failure_kind import FailureKind
 from launcher.peaks import PhasePeaks, RankFailure, RankPeaks, RankState
 from launcher.predict.memory import PHASES, Phase
+from launcher.worker.failures import failure_kind
 from launcher.worker.heartbeat import WRITE_INTERVAL_SECONDS, Heartbeat
 from launcher.worker.memory_samples import MemorySampler
 from launcher.worker.running_peak import AllocatorPeaks, RunningPeak, StepTimes
@@ -22,20 +24,6 @@ TRACKED_STEPS = 3
 """Optimizer steps during which tensors are counted on CPU: Adam's states appear in the first,
 the second is the first complete one; counting every operation for longer only costs time."""
 _PHASES_OF_A_STEP: frozenset[Phase] = frozenset({"forward", "loss", "backward", "step"})
-
-_OUT_OF_MEMORY_MESSAGES = (
-    "out of memory",  # CUDA driver, cuBLAS, NCCL
-    "can't allocate memory",  # torch CPU allocator
-    "failed to allocate memory",  # cudnn
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that device or host memory ran out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    message = str(error).lower()
-    return isinstance(error, RuntimeError) and any(m in message for m in _OUT_OF_MEMORY_MESSAGES)
 
 
 class PeakRecorder:
@@ -68,6 +56,10 @@ class PeakRecorder:
         self._tracker: StorageTracker | None = None
         self._is_tracking = False
         self._reset_cuda_peaks: Callable[..., None] = torch.cuda.reset_peak_memory_stats
+        self.on_phase: Callable[[Phase, int], None] | None = None
+        """Called when a phase begins, with the number of steps done over all attempts."""
+        self.earlier_steps = 0
+        """Optimizer steps that earlier attempts have done."""
 
     @property
     def phase(self) -> Phase | None:
@@ -112,6 +104,8 @@ class PeakRecorder:
         # The first time each phase begins, too: it is the likeliest moment of a kill.
         if is_due or (phase is not None and phase not in self._peaks):
             self.write()
+        if phase is not None and self.on_phase is not None:
+            self.on_phase(phase, self.earlier_steps + self.steps_done)
 
     @contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
@@ -217,13 +211,16 @@ class PeakRecorder:
 
     def fail(self, error: BaseException) -> None:
         """Write the file for the last time: an error ended this rank."""
+        kind = failure_kind(error)
         self._failure = RankFailure(
             phase=self._phase or self._last_phase or "start",
             type=type(error).__name__,
             message=str(error),
             traceback="".join(traceback.format_exception(error)),
+            kind=kind,
         )
-        self._end("out_of_memory" if is_out_of_memory(error) else "failed")
+        is_memory = kind in (FailureKind.gpu_oom, FailureKind.host_oom)
+        self._end("out_of_memory" if is_memory else "failed")
 
     def interrupt(self) -> None:
         """Write the file for the last time: a signal ended this rank.

@@ -9,28 +9,26 @@ status.json.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
 import logging
 import os
-import sys
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import run_dir
-from launcher.errors import LauncherError, RunDirError
+from launcher.errors import RunDirError
+from launcher.failure_kind import EXIT_STATUS
 from launcher.planning.plan import strategy_from_json
 from launcher.recipe import parse_recipe
 from launcher.recipe_sections import Recipe
-from launcher.stop_file import clear_stop
 from launcher.strategy import Attention, Method, Precision, Strategy
 from launcher.watchdog import Patience, patience
+from launcher.worker.faults import faults_from_environment
 from launcher.worker.heartbeat import Heartbeat
 from launcher.worker.interruption import exit_on_signal, listen_for_stop
+from launcher.worker.last_words import report_failure
 from launcher.worker.program import quiet_libraries
 from launcher.worker.ranks import (
     Ranks,
@@ -135,6 +133,7 @@ def _load_and_train(
     with recorder.during("load"):
         checkpoints = inputs.folder / run_dir.CHECKPOINTS
         resumption = agree_on_checkpoint(checkpoints, layout, rank=ranks.rank)
+        recorder.earlier_steps = resumption.step if resumption else 0
         arguments = training_arguments(
             recipe,
             strategy,
@@ -324,10 +323,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if ranks.rank == 0:
             # Also when job.sh was started by hand, perhaps after an interruption.
             run_dir.write_status(options.run_dir, "running")
+        faults = faults_from_environment(os.environ, folder=options.run_dir, rank=ranks.rank)
+        if faults is not None:
+            recorder.on_phase = faults.strike
         run(inputs, ranks, device, recorder)
     except BaseException as error:  # noqa: BLE001 - whatever ends a rank belongs into its file
-        _report_failure(error, ranks, recorder, folder=options.run_dir)
-        return 1
+        kind = report_failure(error, ranks, recorder, folder=options.run_dir)
+        return EXIT_STATUS[kind]
     return 0
 
 
@@ -341,48 +343,6 @@ def _start_heartbeat(inputs: Inputs, ranks: Ranks) -> Heartbeat:
     )
     heartbeat.start()
     return heartbeat
-
-
-def _report_failure(
-    error: BaseException, ranks: Ranks, recorder: PeakRecorder | None, *, folder: Path
-) -> None:
-    # The others may be told to end now; they must not take it for the request to save.
-    with contextlib.suppress(OSError):
-        clear_stop(folder)
-    if recorder is not None:
-        with contextlib.suppress(OSError):  # a full disk must not hide the reason
-            recorder.fail(error)
-        # The launcher says it too, in the end; nobody else does when job.sh is started by hand.
-        with contextlib.suppress(OSError):
-            said = f"rank {ranks.rank}: {type(error).__name__}: {error}".splitlines()[0]
-            run_dir.write_status(folder, "failed", reason=said)
-    if not _is_first_of_its_kind(error, folder):
-        text = f"the same as on the rank above: {type(error).__name__}: {error}".splitlines()[0]
-    elif isinstance(error, LauncherError):
-        text = f"error: {error}"
-    else:
-        text = "".join(traceback.format_exception(error)).rstrip()
-    prefix = f"[rank {ranks.rank}] "
-    sys.stderr.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
-    sys.stderr.flush()
-
-
-def _is_first_of_its_kind(error: BaseException, folder: Path) -> bool:
-    """Return whether no rank of this launcher has yet failed at the same place.
-
-    What every rank runs into is shown once, not once a rank: the first one leaves a mark.
-    """
-    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    kind = f"{type(error).__name__} {frames}".encode()
-    # The parent tells this attempt from an earlier one in the same run directory.
-    name = f".shown-{os.getppid()}-{hashlib.sha256(kind).hexdigest()[:16]}"
-    try:
-        (folder / run_dir.RANKS / name).touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:
-        return True  # a full disk, or no run directory: better twice than never
-    return True
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from launcher.peaks import RankPeaks, peaks_from_json
 from launcher.timeline import timeline_from_json
 from launcher.units import MIB
 from launcher.watchdog import HUNG_EXIT_STATUS, Patience
+from launcher.worker.failures import failure_kind
 from launcher.worker.heartbeat import Heartbeat
-from launcher.worker.peak_memory import TRACKED_STEPS, PeakRecorder, is_out_of_memory
+from launcher.worker.peak_memory import TRACKED_STEPS, PeakRecorder
 from launcher.worker.process_memory import HostPeak, resident_bytes
 
 pytestmark = pytest.mark.integration
@@ -191,21 +192,24 @@ def test_the_file_names_the_phase_that_an_error_ended(
     assert peaks.phases["load"].count == 1
 
 
+CPU_ALLOCATOR = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"
+
+
 @pytest.mark.parametrize(
-    "error",
+    ("error", "kind"),
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        MemoryError(),
-        RuntimeError("CUDA error: out of memory"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "gpu_oom"),
+        (RuntimeError("CUDA error: out of memory"), "gpu_oom"),
+        (MemoryError(), "host_oom"),
+        (RuntimeError(CPU_ALLOCATOR), "host_oom"),
     ],
 )
-def test_every_way_to_run_out_of_memory_is_known(error: BaseException) -> None:
-    assert is_out_of_memory(error)
+def test_memory_of_a_gpu_and_of_the_host_are_told_apart(error: BaseException, kind: str) -> None:
+    assert failure_kind(error) == kind
 
 
 def test_another_error_is_not_taken_for_lack_of_memory() -> None:
-    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+    assert failure_kind(RuntimeError("CUDA error: device-side assert triggered")) == "other"
 
 
 def test_out_of_memory_is_a_state_of_its_own(recorder: PeakRecorder, tmp_path: Path) -> None:

@@ -1,0 +1,200 @@
+"""What follows from a failed attempt: the decision, the plan to go on with, and its record."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from launcher.dispatch.failure import read_failures
+from launcher.dispatch.run_state import last_logged
+from launcher.errors import JobFailedError
+from launcher.failure_kind import FailureKind
+from launcher.peaks import RankPeaks
+from launcher.prepare import Prepared
+from launcher.recovery.decide import Action, Decision, decide
+from launcher.recovery.next_rung import next_rung
+from launcher.recovery.record import FailedAttempt, append_failed_attempt
+from launcher.run_checkpoints import newest_checkpoint
+
+_log = logging.getLogger(__name__)
+_MEMORY = (FailureKind.gpu_oom, FailureKind.host_oom)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """A run whose attempt has just failed."""
+
+    run_dir: Path
+    prepared: Prepared
+    """What failed."""
+    error: JobFailedError
+    first: RankPeaks | None
+    """The rank that failed first, where it could say so."""
+    earlier: Sequence[FailedAttempt]
+    """Attempts that failed before under the same supervisor."""
+
+    @property
+    def phase(self) -> str | None:
+        """The phase in which it failed."""
+        failure = self.first.failure if self.first else None
+        return failure.phase if failure else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Following:
+    """What the next attempt goes on with."""
+
+    prepared: Prepared
+    changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Fields of the strategy or the cluster that differ: before, after."""
+    given_up: tuple[str, ...] = ()
+    """Those of them that the recipe had set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What is done about a failure."""
+
+    record: FailedAttempt
+    following: Following | None
+    """``None``: it was the last attempt."""
+    error: JobFailedError
+    """For the user, when it was the last."""
+
+    def describe(self) -> Iterator[str]:
+        """Yield lines that say what happened and what comes next."""
+        record = self.record
+        if self.following is None:
+            # The error itself is shown by whoever ends with it.
+            if record.kind is not FailureKind.interrupted:
+                yield f"not starting again: {record.reason}"
+            return
+        yield f"attempt {record.attempt} failed ({record.kind}): {record.problem}"
+        if record.changes:
+            changes = ", ".join(f"{k} {old} → {new}" for k, (old, new) in record.changes.items())
+            yield f"going on with another plan: {changes}"
+            yield "  global batch, order of the data and learning-rate schedule stay the same"
+        else:
+            yield f"starting again: {record.reason}"
+        if record.given_up:
+            yield f"  this gives up what the recipe sets: {', '.join(record.given_up)}"
+        step = record.resumes_from_step
+        yield f"  from the checkpoint of step {step}" if step else "  from the beginning"
+
+
+def judge(
+    run_dir: Path,
+    prepared: Prepared,
+    error: JobFailedError,
+    earlier: Sequence[FailedAttempt],
+    *,
+    supervisor: str,
+) -> Verdict:
+    """Decide what follows from a failure, and write it into the run's record.
+
+    Args:
+        run_dir: of the run; what the failed attempt wrote is still in it.
+        prepared: what failed.
+        error: how the attempt ended.
+        earlier: the attempts that failed before under the same supervisor, oldest first.
+        supervisor: who asks; see :class:`FailedAttempt`.
+
+    Raises:
+        LauncherError: no further plan can be made; nothing has been recorded.
+    """
+    situation = Situation(
+        run_dir=run_dir,
+        prepared=prepared,
+        error=error,
+        first=next(iter(read_failures(run_dir)), None),
+        earlier=earlier,
+    )
+    decision = decide(error.kind, earlier, prepared.recipe.recovery)
+    following = _FOLLOWING[decision.action](situation)
+    if error.kind in _MEMORY and following is None:
+        # Not to be started; but the last word says what would fit.
+        error = _with_what_would_fit(error, run_dir, _next_rung(situation))
+    elif following is not None and not following.prepared.plan.fits:
+        decision = Decision(
+            action=Action.stop, reason="no plan that is left would need less of what ran out"
+        )
+        error = _with_what_would_fit(error, run_dir, following)
+        following = None
+    record = _record(situation, decision, following, supervisor=supervisor)
+    try:
+        append_failed_attempt(run_dir, record)
+    except OSError as problem:
+        # A full disk is often the very reason; the error to show is the job's.
+        _log.error("the failure cannot be recorded: %s", problem)
+    return Verdict(record=record, following=following, error=error)
+
+
+def _record(
+    situation: Situation, decision: Decision, following: Following | None, *, supervisor: str
+) -> FailedAttempt:
+    first, run_dir = situation.first, situation.run_dir
+    checkpoint = newest_checkpoint(run_dir)
+    return FailedAttempt(
+        attempt=len(situation.earlier) + 1,
+        supervisor=supervisor,
+        failed_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        kind=situation.error.kind,
+        problem=situation.error.problem.partition("\n")[0],
+        rank=first.rank if first else None,
+        host=first.host if first else None,
+        phase=situation.phase,
+        step=last_logged(run_dir)[0] or 0,
+        action=decision.action,
+        reason=decision.reason,
+        changes=following.changes if following else {},
+        given_up=following.given_up if following else (),
+        resumes_from_step=int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
+    )
+
+
+def _stop(_situation: Situation) -> None:
+    return None
+
+
+def _same_plan(situation: Situation) -> Following:
+    return Following(prepared=situation.prepared)
+
+
+def _next_rung(situation: Situation) -> Following:
+    rung = next_rung(
+        situation.run_dir,
+        situation.prepared,
+        kind=situation.error.kind,
+        phase=situation.phase,
+        num_earlier=sum(attempt.kind in _MEMORY for attempt in situation.earlier),
+    )
+    return Following(prepared=rung.prepared, changes=rung.changes, given_up=rung.given_up)
+
+
+_FOLLOWING: Mapping[Action, Callable[[Situation], Following | None]] = {
+    Action.stop: _stop,
+    Action.same_plan: _same_plan,
+    Action.next_rung: _next_rung,
+}
+
+
+def _with_what_would_fit(error: JobFailedError, run_dir: Path, found: Following) -> JobFailedError:
+    """Return the error with a way out: a plan that fits, or else what else would have to change."""
+    plan = found.prepared.plan
+    if plan.fits:
+        keys = " ".join(
+            f"strategy.{key}={new}"
+            for key, (_, new) in found.changes.items()
+            if key != "gradient_accumulation_steps"
+        )
+        fix = f"`zerofit resume {shlex.quote(str(run_dir))} {keys}` goes on with a plan that fits"
+    elif plan.suggestions:
+        fix = "no plan is left for this GPU; what would fit: " + "; ".join(plan.suggestions)
+    else:
+        fix = "no plan is left for this GPU: use a smaller model, or shorter samples"
+    return JobFailedError(error.problem, where=error.where, fix=fix, kind=error.kind)

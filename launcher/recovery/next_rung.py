@@ -1,0 +1,138 @@
+"""The next plan after memory ran out: the same training, with less of what was too full."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from launcher.failure_kind import FailureKind
+from launcher.planning.ceiling import Ceiling
+from launcher.planning.plan import Plan
+from launcher.predict.memory import Phase
+from launcher.prepare import Prepared, prepare
+from launcher.recipe_sections import Recipe, StrategySection
+from launcher.run_checkpoints import newest_checkpoint
+from launcher.strategy import Offload, Strategy
+
+_RUNG_FRACTION = 0.95
+"""The first rung needs this share of the last plan at most, as on the planner's own ladder; each
+further one steps twice as far, so that a prediction that is far off costs few attempts."""
+
+# Given up after the micro-batch, which changes nothing but memory and time. What would change the
+# numbers of the training (optimizer, precision of gradients, attention) is not in the list.
+_MEMORY_SAVINGS = (
+    "zero_stage", "offload_optimizer", "offload_param", "gradient_checkpointing", "loss",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rung:
+    """What the ladder offers."""
+
+    prepared: Prepared
+    """Fits when there is a rung; else it says in its suggestions what would."""
+    changes: Mapping[str, tuple[Any, Any]]
+    """Fields of the strategy that differ: before, after."""
+    given_up: tuple[str, ...] = ()
+    """Those that the recipe had set."""
+
+
+def next_rung(
+    run_dir: Path,
+    prepared: Prepared,
+    *,
+    kind: FailureKind,
+    phase: str | None,
+    num_earlier: int,
+) -> Rung:
+    """Return the fastest plan that needs less of the memory that ran out.
+
+    Global batch size, order of the data, schedule, method and precision stay. The micro-batch is
+    free, whatever the recipe says; other fields that the recipe sets are kept where that is
+    possible, and given up where it is not and the recipe allows it.
+
+    Args:
+        run_dir: of the run; with a checkpoint in it, only plans that can load it count.
+        prepared: what ran out of memory.
+        kind: whose memory it was.
+        phase: in which it ran out; ``None`` when nobody could say.
+        num_earlier: how many attempts had run out of memory before.
+    """
+    fraction = _RUNG_FRACTION ** (2**num_earlier)
+    ceiling = _ceiling(prepared.plan, kind, phase, fraction)
+    recipe = prepared.recipe
+    found = prepared
+    for fixed in _what_may_change(recipe):
+        section = _loadable(fixed, prepared.plan.strategy, run_dir)
+        found = prepare(replace(recipe, strategy=section), source=str(run_dir), ceiling=ceiling)
+        if found.plan.fits:
+            break
+    changes = changed_fields(prepared.plan.strategy, found.plan.strategy)
+    explicit = {key for key in changes if getattr(recipe.strategy, key, None) is not None}
+    return Rung(
+        prepared=replace(found, recipe=_with_plan(recipe, found.plan)),
+        changes=changes,
+        given_up=tuple(sorted(explicit)),
+    )
+
+
+def changed_fields(before: Strategy, after: Strategy) -> dict[str, tuple[Any, Any]]:
+    """Return what differs between two strategies, bucket sizes left out."""
+    found = {}
+    for item in fields(Strategy):
+        old, new = getattr(before, item.name), getattr(after, item.name)
+        if old != new and item.name != "zero":
+            found[item.name] = (getattr(old, "value", old), getattr(new, "value", new))
+    return found
+
+
+def _ceiling(plan: Plan, kind: FailureKind, phase: str | None, fraction: float) -> Ceiling:
+    memory = plan.memory
+    if kind is FailureKind.host_oom:
+        return Ceiling(host_bytes=int(fraction * memory.host_bytes_per_node))
+    # Before the first phase there is nothing but the model to load.
+    known: Phase = "load" if phase == "start" else memory.fullest.phase
+    known = next((name for name in get_args(Phase) if name == phase), known)
+    return Ceiling(
+        phase=known,
+        phase_bytes=int(fraction * memory.phase(known).allocated_bytes),
+    )
+
+
+def _what_may_change(recipe: Recipe) -> list[StrategySection]:
+    """Return the strategy fields that stay fixed, fewer from one to the next."""
+    if recipe.recovery.oom == "within_recipe":
+        return [recipe.strategy]
+    kept = replace(recipe.strategy, micro_batch_size_per_gpu=None)
+    freed = replace(kept, **dict.fromkeys(_MEMORY_SAVINGS))
+    return [kept] if kept == freed else [kept, freed]
+
+
+def _loadable(section: StrategySection, last: Strategy, run_dir: Path) -> StrategySection:
+    """Fix what the newest checkpoint cannot be converted to (launcher/worker/universal.py)."""
+    if newest_checkpoint(run_dir) is None:
+        return section
+    if "8bit" in last.optimizer or last.offload_optimizer is Offload.nvme:
+        return replace(
+            section, zero_stage=last.zero_stage, offload_optimizer=last.offload_optimizer
+        )
+    if Offload.nvme in (section.offload_optimizer, section.offload_param):
+        return replace(section, offload_optimizer=last.offload_optimizer)
+    return replace(section, nvme_path=None)
+
+
+def _with_plan(recipe: Recipe, plan: Plan) -> Recipe:
+    """Return the recipe with the plan's choices written down, for whoever resumes the run."""
+    strategy = plan.strategy
+    chosen = {
+        item.name: getattr(strategy, item.name)
+        for item in fields(StrategySection)
+        if item.name in (*_MEMORY_SAVINGS, "micro_batch_size_per_gpu", "attention")
+    }
+    return replace(
+        recipe,
+        model=replace(recipe.model, precision=plan.workload.precision),
+        strategy=replace(recipe.strategy, **chosen),
+    )
