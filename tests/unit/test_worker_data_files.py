@@ -236,7 +236,11 @@ def test_a_broken_json_list_is_named_with_its_line(
 
 
 @given(content=st.binary(max_size=80), suffix=st.sampled_from(DATA_ENDINGS))
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100,
+    deadline=None,  # a busy machine
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_whatever_a_file_holds_it_is_read_or_refused_in_words(
     tmp_path: Path, content: bytes, suffix: str
 ) -> None:
