@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from launcher.commands.export import export_run
 from launcher.commands.options import json_option, output_dir_option, recipe_args
 from launcher.commands.planned import (
     fitting,
@@ -16,7 +17,7 @@ from launcher.commands.planned import (
     show_dry_run,
     show_plan,
 )
-from launcher.commands.results import export_run, show_report
+from launcher.commands.report import show_report
 from launcher.console import say, say_aside
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from html import escape
 
 from launcher.report.run_report import FAILED_STATES, Chart, RunReport
-from launcher.report.tables import Table, detail_table, summary_tables
+from launcher.report.tables import Table, attempts_table, detail_table, rank_pages, summary_tables
 from launcher.report.text import (
     describe_run,
     failure_lines,
@@ -19,7 +18,7 @@ from launcher.report.text import (
 )
 
 # The browser itself refuses whatever a hostile model name or sample might try to load or run.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1b1f24; --quiet: #57606a; --line: #d8dee4; --panel: #f6f8fa;
@@ -41,6 +40,8 @@ p { margin: .4rem 0; }
   margin: 1rem 0; }
 .warnings { border-left: .35rem solid #e69f00; background: #fff8e6; padding: .6rem 1rem .6rem 2rem;
   margin: 1rem 0; }
+.advice { border-left: .35rem solid var(--good); background: #eef8f3; margin: 1rem 0;
+  padding: .6rem 1rem .6rem 2rem; }
 dl.findings { display: grid; gap: .7rem; margin: 1.2rem 0;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 16.5rem), 1fr)); }
 dl.findings div { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem;
@@ -48,19 +49,24 @@ dl.findings div { background: var(--panel); border: 1px solid var(--line); borde
 dt { color: var(--quiet); font-size: .85em; }
 dd { margin: 0; font-weight: 600; }
 figure { margin: 1.8rem 0; }
-figure img { display: block; width: 100%; height: auto; }
+figcaption { font-weight: 600; font-size: 1.1em; margin-bottom: .6rem; }
+figure svg { display: block; width: 100%; height: auto; }
+.narrow { display: none; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92em; }
 th, td { padding: .28rem .7rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th { color: var(--quiet); font-weight: 600; border-bottom: 2px solid var(--line); }
-th.word, td.word { text-align: left; }
+th.word, td.word, th.sentence, td.sentence { text-align: left; }
+td.sentence { white-space: normal; min-width: 14rem; }
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem;
   padding: .7rem .9rem; margin: .3rem 0; white-space: pre-wrap; font-size: .85em; }
 .samples { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 summary { cursor: pointer; font-size: 1.2em; font-weight: 600; margin: 2rem 0 .5rem; }
-@media (max-width: 640px) { table { font-size: .82em; } th, td { padding: .25rem .4rem; } }
+@media (max-width: 640px) { table { font-size: .82em; } th, td { padding: .25rem .4rem; }
+  .wide { display: none; } .narrow { display: block; } }
+@media (min-width: 1700px) { body { max-width: 1440px; font-size: 1.3rem; } }
 @media print { details > * { display: block; } .scroll { overflow: visible; } }
 """
 
@@ -79,10 +85,13 @@ def render_html(report: RunReport, charts: Sequence[Chart] = ()) -> str:
         *_failures(report),
         _warnings(report),
         _findings(report),
+        _advice(report),
         *(_figure(chart) for chart in charts),
         *(f"<section>{_table(table)}</section>" for table in summary_tables(report)),
         _sample(report),
+        _attempts(report),
         _detail(report),
+        *(_folded(page) for page in rank_pages(report)),
     ]
     return "\n".join(
         [
@@ -105,7 +114,8 @@ def render_html(report: RunReport, charts: Sequence[Chart] = ()) -> str:
 
 
 def _text(text: str) -> str:
-    return escape(printable(text), quote=True)
+    # A number and its percent sign stay on one line.
+    return escape(printable(text).replace(" %", "\N{NO-BREAK SPACE}%"), quote=True)
 
 
 def _state(report: RunReport) -> str:
@@ -138,14 +148,10 @@ def _findings(report: RunReport) -> str:
 
 
 def _figure(chart: Chart) -> str:
-    wide, narrow = (
-        "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-        for png in (chart.wide_png, chart.narrow_png)
-    )
     return (
-        f'<figure id="{_text(chart.name)}"><picture>'
-        f'<source media="(max-width: 640px)" srcset="{narrow}">'
-        f'<img src="{wide}" alt="{_text(chart.finding)}"></picture></figure>'
+        f'<figure id="{_text(chart.name)}"><figcaption>{_text(chart.finding)}</figcaption>'
+        f'<div class="wide">{chart.wide_svg}</div><div class="narrow">{chart.narrow_svg}</div>'
+        "</figure>"
     )
 
 
@@ -154,12 +160,15 @@ def _table(table: Table) -> str:
 
 
 def _grid(table: Table) -> str:
+    kinds = [
+        ' class="word"' if i < table.num_text_columns else "" for i in range(len(table.header))
+    ]
+    if table.has_sentences:
+        kinds[-2:] = [' class="sentence"'] * 2
+
     def row(cells: Sequence[str], tag: str) -> str:
         return "".join(
-            f'<{tag} class="word">{_text(cell)}</{tag}>'
-            if index < table.num_text_columns
-            else f"<{tag}>{_text(cell)}</{tag}>"
-            for index, cell in enumerate(cells)
+            f"<{tag}{kind}>{_text(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)
         )
 
     lines = "\n".join(f"<tr>{row(cells, 'td')}</tr>" for cells in table.rows)
@@ -185,8 +194,20 @@ def _sample(report: RunReport) -> str:
     )
 
 
+def _advice(report: RunReport) -> str:
+    items = "".join(f"<li>{_text(line)}</li>" for line in report.advice)
+    return f'<ul class="advice">{items}</ul>' if items else ""
+
+
+def _attempts(report: RunReport) -> str:
+    table = attempts_table(report)
+    return f"<section>{_table(table)}</section>" if table.rows else ""
+
+
 def _detail(report: RunReport) -> str:
     table = detail_table(report)
-    if not table.rows:
-        return ""
+    return _folded(table) if table.rows else ""
+
+
+def _folded(table: Table) -> str:
     return f"<details><summary>{_text(table.title)}</summary>{_grid(table)}</details>"

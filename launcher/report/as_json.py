@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from launcher.peaks import StepPeaks
 from launcher.report.run_report import (
     BalanceReport,
     Comparison,
@@ -62,6 +63,11 @@ def report_to_json(report: RunReport) -> dict[str, Any]:
         "tokens_seen": report.tokens_seen,
         "train_seconds": report.train_seconds,
         "sample": asdict(report.sample) if report.sample else None,
+        "throughput": [list(point) for point in report.throughput],
+        "lengths": asdict(report.lengths) if report.lengths else None,
+        "attempts": [asdict(attempt) for attempt in report.attempts],
+        "advice": list(report.advice),
+        "clock_skews_seconds": dict(report.clock_skews_seconds),
     }
 
 
@@ -74,9 +80,12 @@ def _compare(comparison: Comparison) -> dict[str, Any]:
 
 
 def _compare_bytes(comparison: Comparison) -> dict[str, Any]:
-    sizes = (comparison.predicted, comparison.measured)
-    predicted, measured = (None if size is None else round(size) for size in sizes)
-    return {**_compare(comparison), "predicted": predicted, "measured": measured}
+    predicted, measured = comparison.predicted, comparison.measured
+    return {
+        "predicted": None if predicted is None else round(predicted),
+        "measured": None if measured is None else round(measured),
+        "error_fraction": comparison.error_fraction,
+    }
 
 
 def _balance(balance: BalanceReport | None) -> dict[str, Any] | None:
@@ -95,6 +104,11 @@ def _rank(rank: RankReport) -> dict[str, Any]:
         "reserved_bytes": _compare_bytes(rank.reserved_bytes),
         "device_used_bytes": _compare_bytes(rank.device_used_bytes),
         "host_rss_bytes": rank.host_rss_bytes,
+        "host_pinned_bytes": rank.host_pinned_bytes,
+        "first_step_bytes": rank.first_step_bytes,
+        "steady_bytes": rank.steady_bytes,
+        "gpu_utilisation_fraction": rank.gpu_utilisation_fraction,
+        "power_watts": rank.power_watts,
         "peak_phase": rank.peak_phase,
         "allocator_retries": rank.allocator_retries,
         "allocator_ooms": rank.allocator_ooms,
@@ -103,13 +117,30 @@ def _rank(rank: RankReport) -> dict[str, Any]:
 
 
 def _phase(phase: PhaseReport) -> dict[str, Any]:
+    measured = phase.measured
     return {
         "allocated_bytes": _compare_bytes(phase.allocated_bytes),
-        "peak_reserved_bytes": phase.peak_reserved_bytes,
-        "device_used_bytes": phase.device_used_bytes,
-        "host_rss_bytes": phase.host_rss_bytes,
-        "seconds": phase.seconds,
-        "count": phase.count,
+        "peak_reserved_bytes": measured.peak_reserved_bytes,
+        "peak_active_bytes": measured.peak_active_bytes,
+        "device_used_bytes": measured.device_used_bytes,
+        "host_rss_bytes": measured.host_rss_bytes,
+        "host_pinned_bytes": measured.host_pinned_bytes,
+        "gpu_utilisation_fraction": measured.gpu_utilisation_fraction,
+        "power_watts": measured.power_watts,
+        "first_step": _step(measured.first_step),
+        "steady_state": _step(measured.steady_state),
+        "seconds": measured.seconds,
+        "count": measured.count,
+    }
+
+
+def _step(step: StepPeaks | None) -> dict[str, int | None] | None:
+    if step is None:
+        return None
+    return {
+        "allocated_bytes": step.allocated_bytes,
+        "reserved_bytes": step.reserved_bytes,
+        "active_bytes": step.active_bytes,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from launcher.report.run_report import FAILED_STATES, RunReport
-from launcher.report.tables import Table, detail_table, summary_tables
+from launcher.report.tables import Table, attempts_table, detail_table, summary_tables
 from launcher.report.text import (
     describe_run,
     failure_lines,
@@ -37,7 +37,12 @@ def render_markdown(report: RunReport, *, loss_image: str | None = None) -> str:
         parts.append("\n".join(f"- ⚠ {_escape(_one_line(note))}" for note in notes))
     if results := findings(report):
         parts.append("\n".join(f"- **{item.label}**: {_escape(item.text)}" for item in results))
+    if report.advice:
+        lines = "\n".join(f"- {_escape(_one_line(line))}" for line in report.advice)
+        parts.append(f"## What to change\n\n{lines}")
     parts += [_table(table) for table in summary_tables(report)]
+    if (attempts := attempts_table(report)).rows:
+        parts.append(_table(attempts))
     parts += _loss(report, loss_image)
     if report.sample is not None:
         sample = report.sample

@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from launcher.report.run_report import FAILED_STATES, RunReport, SampleReport
-from launcher.report.tables import Table, detail_table, summary_tables
+from launcher.report.tables import Table, attempts_table, detail_table, summary_tables
 from launcher.report.text import (
     describe_run,
     failure_lines,
@@ -44,7 +44,9 @@ def render_terminal(report: RunReport) -> RenderableType:
         parts.append(Panel(body, border_style="red"))
     parts += [Text(f"! {printable(note)}", style="yellow") for note in warnings(report)]
     parts.append(_findings(report))
-    parts += [_table(table) for table in (*summary_tables(report), detail_table(report))]
+    parts += [Text(f"→ {printable(line)}", style="green") for line in report.advice]
+    tables = (*summary_tables(report), attempts_table(report), detail_table(report))
+    parts += [_table(table) for table in tables]
     if report.loss.train:
         parts += [_heading("Training loss"), Text(draw_curve(report.loss.train))]
     if report.sample is not None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, median
+from statistics import fmean, median, median_low
 
-from launcher.peaks import PhasePeaks, RankPeaks
+from launcher.peaks import RankPeaks
 from launcher.predict.memory import PHASES
 from launcher.report.prediction import (
     Prediction,
@@ -22,6 +22,7 @@ from launcher.report.run_report import (
     FailureReport,
     LossReport,
     NodeReport,
+    Observation,
     PhaseReport,
     RankReport,
     RunFiles,
@@ -31,6 +32,8 @@ from launcher.report.run_report import (
     TimeReport,
 )
 
+CLOCK_SKEW_SECONDS = 5.0
+"""NTP keeps clocks within milliseconds; ranks leave a step's last collective within one step."""
 # What a rank raises when another one has died: shown after the failure that caused it.
 _SECONDARY_FAILURES = ("DistBackendError", "DistNetworkError", "DistStoreError", "Connection")
 
@@ -50,12 +53,16 @@ def build_report(files: RunFiles) -> RunReport:
     world_size = prediction.world_size or max((rank.world_size for rank in peaks), default=None)
     present = {rank.rank for rank in peaks}
     missing = tuple(rank for rank in range(world_size or 0) if rank not in present)
-    ranks = tuple(_rank_report(rank, prediction) for rank in peaks)
+    predicted = {phase.phase: phase.allocated_bytes for phase in prediction.phases}
+    ranks = tuple(_rank_report(rank, prediction, predicted) for rank in peaks)
     results = files.results or {}
     return RunReport(
         name=files.name,
-        state=_run_state(files.status, peaks, is_complete=bool(peaks) and not missing),
-        state_reason=read_text(files.status or {}, "reason"),
+        state=_run_state(
+            files.status, peaks, files.observation, is_complete=bool(peaks) and not missing
+        ),
+        state_reason=_reason(files),
+        observation=files.observation,
         prediction=prediction,
         world_size=world_size,
         missing_ranks=missing,
@@ -67,6 +74,12 @@ def build_report(files: RunFiles) -> RunReport:
         tokens_seen=read_int(results, "tokens_seen"),
         train_seconds=read_float(results, "train_seconds"),
         sample=_sample(results),
+        throughput=_curve(files.log, "tokens_per_s"),
+        timelines=files.timelines,
+        lengths=files.lengths,
+        attempts=files.attempts,
+        recipe=files.recipe,
+        clock_skews_seconds=_clock_skews(peaks),
         failures=_failures(peaks),
         problems=files.problems,
         phase_names=_phase_names(ranks, prediction),
@@ -74,9 +87,17 @@ def build_report(files: RunFiles) -> RunReport:
 
 
 def _run_state(
-    status: Mapping[str, object] | None, peaks: Sequence[RankPeaks], *, is_complete: bool
+    status: Mapping[str, object] | None,
+    peaks: Sequence[RankPeaks],
+    observation: Observation | None,
+    *,
+    is_complete: bool,
 ) -> RunState:
-    """Combine status.json with the ranks' own states; the ranks know better what went wrong."""
+    """Combine status.json with the ranks' own states; the ranks know better what went wrong.
+
+    What was observed decides where the files cannot: a process that was killed says nothing.
+    """
+    seen = observation.state if observation else None
     rank_states = {rank.state for rank in peaks}
     said = read_text(status or {}, "state")
     rules: tuple[tuple[RunState, bool], ...] = (
@@ -86,13 +107,39 @@ def _run_state(
         ("failed", said == "failed" or "failed" in rank_states),
         ("interrupted", "interrupted" in rank_states),
         ("finished", said == "finished" or (is_complete and rank_states == {"finished"})),
-        ("running", said == "running" or bool(rank_states)),
+        ("killed", seen == "killed"),
+        ("failed", seen == "failed"),
+        ("pending", seen == "pending"),
+        ("running", said == "running" or bool(rank_states) or seen == "running"),
         ("created", said == "created"),
     )
     return next((state for state, applies in rules if applies), "unknown")
 
 
-def _rank_report(rank: RankPeaks, prediction: Prediction) -> RankReport:
+def _reason(files: RunFiles) -> str | None:
+    if said := read_text(files.status or {}, "reason"):
+        return said
+    return files.observation.reason if files.observation else None
+
+
+def _clock_skews(peaks: Sequence[RankPeaks]) -> dict[str, float]:
+    """Return the hosts whose clock is far from most others': all ranks end a step together."""
+    ends: dict[str, list[float]] = defaultdict(list)
+    for rank in peaks:
+        if rank.first_step_at is not None:
+            ends[rank.host].append(rank.first_step_at)
+    at = {host: median(seconds) for host, seconds in ends.items()}
+    usual = median_low(at.values()) if at else 0.0
+    return {
+        host: seconds - usual
+        for host, seconds in at.items()
+        if abs(seconds - usual) > CLOCK_SKEW_SECONDS
+    }
+
+
+def _rank_report(
+    rank: RankPeaks, prediction: Prediction, predicted: Mapping[str, int]
+) -> RankReport:
     measured = {name: peaks for name, peaks in rank.phases.items() if peaks.count > 0}
     fullest = max(measured, key=lambda name: measured[name].peak_allocated_bytes, default=None)
     is_cuda = rank.device != "cpu"
@@ -119,27 +166,11 @@ def _rank_report(rank: RankPeaks, prediction: Prediction) -> RankReport:
         host_rss_bytes=_highest(p.host_rss_bytes for p in measured.values()),
         peak_phase=fullest,
         phases=tuple(
-            _phase_report(name, measured[name], prediction)
+            PhaseReport(phase=name, predicted_bytes=predicted.get(name), measured=measured[name])
             for name in sorted(measured, key=_phase_order)
         ),
         allocator_retries=rank.allocator_retries,
         allocator_ooms=rank.allocator_ooms,
-    )
-
-
-def _phase_report(name: str, peaks: PhasePeaks, prediction: Prediction) -> PhaseReport:
-    predicted = prediction.phase(name)
-    return PhaseReport(
-        phase=name,
-        allocated_bytes=Comparison(
-            predicted=predicted.allocated_bytes if predicted else None,
-            measured=peaks.peak_allocated_bytes,
-        ),
-        peak_reserved_bytes=peaks.peak_reserved_bytes,
-        device_used_bytes=peaks.device_used_bytes,
-        host_rss_bytes=peaks.host_rss_bytes,
-        seconds=peaks.seconds,
-        count=peaks.count,
     )
 
 
@@ -178,10 +209,7 @@ def _balance(ranks: Sequence[RankReport], prediction: Prediction) -> BalanceRepo
 
 
 def _time_report(peaks: Sequence[RankPeaks], prediction: Prediction) -> TimeReport:
-    steps = [
-        max(rank.step_seconds[index] for rank in peaks if index < len(rank.step_seconds))
-        for index in range(max((len(rank.step_seconds) for rank in peaks), default=0))
-    ]
+    steps = [max(row) for row in _by_step([rank.step_seconds for rank in peaks])]
     # The first step allocates, compiles and opens connections: no later step is like it.
     steady = steps[1:] or steps
     usual = median(steady) if steady else None
@@ -206,6 +234,14 @@ def _time_report(peaks: Sequence[RankPeaks], prediction: Prediction) -> TimeRepo
         ),
         tokens_per_second=total,
     )
+
+
+def _by_step(times: Sequence[tuple[float, ...]]) -> list[list[float]]:
+    """Return each step's times on the ranks that have done it."""
+    longest = max(map(len, times), default=0)
+    if all(len(row) == longest for row in times):
+        return [list(column) for column in zip(*times, strict=True)]
+    return [[row[index] for row in times if index < len(row)] for index in range(longest)]
 
 
 def _loss_report(log: Sequence[Mapping[str, object]], results: Mapping[str, object]) -> LossReport:
@@ -288,9 +324,11 @@ def _phase_names(ranks: Iterable[RankReport], prediction: Prediction) -> tuple[s
     return tuple(sorted(names, key=_phase_order))
 
 
+_ORDER: Mapping[str, int] = {phase: index for index, phase in enumerate(PHASES)}
+
+
 def _phase_order(name: str) -> tuple[int, str]:
-    order: Sequence[str] = PHASES
-    return (order.index(name) if name in order else len(order), name)
+    return _ORDER.get(name, len(_ORDER)), name
 
 
 def _highest(sizes: Iterable[int | None]) -> int | None:

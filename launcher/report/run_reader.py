@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,18 +12,28 @@ from typing import Any
 from launcher import run_dir
 from launcher.peaks import RankPeaks, peaks_from_json
 from launcher.planning import plan
-from launcher.report.prediction import MAX_WORLD_SIZE
-from launcher.report.run_report import RunFiles
+from launcher.report.check_rank import check_rank
+from launcher.report.run_extras import (
+    read_attempts,
+    read_lengths,
+    read_recipe,
+    read_timelines,
+)
+from launcher.report.run_report import Observation, RunFiles
 
 _RANK_FILE = re.compile(r"(\d+)\.json")
 _MAX_PROBLEMS_OF_A_KIND = 5
 
 
-def load_run(directory: Path) -> RunFiles:
+def load_run(directory: Path, *, observation: Observation | None = None) -> RunFiles:
     """Read what is there; a file that cannot be read becomes a sentence in ``problems``.
 
     The run may be going on: files are replaced atomically by their writers, and a log line
     that is still being written is left for the next time.
+
+    Args:
+        directory: of the run.
+        observation: what is known of the run from elsewhere, if somebody asked.
 
     Raises:
         RunDirError: there is no such directory, or no run was ever written to it.
@@ -37,13 +48,19 @@ def load_run(directory: Path) -> RunFiles:
             f"{run_dir.PLAN} has schema_version {plan_json.get('schema_version')!r}, this zerofit "
             f"reads {plan.SCHEMA_VERSION}: only the keys that are still known are shown."
         )
+    ranks = _read_ranks(directory / run_dir.RANKS, problems)
     return RunFiles(
         name=directory.resolve().name,
         plan=plan_json,
         status=_read_mapping(directory / run_dir.STATUS, problems),
         results=_read_mapping(directory / run_dir.RESULTS, problems),
-        ranks=_read_ranks(directory / run_dir.RANKS, problems),
+        ranks=ranks,
         log=_read_log(directory / run_dir.TRAINER_LOG, problems),
+        timelines=read_timelines(directory, ranks, problems),
+        lengths=read_lengths(directory),
+        attempts=read_attempts(directory),
+        recipe=read_recipe(directory / run_dir.RECIPE),
+        observation=observation,
         problems=tuple(problems),
     )
 
@@ -67,18 +84,20 @@ def _read_ranks(folder: Path, problems: list[str]) -> tuple[RankPeaks, ...]:
     found: list[RankPeaks] = []
     bad: list[str] = []
     try:
-        paths = sorted(path for path in folder.iterdir() if _RANK_FILE.fullmatch(path.name))
+        names = sorted(name for name in os.listdir(folder) if _RANK_FILE.fullmatch(name))  # noqa: PTH208
     except OSError:
         return ()
-    for path in paths:
+    for name in names:
         try:
-            peaks = peaks_from_json(json.loads(path.read_text(encoding="utf-8")))
-            _check(peaks)
+            # Not pathlib: for thousands of files it takes longer than JSON.
+            with open(os.path.join(folder, name), "rb") as stream:  # noqa: PTH118, PTH123
+                peaks = peaks_from_json(json.loads(stream.read()))
+            check_rank(peaks)
         except (OSError, ValueError, AttributeError, RecursionError) as error:
-            bad.append(f"{run_dir.RANKS}/{path.name} was left out: {_reason(error)}.")
+            bad.append(f"{run_dir.RANKS}/{name} was left out: {_reason(error)}.")
             continue
-        if peaks.rank != int(path.stem):
-            bad.append(f"{run_dir.RANKS}/{path.name} was left out: it is of rank {peaks.rank}.")
+        if peaks.rank != int(name.removesuffix(".json")):
+            bad.append(f"{run_dir.RANKS}/{name} was left out: it is of rank {peaks.rank}.")
             continue
         found.append(peaks)
     problems += bad[:_MAX_PROBLEMS_OF_A_KIND]
@@ -91,52 +110,6 @@ def _read_ranks(folder: Path, problems: list[str]) -> tuple[RankPeaks, ...]:
             "some are left from another run."
         )
     return tuple(found)
-
-
-_NUMBERS = ("rank", "world_size", "steps_done", "tokens_per_step", "allocator_retries",
-            "allocator_ooms")  # fmt: skip
-_MAYBE_NUMBERS = ("first_step_at",)
-_PHASE = ("peak_allocated_bytes", "peak_reserved_bytes", "host_rss_bytes", "count", "seconds")
-_MAYBE_PHASE = ("device_used_bytes", "peak_active_bytes", "host_pinned_bytes",
-                "gpu_utilisation_fraction", "power_watts")  # fmt: skip
-_STEP, _MAYBE_STEP = ("allocated_bytes", "reserved_bytes"), ("active_bytes",)
-
-
-def _check(peaks: RankPeaks) -> None:
-    """Raise ValueError unless every number of a rank's file is one: JSON has no types to trust."""
-    _check_fields(peaks, _NUMBERS, _MAYBE_NUMBERS)
-    for name, phase in peaks.phases.items():
-        _check_fields(phase, _PHASE, _MAYBE_PHASE, prefix=f"{name}.")
-        for step in (phase.first_step, phase.steady_state):
-            if step is not None:
-                _check_fields(step, _STEP, _MAYBE_STEP, prefix=f"{name}.")
-    for index, seconds in enumerate(peaks.step_seconds):
-        if not _is_number(seconds):
-            raise ValueError(f"step_seconds[{index}] is {seconds!r}, which is no time")
-    if peaks.world_size > MAX_WORLD_SIZE:
-        raise ValueError(f"world_size is {peaks.world_size}")
-    texts: list[object] = [peaks.host, peaks.device, peaks.device_name, peaks.state]
-    if failure := peaks.failure:
-        texts += [failure.phase, failure.type, failure.message, failure.traceback]
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"{text!r} stands where a text belongs")
-
-
-def _check_fields(
-    item: object, names: tuple[str, ...], maybe_names: tuple[str, ...], *, prefix: str = ""
-) -> None:
-    for name in names:
-        if not _is_number(value := getattr(item, name)):
-            raise ValueError(f"{prefix}{name} is {value!r}, which is no size, count or time")
-    for name in maybe_names:
-        value = getattr(item, name)
-        if value is not None and not _is_number(value):
-            raise ValueError(f"{prefix}{name} is {value!r}, which is no size, count or time")
-
-
-def _is_number(value: object) -> bool:
-    return (type(value) is int or type(value) is float) and 0 <= value < 1e18
 
 
 def _read_log(path: Path, problems: list[str]) -> tuple[Mapping[str, Any], ...]:

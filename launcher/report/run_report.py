@@ -3,18 +3,58 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from launcher.peaks import RankFailure, RankPeaks
+from launcher.peaks import PhasePeaks, RankFailure, RankPeaks
 from launcher.predict.memory import PHASES
 from launcher.report.prediction import Prediction
+from launcher.timeline import Timeline
 
 RunState = Literal[
-    "created", "running", "finished", "failed", "out_of_memory", "interrupted", "unknown"
-]
-FAILED_STATES: frozenset[RunState] = frozenset({"failed", "out_of_memory", "interrupted"})
+    "created", "pending", "running", "finished", "failed", "out_of_memory", "interrupted",
+    "killed", "unknown",
+]  # fmt: skip
+FAILED_STATES: frozenset[RunState] = frozenset({"failed", "out_of_memory", "interrupted", "killed"})
+
+
+STEP_PHASES = frozenset({"forward", "loss", "backward", "step"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What whoever runs a run says of it now, such as Slurm or the process table."""
+
+    state: str
+    """A ``launcher.dispatch.run_state.State``."""
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """How long the training records are, before they are cut."""
+
+    bins: tuple[tuple[int, int, int], ...]
+    """First length, last length (tokens), records."""
+    max_seq_len: int
+    """Tokens."""
+    num_truncated: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """An earlier attempt at the same run, or what was done about its failure."""
+
+    number: int
+    state: str
+    reason: str | None
+    strategy: Mapping[str, str]
+    steps_done: int | None
+    peak_allocated_bytes: int | None
+    """Of its fullest rank, among the ranks that were read."""
+    reaction: str | None
+    """What was changed for the next attempt, and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +67,13 @@ class RunFiles:
     results: Mapping[str, object] | None = None
     ranks: tuple[RankPeaks, ...] = ()
     log: tuple[Mapping[str, object], ...] = ()
+    timelines: tuple[Timeline, ...] = ()
+    """Of a few telling ranks, the fullest first."""
+    lengths: Lengths | None = None
+    attempts: tuple[Attempt, ...] = ()
+    recipe: Mapping[str, object] = field(default_factory=dict)
+    """Values by dotted key, as the recipe's file has them."""
+    observation: Observation | None = None
     problems: tuple[str, ...] = ()
     """One sentence for each file that is missing, half-written or of another version."""
 
@@ -51,13 +98,17 @@ class PhaseReport:
     """One phase on one rank."""
 
     phase: str
-    allocated_bytes: Comparison
-    peak_reserved_bytes: int | None
-    device_used_bytes: int | None
-    host_rss_bytes: int | None
-    seconds: float | None
-    """Wall time of all times the phase ran."""
-    count: int
+    predicted_bytes: int | None
+    """Allocated on the fullest rank."""
+    measured: PhasePeaks
+    """As the rank wrote it."""
+
+    @property
+    def allocated_bytes(self) -> Comparison:
+        """The highest allocated bytes beside the predicted ones."""
+        return Comparison(
+            predicted=self.predicted_bytes, measured=self.measured.peak_allocated_bytes
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +135,43 @@ class RankReport:
     def measured_bytes(self) -> int:
         """Highest allocated bytes of any phase, 0 when nothing was measured."""
         return round(self.allocated_bytes.measured or 0)
+
+    @property
+    def first_step_bytes(self) -> int | None:
+        """Highest allocated bytes of the first optimizer step."""
+        steps = [phase.measured.first_step for phase in self.phases]
+        return max((step.allocated_bytes for step in steps if step), default=None)
+
+    @property
+    def steady_bytes(self) -> int | None:
+        """Highest allocated bytes of a usual later step."""
+        steps = [phase.measured.steady_state for phase in self.phases]
+        return max((step.allocated_bytes for step in steps if step), default=None)
+
+    @property
+    def host_pinned_bytes(self) -> int | None:
+        """Highest page-locked host memory."""
+        sizes = [phase.measured.host_pinned_bytes for phase in self.phases]
+        return max((size for size in sizes if size is not None), default=None)
+
+    @property
+    def gpu_utilisation_fraction(self) -> float | None:
+        """Mean over the phases of steps, by their time; 0-1."""
+        return self._mean_in_steps(lambda peaks: peaks.gpu_utilisation_fraction)
+
+    @property
+    def power_watts(self) -> float | None:
+        """Mean draw over the phases of steps, by their time."""
+        return self._mean_in_steps(lambda peaks: peaks.power_watts)
+
+    def _mean_in_steps(self, read: Callable[[PhasePeaks], float | None]) -> float | None:
+        pairs = [
+            (value, phase.measured.seconds)
+            for phase in self.phases
+            if phase.phase in STEP_PHASES and (value := read(phase.measured)) is not None
+        ]
+        seconds = sum(weight for _, weight in pairs)
+        return sum(value * weight for value, weight in pairs) / seconds if seconds else None
 
     def phase(self, name: str) -> PhaseReport | None:
         """Return one phase, ``None`` when this rank did not reach it."""
@@ -179,8 +267,8 @@ class Chart:
 
     name: str
     finding: str
-    wide_png: bytes
-    narrow_png: bytes
+    wide_svg: str
+    narrow_svg: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +279,7 @@ class RunReport:
     state: RunState
     state_reason: str | None
     """What status.json says about the state, in the words of who wrote it."""
+    observation: Observation | None
     prediction: Prediction
     world_size: int | None
     missing_ranks: tuple[int, ...]
@@ -202,6 +291,17 @@ class RunReport:
     tokens_seen: int | None
     train_seconds: float | None
     sample: SampleReport | None
+    throughput: tuple[tuple[int, float], ...] = ()
+    """Tokens per second of all ranks by step, as they were logged."""
+    timelines: tuple[Timeline, ...] = ()
+    lengths: Lengths | None = None
+    attempts: tuple[Attempt, ...] = ()
+    """Oldest first; the run's own, last attempt is not among them."""
+    advice: tuple[str, ...] = ()
+    """What to change, each computed by the planner."""
+    recipe: Mapping[str, object] = field(default_factory=dict)
+    clock_skews_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Hosts whose clock differs from most others', by how much."""
     failures: tuple[FailureReport, ...] = ()
     problems: tuple[str, ...] = ()
     phase_names: tuple[str, ...] = field(default=PHASES)

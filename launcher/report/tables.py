@@ -18,6 +18,7 @@ from launcher.units import GIB, KIB, MIB, format_count, format_seconds
 
 MAX_RANK_ROWS = 16
 MAX_NODE_ROWS = 16
+RANKS_PER_PAGE = 256
 MAX_FAILED_ROWS = 3
 
 
@@ -31,6 +32,8 @@ class Table:
     note: str = ""
     num_text_columns: int = 1
     """Leading columns that hold words; the others hold numbers and align right."""
+    has_sentences: bool = False
+    """The last two columns hold sentences, which may be broken into lines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +51,7 @@ class _Unit:
 
 def summary_tables(report: RunReport) -> tuple[Table, ...]:
     """Return memory by phase, ranks, nodes and time; what has no rows is left out."""
-    makers = (_phase_table, _rank_table, _device_table, _node_table, _time_table)
+    makers = (_phase_table, _rank_table, _device_table, _load_table, _node_table, _time_table)
     return tuple(table for make in makers if (table := make(report)).rows)
 
 
@@ -61,10 +64,13 @@ def detail_table(report: RunReport) -> Table:
             str(rank.rank),
             printable(phase.phase),
             *_comparison_cells(phase.allocated_bytes, unit.show),
-            NOTHING if report.is_on_cpu else unit.show(phase.peak_reserved_bytes),
-            unit.show(phase.device_used_bytes),
-            unit.show(phase.host_rss_bytes),
-            NOTHING if phase.seconds is None else format_seconds(phase.seconds),
+            unit.show(phase.measured.peak_active_bytes),
+            NOTHING if report.is_on_cpu else unit.show(phase.measured.peak_reserved_bytes),
+            unit.show(phase.measured.device_used_bytes),
+            unit.show(phase.measured.host_rss_bytes),
+            unit.show(phase.measured.host_pinned_bytes),
+            _percent(phase.measured.gpu_utilisation_fraction),
+            format_seconds(phase.measured.seconds),
         )
         for rank in shown
         for phase in rank.phases
@@ -74,7 +80,7 @@ def detail_table(report: RunReport) -> Table:
             title=f"Every rank and phase, in {unit.name}",
             header=(
                 "rank", "phase", "predicted", "measured", "error",
-                "reserved", "device", "host RSS", "time",
+                "active", "reserved", "device", "host RSS", "pinned", "GPU busy", "time",
             ),
             rows=tuple(rows),
             note=_selection_note(report, shown),
@@ -104,8 +110,12 @@ def _phase_table(report: RunReport) -> Table:
         measured = rank.phase(name) if rank else None
         comparison = measured.allocated_bytes if measured else None
         each = NOTHING
-        if measured and measured.seconds is not None and measured.count:
-            each = format_seconds(measured.seconds / measured.count)
+        first = steady = None
+        if measured is not None:
+            peaks = measured.measured
+            each = format_seconds(peaks.seconds / peaks.count) if peaks.count else NOTHING
+            first = peaks.first_step.allocated_bytes if peaks.first_step else None
+            steady = peaks.steady_state.allocated_bytes if peaks.steady_state else None
         rows.append(
             (
                 printable(name),
@@ -116,16 +126,21 @@ def _phase_table(report: RunReport) -> Table:
                     ),
                     unit.show,
                 ),
+                unit.show(first),
+                unit.show(steady),
                 str(rank.rank) if rank else NOTHING,
                 each,
             )
         )
-    return Table(
+    table = Table(
         title=f"Memory by phase, fullest rank of each, in {unit.name}",
-        header=("phase", "predicted", "measured", "error", "rank", "time each"),
+        header=(
+            "phase", "predicted", "measured", "error", "1st step", "steady", "rank", "time each",
+        ),
         rows=tuple(rows),
         note=error_note(report) if rows else "",
-    )
+    )  # fmt: skip
+    return _without_empty_columns(table, names=("1st step", "steady"))
 
 
 def _rank_table(report: RunReport) -> Table:
@@ -175,6 +190,86 @@ def _device_table(report: RunReport) -> Table:
         rows=tuple(rows),
         note=_selection_note(report, shown) if rows else "",
     )
+
+
+def _load_table(report: RunReport) -> Table:
+    shown = [rank for rank in select_ranks(report) if rank.power_watts or rank.host_pinned_bytes]
+    unit = _unit_for(rank.host_pinned_bytes for rank in shown)
+    rows = [
+        (
+            _rank_cell(report, rank),
+            _percent(rank.gpu_utilisation_fraction),
+            NOTHING if rank.power_watts is None else f"{rank.power_watts:.0f} W",
+            unit.show(rank.host_pinned_bytes),
+            str(rank.allocator_retries),
+            str(rank.allocator_ooms),
+        )
+        for rank in shown
+    ]
+    return Table(
+        title="GPU load during steps, pinned host memory, and the allocator's troubles",
+        header=("rank", "busy", "power", f"pinned ({unit.name})", "retries", "out of memory"),
+        rows=tuple(rows),
+        note=_selection_note(report, shown) if rows else "",
+    )
+
+
+def attempts_table(report: RunReport) -> Table:
+    """Return the earlier attempts at the run and what was changed after each."""
+    unit = _unit_for(attempt.peak_allocated_bytes for attempt in report.attempts)
+    rows = [
+        (
+            str(attempt.number),
+            attempt.state.replace("_", " "),
+            NOTHING if attempt.steps_done is None else str(attempt.steps_done),
+            unit.show(attempt.peak_allocated_bytes),
+            printable(shorten(attempt.reason or NOTHING, 200)),
+            printable(shorten(attempt.reaction or NOTHING, 300)),
+        )
+        for attempt in report.attempts
+    ]
+    return Table(
+        title="Earlier attempts",
+        header=("attempt", "ended", "steps", f"peak ({unit.name})", "because", "then"),
+        rows=tuple(rows),
+        num_text_columns=2,
+        has_sentences=True,
+    )
+
+
+def rank_pages(report: RunReport) -> tuple[Table, ...]:
+    """Return every rank in pages of ``RANKS_PER_PAGE``; none where one table holds them all."""
+    if len(report.ranks) <= MAX_RANK_ROWS:
+        return ()
+    unit = _unit_for(_peaks(report))
+    return tuple(
+        _rank_page(report.ranks[start : start + RANKS_PER_PAGE], unit)
+        for start in range(0, len(report.ranks), RANKS_PER_PAGE)
+    )
+
+
+def _rank_page(ranks: Sequence[RankReport], unit: _Unit) -> Table:
+    return Table(
+        title=f"Ranks {ranks[0].rank} to {ranks[-1].rank}, in {unit.name}",
+        header=("rank", "host", "state", "peak", "error", "reserved", "host RSS"),
+        rows=tuple(
+            (
+                str(rank.rank),
+                shorten(rank.host, 40),
+                rank.state,
+                unit.show(rank.allocated_bytes.measured),
+                format_percent(rank.allocated_bytes.error_fraction),
+                unit.show(rank.reserved_bytes.measured),
+                unit.show(rank.host_rss_bytes),
+            )
+            for rank in ranks
+        ),
+        num_text_columns=3,
+    )
+
+
+def _percent(fraction: float | None) -> str:
+    return NOTHING if fraction is None else f"{100 * fraction:.0f} %"
 
 
 def _rank_cell(report: RunReport, rank: RankReport) -> str:
@@ -271,12 +366,13 @@ def _unit_for(sizes: Iterable[float | None]) -> _Unit:
     return _Unit(name="KiB", scale=KIB, decimals=1)
 
 
-def _without_empty_columns(table: Table) -> Table:
-    """Drop columns that say nothing in any row, such as device memory on CPU."""
+def _without_empty_columns(table: Table, *, names: Sequence[str] = ()) -> Table:
+    """Drop columns, or of them those named, that say nothing in any row: device memory on CPU."""
+    may_go = names or table.header[table.num_text_columns :]
     kept = [
         index
-        for index in range(len(table.header))
-        if index < table.num_text_columns or any(row[index] != NOTHING for row in table.rows)
+        for index, name in enumerate(table.header)
+        if name not in may_go or any(row[index] != NOTHING for row in table.rows)
     ]
     return Table(
         title=table.title,

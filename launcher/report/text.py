@@ -20,6 +20,8 @@ _CONTROL = re.compile(
 
 _STATES = {
     "created": "The run was prepared and has not started.",
+    "pending": "The run waits for its turn.",
+    "killed": "The run was KILLED: it could not say so itself.",
     "running": "The run is still going, or was killed without a word; the numbers are so far.",
     "finished": "The run finished.",
     "failed": "The run FAILED.",
@@ -45,7 +47,10 @@ def state_sentence(report: RunReport) -> str:
         steps = " No optimizer step was completed."
     # A rank's own failure, shown beside this, says more than the launcher's reason.
     reason = "" if report.failures or not report.state_reason else f" Reason: {report.state_reason}"
-    return printable(shorten(_STATES[report.state] + steps + reason, 500))
+    state = _STATES[report.state]
+    if report.state == "running" and report.observation and report.observation.state == "running":
+        state = "The run is going on; the numbers are so far."
+    return printable(shorten(state + steps + reason, 500))
 
 
 def describe_run(report: RunReport) -> str:
@@ -96,6 +101,12 @@ def warnings(report: RunReport) -> tuple[str, ...]:
         found.append(
             f"The loss was not a number at {len(steps)} logged step{'s' * (len(steps) != 1)}, "
             f"first at step {steps[0]}: lower the learning rate, or use bf16 in place of fp16."
+        )
+    for host, seconds in list(report.clock_skews_seconds.items())[:3]:
+        side = "ahead of" if seconds > 0 else "behind"
+        found.append(
+            f"The clock of {host} is {format_seconds(abs(seconds))} {side} most others': times in "
+            "logs of different hosts cannot be compared. What is measured here is not affected."
         )
     retries = sum(rank.allocator_retries for rank in report.ranks)
     if retries:

@@ -1,18 +1,24 @@
-"""Charts are PNG files of the right width, and no content stops them from being drawn."""
+"""Charts are SVG of the right width, and no content stops them from being drawn."""
 
 from __future__ import annotations
 
-import struct
+import math
+import re
+import subprocess
 import sys
 from dataclasses import replace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from report_inputs import LOG, PLAN, RESULTS, phase, rank
 
 from launcher.report.build import build_report
-from launcher.report.plots import chart_findings, draw_charts
-from launcher.report.run_report import Chart, RunFiles
+from launcher.report.chart_findings import chart_findings
+from launcher.report.plots import draw_charts
+from launcher.report.run_report import Chart, Lengths, RunFiles
+from launcher.report.svg import Axis
+from launcher.timeline import MemorySample, Timeline
 from launcher.units import GIB
 
 
@@ -21,11 +27,14 @@ def charts_of(**content: Any) -> dict[str, Chart]:
     return {chart.name: chart for chart in charts}
 
 
-def png_width(png: bytes) -> int:
-    """Width in pixels: bytes 16 to 20 of a PNG, after signature and chunk header (ISO 15948)."""
-    assert png.startswith(b"\x89PNG\r\n\x1a\n")
-    (width,) = struct.unpack(">I", png[16:20])
-    return int(width)
+def svg_width(svg: str) -> float:
+    """Width in CSS pixels; the text is well-formed XML."""
+    root = ElementTree.fromstring(svg)  # noqa: S314 - our own text
+    assert root.tag == "svg"
+    numbers = [float(value) for value in re.findall(r"(?<=[\d\"])-?\d+\.\d+", svg)]
+    assert all(math.isfinite(number) for number in numbers)
+    assert "nan" not in svg
+    return float(root.attrib["viewBox"].split()[2])
 
 
 def findings_of(**content: Any) -> dict[str, str]:
@@ -53,8 +62,8 @@ def test_a_plan_alone_says_that_nothing_was_measured() -> None:
 
 def test_each_chart_has_a_width_for_screens_and_one_for_phones() -> None:
     chart = charts_of(log=LOG)["loss"]
-    # Two device pixels for each CSS pixel of 1120 and 360.
-    assert (png_width(chart.wide_png), png_width(chart.narrow_png)) == (2240, 720)
+    # A column of 1160 pixels with its padding, and a phone of 390 with its padding.
+    assert (svg_width(chart.wide_svg), svg_width(chart.narrow_svg)) == (1120, 366)
 
 
 def test_without_data_there_is_no_chart() -> None:
@@ -64,7 +73,7 @@ def test_without_data_there_is_no_chart() -> None:
 def test_many_ranks_are_drawn_as_one_area() -> None:
     ranks = tuple(rank(n, world_size=200, phases={"step": phase(4 + n % 5)}) for n in range(200))
     chart = charts_of(ranks=ranks)["ranks"]
-    assert png_width(chart.wide_png) == 2240
+    assert svg_width(chart.wide_svg) == 1120
     assert chart.finding.startswith("Rank 4 is the fullest")
 
 
@@ -84,9 +93,68 @@ def test_component_names_and_sizes_of_any_kind_are_drawn(sizes: dict[str, int]) 
         },
     }
     charts = charts_of(plan=PLAN | {"memory": memory}, ranks=(replace(rank(0), phases={}),))
-    assert png_width(charts["memory"].narrow_png) == 720
+    assert svg_width(charts["memory"].narrow_svg) == 366
 
 
-def test_drawing_leaves_pyplot_alone() -> None:
-    charts_of(log=LOG)
-    assert "matplotlib.pyplot" not in sys.modules
+def test_a_chart_needs_no_matplotlib_and_the_picture_for_markdown_no_pyplot() -> None:
+    program = (
+        "import sys\n"
+        "from launcher.report import plots, loss_png\n"
+        "from launcher.report.build import build_report\n"
+        "from launcher.report.run_report import RunFiles\n"
+        "log = ({'step': 1, 'loss': 2.0}, {'step': 2, 'loss': 1.0})\n"
+        "report = build_report(RunFiles(name='run', log=log))\n"
+        "assert plots.draw_charts(report)\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "assert loss_png.draw_loss_png(report, 'loss').startswith(b'\\x89PNG')\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_memory_over_time_is_drawn_for_device_and_host() -> None:
+    samples = tuple(
+        MemorySample(
+            seconds=float(n), step=n, phase="forward", allocated_bytes=n * GIB, host_rss_bytes=GIB,
+            reserved_bytes=None, device_used_bytes=None,
+        )
+        for n in range(3)
+    )  # fmt: skip
+    timeline = Timeline(rank=5, interval_seconds=1.0, samples=samples)
+    charts = charts_of(timelines=(timeline,))
+    assert charts["timeline"].finding == (
+        "Rank 5 over time: highest sample 2.00 GiB after 2 s in forward"
+    )
+    assert charts["host"].finding == "Host memory of rank 5 over time: at most 1.00 GiB each"
+
+
+def test_throughput_is_drawn_beside_the_prediction() -> None:
+    log = tuple({"step": step, "tokens_per_s": 3000 + step} for step in range(3))
+    chart = charts_of(plan=PLAN, log=log)["throughput"]
+    # Predicted: 2000 tokens/s a GPU, two of them.
+    assert chart.finding == "Throughput of all ranks: 3k tokens/s (median), 4k tokens/s predicted"
+
+
+def test_lengths_say_how_many_records_were_cut() -> None:
+    lengths = Lengths(bins=((1, 64, 10), (65, 128, 0), (129, 200, 4)), max_seq_len=128,
+                      num_truncated=4)  # fmt: skip
+    chart = charts_of(lengths=lengths)["lengths"]
+    assert chart.finding == "4 of 14 records are longer than 128 tokens and were cut"
+    assert "cut off" in chart.wide_svg
+
+
+def test_a_curve_of_a_long_run_stays_small() -> None:
+    log = tuple({"step": step, "loss": 3 - step / 1e5} for step in range(100_000))
+    assert len(charts_of(log=log)["loss"].wide_svg) < 40_000
+
+
+@pytest.mark.parametrize("values", [(0.0, 0.0), (5.0,), (-1e17, 1e17), (1e-12, 2e-12)])
+def test_a_curve_of_any_values_is_drawn(values: tuple[float, ...]) -> None:
+    log = tuple({"step": step, "loss": value} for step, value in enumerate(values))
+    assert svg_width(charts_of(log=log)["loss"].wide_svg) == 1120
+
+
+def test_axis_ticks_are_round() -> None:
+    axis = Axis(low=0.3, high=7.2, start=0, end=100)
+    assert axis.ticks(most=6) == [2, 4, 6]
+    assert Axis(low=1, high=2, start=0, end=1).ticks(most=6, whole=True) == [1, 2]

@@ -1,4 +1,4 @@
-"""``zerofit report`` and ``zerofit export``: after a run."""
+"""``zerofit export``: the trained weights, verified."""
 
 from __future__ import annotations
 
@@ -8,31 +8,7 @@ from pathlib import Path
 import click
 
 from launcher.commands.options import existing_or_new, json_option, run_arg
-from launcher.console import out, say
-
-
-@click.command()
-@run_arg
-@json_option
-def report(*, run: Path, as_json: bool) -> None:
-    """Compare predicted with measured memory and time, for every rank and phase.
-
-    Also writes report.md, report.json, report.html and loss.png into the run directory.
-    """
-    show_report(run, as_json=as_json)
-
-
-def show_report(run: Path, *, as_json: bool) -> None:
-    """Write a run's report and print it."""
-    from launcher.report.files import write_report
-
-    made = write_report(run)
-    if as_json:
-        print(json.dumps(made.json_value, indent=1))
-    else:
-        out.print(made.terminal)
-        if made.paths:
-            say(f"wrote {', '.join(str(path) for path in made.paths)}")
+from launcher.console import say
 
 
 @click.command()

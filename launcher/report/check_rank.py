@@ -1,0 +1,51 @@
+"""Whether a rank's file holds what its keys promise. Pure."""
+
+from __future__ import annotations
+
+from launcher.peaks import RankPeaks
+from launcher.report.prediction import MAX_WORLD_SIZE
+
+_NUMBERS = ("rank", "world_size", "steps_done", "tokens_per_step", "allocator_retries",
+            "allocator_ooms")  # fmt: skip
+_MAYBE_NUMBERS = ("first_step_at",)
+_PHASE = ("peak_allocated_bytes", "peak_reserved_bytes", "host_rss_bytes", "count", "seconds")
+_MAYBE_PHASE = ("device_used_bytes", "peak_active_bytes", "host_pinned_bytes",
+                "gpu_utilisation_fraction", "power_watts")  # fmt: skip
+_STEP, _MAYBE_STEP = ("allocated_bytes", "reserved_bytes"), ("active_bytes",)
+
+
+def check_rank(peaks: RankPeaks) -> None:
+    """Raise ValueError unless every number of a rank's file is one: JSON has no types to trust."""
+    _check_fields(peaks, _NUMBERS, _MAYBE_NUMBERS)
+    for name, phase in peaks.phases.items():
+        _check_fields(phase, _PHASE, _MAYBE_PHASE, prefix=f"{name}.")
+        for step in (phase.first_step, phase.steady_state):
+            if step is not None:
+                _check_fields(step, _STEP, _MAYBE_STEP, prefix=f"{name}.")
+    for index, seconds in enumerate(peaks.step_seconds):
+        if not _is_number(seconds):
+            raise ValueError(f"step_seconds[{index}] is {seconds!r}, which is no time")
+    if peaks.world_size > MAX_WORLD_SIZE:
+        raise ValueError(f"world_size is {peaks.world_size}")
+    texts: list[object] = [peaks.host, peaks.device, peaks.device_name, peaks.state]
+    if failure := peaks.failure:
+        texts += [failure.phase, failure.type, failure.message, failure.traceback]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{text!r} stands where a text belongs")
+
+
+def _check_fields(
+    item: object, names: tuple[str, ...], maybe_names: tuple[str, ...], *, prefix: str = ""
+) -> None:
+    for name in names:
+        if not _is_number(value := getattr(item, name)):
+            raise ValueError(f"{prefix}{name} is {value!r}, which is no size, count or time")
+    for name in maybe_names:
+        value = getattr(item, name)
+        if value is not None and not _is_number(value):
+            raise ValueError(f"{prefix}{name} is {value!r}, which is no size, count or time")
+
+
+def _is_number(value: object) -> bool:
+    return (type(value) is int or type(value) is float) and 0 <= value < 1e18
