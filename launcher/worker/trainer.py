@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from launcher import run_dir
 from launcher.recipe_sections import Recipe
 from launcher.strategy import Loss, Precision, Strategy
-from launcher.worker import checkpoints
+from launcher.worker import batch_record, checkpoints
 from launcher.worker.batches import LongestFirst, RankBatches
 from launcher.worker.finite import NumberCheck, watch_plain_optimizer
 from launcher.worker.peak_memory import PeakRecorder
@@ -128,6 +129,10 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
         self._numbers = numbers
         self._batches: RankBatches | None = None
         self._is_staging = False
+        if batch_record.VARIABLE in os.environ:
+            folder = Path(self.args.output_dir).parent
+            rank = self.args.process_index
+            self.add_callback(batch_record.BatchRecord(self._batch_of_step, folder, rank=rank))
         plain_prepare = self.accelerator.prepare
 
         def prepare(*objects: Any, **keywords: Any) -> Any:
@@ -168,9 +173,8 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
             pin_memory=self.args.dataloader_pin_memory,
         )
 
-    @property
-    def batch(self) -> list[list[int]]:
-        """Row numbers of this rank's examples in this step, one list a micro-step."""
+    def _batch_of_step(self) -> list[list[int]]:
+        """Return the row numbers of this rank's examples in this step, one list a micro-step."""
         assert self._batches is not None
         return list(self._batches.of_this_step)
 
@@ -185,7 +189,7 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        self._numbers.end_step(norm, step=self.state.global_step + 1, batch=self.batch)
+        self._numbers.end_step(norm, step=self.state.global_step + 1, batch=self._batch_of_step())
         return norm
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
