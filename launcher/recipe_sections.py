@@ -191,6 +191,9 @@ class RecoverySection:
     100 s at least; 0 waits for ever."""
     phase_seconds: float | None = None
     """The same for load, init, the first step, eval and save; ``None``: half an hour."""
+    min_nodes: int | None = None
+    """A run that loses hosts of its hostfile goes on with the rest, if so many are left;
+    ``None``: only while spare hosts take their places (more in the hostfile than num_nodes)."""
     on_nan: Literal["stop", "skip"] = "stop"
     """Losses or gradients that are not finite end the run, or their step is left out."""
 

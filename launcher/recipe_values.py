@@ -66,6 +66,7 @@ def impossible_values(recipe: Recipe) -> Iterator[str]:
         "cluster.inter_node_gbit_per_s": recipe.cluster.inter_node_gbit_per_s,
         "cluster.price_per_gpu_hour": recipe.cluster.price_per_gpu_hour,
         "recovery.max_attempts": recipe.recovery.max_attempts,
+        "recovery.min_nodes": recipe.recovery.min_nodes,
         "slurm.cpus_per_task": recipe.slurm.cpus_per_task,
         "slurm.signal_seconds": recipe.slurm.signal_seconds,
         "strategy.micro_batch_size_per_gpu": recipe.strategy.micro_batch_size_per_gpu,
@@ -82,6 +83,10 @@ def impossible_values(recipe: Recipe) -> Iterator[str]:
     for key, value in positive.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
             yield f"{key} is {value}, it must be a number above 0"
+    for key in ("watchdog_seconds", "phase_seconds"):
+        value = getattr(recipe.recovery, key)
+        if value is not None and not 0 <= value < math.inf:
+            yield f"recovery.{key} is {value}, it must be a number of seconds, or 0 for no limit"
     if not 0 <= recipe.lora.dropout < 1:
         yield f"lora.dropout is {recipe.lora.dropout}, it must be at least 0 and below 1"
     if not 0 <= recipe.optim.warmup_ratio <= 1:

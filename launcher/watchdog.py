@@ -8,8 +8,6 @@ from launcher.failure_kind import EXIT_STATUS, FailureKind
 
 HUNG_EXIT_STATUS = EXIT_STATUS[FailureKind.hang]
 """What a rank that hangs ends itself with."""
-HUNG = "RankHungError"
-"""``RankFailure.type`` of such a rank."""
 STEP_FACTOR = 10.0
 """Of the predicted step time; the worst run measured took 1.62 times its prediction (README)."""
 FLOOR_SECONDS = 100.0

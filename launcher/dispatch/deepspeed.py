@@ -180,7 +180,16 @@ class HostfileBackend(LocalBackend):
 
 
 def read_hosts(section: ClusterSection) -> tuple[Host, ...]:
-    """Return the hosts that a recipe's hostfile and filters leave.
+    """Return the hosts to run on: the first ``num_nodes`` of :func:`all_hosts`, or all.
+
+    Raises:
+        HostfileError: the hostfile or a filter cannot be read, or nothing is left.
+    """
+    return all_hosts(section)[: section.num_nodes]
+
+
+def all_hosts(section: ClusterSection) -> tuple[Host, ...]:
+    """Return the hosts that a recipe's hostfile and filters leave, spare ones at the end.
 
     Raises:
         HostfileError: the hostfile or a filter cannot be read, or nothing is left.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import signal
@@ -23,6 +24,8 @@ _CONSEQUENCE = re.compile(
     r"remote process exited|Timed out waiting",
     re.IGNORECASE,
 )
+# Frames of a rank that waits for the others.
+_COLLECTIVE = re.compile(r"/(torch/distributed|deepspeed/comm)/")
 # pdsh puts the host before each line.
 _ERROR_LINE = re.compile(
     r"(?:[\w.-]+: )?(?:\[rank ?\d+\]:? )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)"
@@ -44,6 +47,16 @@ class DeadRank:
         return f"rank {self.rank}" + (f" on {self.host}" if self.host else "")
 
 
+class HostLostError(JobFailedError):
+    """Hosts crashed, were cut off, or hang; ``hosts`` are in the order in which they were lost."""
+
+    kind = FailureKind.lost_host
+
+    def __init__(self, problem: str, *, where: str, fix: str, hosts: tuple[str, ...]) -> None:
+        super().__init__(problem, where=where, fix=fix)
+        self.hosts = hosts
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LostHost:
     """A host that crashed, was cut off, or hangs."""
@@ -57,9 +70,11 @@ def read_failures(run_dir: Path) -> tuple[RankPeaks, ...]:
     """Return the ranks that say why they failed, the likely cause first.
 
     When one rank raises, the others fail a moment later in the collective that it left; those
-    come last, and among equals the file that was written first comes first.
+    come last, and among equals the file that was written first comes first. When one hangs,
+    those that wait for it hang, too: the one that is in no collective, and of those the one that
+    got least far, comes first.
     """
-    found: list[tuple[bool, float, RankPeaks]] = []
+    found: list[tuple[int, tuple[bool, int], float, RankPeaks]] = []
     for path in (run_dir / rd.RANKS).glob("[0-9]*.json"):
         try:
             written = path.stat().st_mtime
@@ -68,8 +83,14 @@ def read_failures(run_dir: Path) -> tuple[RankPeaks, ...]:
             _log.warning("cannot read a rank's file: %s", error)
             continue
         if peaks.failure is not None and peaks.state in ("failed", "out_of_memory"):
-            found.append((is_consequence(peaks), written, peaks))
-    return tuple(peaks for *_, peaks in sorted(found, key=lambda item: item[:2]))
+            order, progress = 0, (False, 0)
+            if is_consequence(peaks):
+                order = 2
+            elif peaks.failure.kind is FailureKind.hang:
+                waits = bool(_COLLECTIVE.search(peaks.failure.traceback))
+                order, progress = 1, (waits, peaks.beats)
+            found.append((order, progress, written, peaks))
+    return tuple(peaks for *_, peaks in sorted(found, key=lambda item: item[:3]))
 
 
 def is_consequence(peaks: RankPeaks) -> bool:
@@ -101,16 +122,16 @@ def describe_failure(
     dead_ranks = sorted(dead_ranks, key=lambda dead: dead.exit_status in told_to_stop)
     failures = read_failures(run_dir)
     if failures and not is_consequence(failures[0]):
-        return _reported(failures, log, where=str(log_file))
+        return _reported(failures, log, where=str(log_file), silent=_silent_ranks(run_dir))
     if lost_hosts:
         more = [host.host for host in lost_hosts[1:9]]
         also = f"\n  then lost too: {', '.join(more)}" if more else ""
         first = lost_hosts[0]
-        return JobFailedError(
+        return HostLostError(
             f"{first.host} was lost: {first.problem}{also}",
             where=str(run_dir),
             fix=first.fix,
-            kind=FailureKind.lost_host,
+            hosts=tuple(host.host for host in lost_hosts),
         )
     if failures and _first_killed(dead_ranks) is None:
         return _reported(failures, log, where=str(log_file))
@@ -151,7 +172,20 @@ _SIGNAL_FIXES = {
 }
 
 
-def _reported(failures: tuple[RankPeaks, ...], log: list[str], *, where: str) -> JobFailedError:
+def _silent_ranks(run_dir: Path) -> list[str]:
+    """Return the ranks that were ended and had not been able to say anything of it."""
+    silent = []
+    for path in (run_dir / rd.RANKS).glob("[0-9]*.json"):
+        with contextlib.suppress(RunDirError, OSError):  # the others' word is enough
+            peaks = rd.read_rank(path)
+            if peaks.state == "running":
+                silent.append(f"rank {peaks.rank} on {peaks.host}")
+    return sorted(silent)
+
+
+def _reported(
+    failures: tuple[RankPeaks, ...], log: list[str], *, where: str, silent: Sequence[str] = ()
+) -> JobFailedError:
     first = failures[0]
     assert first.failure is not None
     failure = first.failure
@@ -164,6 +198,9 @@ def _reported(failures: tuple[RankPeaks, ...], log: list[str], *, where: str) ->
     last = (message.splitlines() or lines or [""])[-1]
     if not own_fix and not any(line.endswith(last) for line in log):
         problem += "\n" + "\n".join(f"    {line}" for line in lines)
+    if failure.kind is FailureKind.hang and silent:
+        # Its own watchdog did not run either.
+        problem += f"\n  it may wait for {', '.join(silent[:8])}: stopped, or on a host that hangs"
     others = [str(peaks.rank) for peaks in failures[1:9]]
     if others:
         more = f" and {len(failures) - 9} more" if len(failures) > 9 else ""

@@ -19,6 +19,8 @@ class Action(StrEnum):
     """Start again from the newest complete checkpoint."""
     next_rung = "next_rung"
     """The same, with a plan that needs less of the memory that ran out."""
+    other_hosts = "other_hosts"
+    """The same, on the hosts that are left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +43,11 @@ _ACTIONS: Mapping[FailureKind, Decision] = {
     ),
     FailureKind.interrupted: Decision(action=Action.stop, reason="somebody asked for it"),
     FailureKind.lost_host: Decision(
-        action=Action.stop, reason="without that host there is no place for the plan"
+        action=Action.other_hosts, reason="the other hosts may take over"
     ),
-    FailureKind.hang: Decision(action=Action.stop, reason="the next attempt may hang as well"),
+    FailureKind.hang: Decision(
+        action=Action.same_plan, reason="what it waited for may answer the next time"
+    ),
     FailureKind.nan: Decision(action=Action.stop, reason="the same numbers would come again"),
     FailureKind.storage: Decision(
         action=Action.stop, reason="what is saved next would be lost as well"

@@ -10,14 +10,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launcher.dispatch.failure import read_failures
+from launcher.dispatch.failure import HostLostError, is_consequence, read_failures
 from launcher.dispatch.run_state import last_logged
 from launcher.errors import JobFailedError
 from launcher.failure_kind import FailureKind
 from launcher.peaks import RankPeaks
 from launcher.prepare import Prepared
 from launcher.recovery.decide import Action, Decision, decide
-from launcher.recovery.next_rung import next_rung
+from launcher.recovery.next_rung import changed_fields, next_rung
+from launcher.recovery.other_hosts import FENCE_SECONDS, NoOtherHostsError, on_other_hosts
 from launcher.recovery.record import FailedAttempt, append_failed_attempt
 from launcher.run_checkpoints import newest_checkpoint
 
@@ -54,6 +55,8 @@ class Following:
     """Fields of the strategy or the cluster that differ: before, after."""
     given_up: tuple[str, ...] = ()
     """Those of them that the recipe had set."""
+    wait_seconds: float = 0.0
+    """Before it starts: until ranks that cannot be reached have ended by themselves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +84,8 @@ class Verdict:
             yield "  global batch, order of the data and learning-rate schedule stay the same"
         else:
             yield f"starting again: {record.reason}"
+        if wait_seconds := self.following.wait_seconds:
+            yield f"  in {wait_seconds:.0f} s, when ranks on lost hosts have ended by themselves"
         if record.given_up:
             yield f"  this gives up what the recipe sets: {', '.join(record.given_up)}"
         step = record.resumes_from_step
@@ -111,11 +116,15 @@ def judge(
         run_dir=run_dir,
         prepared=prepared,
         error=error,
-        first=next(iter(read_failures(run_dir)), None),
+        first=next((rank for rank in read_failures(run_dir) if not is_consequence(rank)), None),
         earlier=earlier,
     )
     decision = decide(error.kind, earlier, prepared.recipe.recovery)
-    following = _FOLLOWING[decision.action](situation)
+    following = None
+    try:
+        following = _FOLLOWING[decision.action](situation)
+    except NoOtherHostsError as why:
+        decision = Decision(action=Action.stop, reason=str(why))
     if error.kind in _MEMORY and following is None:
         # Not to be started; but the last word says what would fit.
         error = _with_what_would_fit(error, run_dir, _next_rung(situation))
@@ -176,10 +185,28 @@ def _next_rung(situation: Situation) -> Following:
     return Following(prepared=rung.prepared, changes=rung.changes, given_up=rung.given_up)
 
 
+def _other_hosts(situation: Situation) -> Following:
+    before, error = situation.prepared, situation.error
+    lost = error.hosts if isinstance(error, HostLostError) else ()
+    found = on_other_hosts(situation.run_dir, before, lost)
+    changes = changed_fields(before.plan.strategy, found.plan.strategy)
+    nodes = (before.plan.cluster.num_nodes, found.plan.cluster.num_nodes)
+    if nodes[0] != nodes[1]:
+        changes["num_nodes"] = nodes
+    explicit = {k for k in changes if getattr(before.recipe.strategy, k, None) is not None}
+    return Following(
+        prepared=found,
+        changes=changes,
+        given_up=tuple(sorted(explicit)),
+        wait_seconds=FENCE_SECONDS,
+    )
+
+
 _FOLLOWING: Mapping[Action, Callable[[Situation], Following | None]] = {
     Action.stop: _stop,
     Action.same_plan: _same_plan,
     Action.next_rung: _next_rung,
+    Action.other_hosts: _other_hosts,
 }
 
 

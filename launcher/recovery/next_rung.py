@@ -64,15 +64,15 @@ def next_rung(
     ceiling = _ceiling(prepared.plan, kind, phase, fraction)
     recipe = prepared.recipe
     found = prepared
-    for fixed in _what_may_change(recipe):
-        section = _loadable(fixed, prepared.plan.strategy, run_dir)
+    for fixed in what_may_change(recipe):
+        section = loadable(fixed, prepared.plan.strategy, run_dir)
         found = prepare(replace(recipe, strategy=section), source=str(run_dir), ceiling=ceiling)
         if found.plan.fits:
             break
     changes = changed_fields(prepared.plan.strategy, found.plan.strategy)
     explicit = {key for key in changes if getattr(recipe.strategy, key, None) is not None}
     return Rung(
-        prepared=replace(found, recipe=_with_plan(recipe, found.plan)),
+        prepared=replace(found, recipe=with_plan(recipe, found.plan)),
         changes=changes,
         given_up=tuple(sorted(explicit)),
     )
@@ -101,7 +101,7 @@ def _ceiling(plan: Plan, kind: FailureKind, phase: str | None, fraction: float) 
     )
 
 
-def _what_may_change(recipe: Recipe) -> list[StrategySection]:
+def what_may_change(recipe: Recipe) -> list[StrategySection]:
     """Return the strategy fields that stay fixed, fewer from one to the next."""
     if recipe.recovery.oom == "within_recipe":
         return [recipe.strategy]
@@ -110,7 +110,7 @@ def _what_may_change(recipe: Recipe) -> list[StrategySection]:
     return [kept] if kept == freed else [kept, freed]
 
 
-def _loadable(section: StrategySection, last: Strategy, run_dir: Path) -> StrategySection:
+def loadable(section: StrategySection, last: Strategy, run_dir: Path) -> StrategySection:
     """Fix what the newest checkpoint cannot be converted to (launcher/worker/universal.py)."""
     if newest_checkpoint(run_dir) is None:
         return section
@@ -123,7 +123,7 @@ def _loadable(section: StrategySection, last: Strategy, run_dir: Path) -> Strate
     return replace(section, nvme_path=None)
 
 
-def _with_plan(recipe: Recipe, plan: Plan) -> Recipe:
+def with_plan(recipe: Recipe, plan: Plan) -> Recipe:
     """Return the recipe with the plan's choices written down, for whoever resumes the run."""
     strategy = plan.strategy
     chosen = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -96,6 +97,7 @@ def _supervise(
                 say(line)
             if verdict.following is None:
                 raise verdict.error from None
+            time.sleep(verdict.following.wait_seconds)
             failed.append(verdict.record)
             prepared = verdict.following.prepared
             attempt = partial(resume_run, run_dir, prepared, say=say, console=console)

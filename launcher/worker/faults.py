@@ -124,8 +124,16 @@ def _be_killed(_phase: Phase) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _hang(_phase: Phase) -> None:
+    import time
+
+    while True:
+        time.sleep(3600)
+
+
 _STRIKES: Mapping[str, Callable[[Phase], None]] = {
     "oom": _run_out_of_memory,
     "host_oom": _run_out_of_host_memory,
     "kill": _be_killed,
+    "hang": _hang,
 }

@@ -20,7 +20,7 @@ from launcher import run_dir
 from launcher.errors import JobFailedError
 from launcher.failure_kind import FailureKind
 from launcher.peaks import RankFailure, RankPeaks, peaks_to_json
-from launcher.watchdog import HUNG, HUNG_EXIT_STATUS, Patience
+from launcher.watchdog import HUNG_EXIT_STATUS, Patience
 
 TICK_SECONDS = 1.0
 WRITE_INTERVAL_SECONDS = 5.0
@@ -35,9 +35,6 @@ class RankHungError(JobFailedError):
     """A rank that got no further for longer than it may."""
 
     kind = FailureKind.hang
-
-
-assert RankHungError.__name__ == HUNG
 
 
 class Heartbeat:
@@ -171,7 +168,7 @@ class Heartbeat:
             faulthandler.dump_traceback(stream, all_threads=True)
         failure = RankFailure(
             phase=self._phase or "between steps",
-            type=HUNG,
+            type=type(error).__name__,
             message=str(error),
             traceback="".join(traceback.format_list(main)),
             kind=error.kind,
@@ -187,11 +184,12 @@ class Heartbeat:
         since = time.strftime("%H:%M:%S", time.gmtime(self._progress_at))
         inner = main[-1]
         where = f"{Path(inner.filename).name}:{inner.lineno} in {inner.name}"
-        phase = self._phase or "between two steps"
+        phase = f"phase {self._phase}" if self._phase else "between two phases"
         return RankHungError(
-            f"no progress since {since} UTC in phase {phase}, step {self._steps_done + 1}: "
-            f"longer than {limit_seconds:g} s, at {where}; all stacks are in {stack_file}",
-            where=f"rank {self.known.rank} on {self.known.host}",
-            fix="the stack shows what it waits for; a slow cluster needs a larger "
+            f"no progress since {since} UTC, for more than {limit_seconds:g} s, in step "
+            f"{self._steps_done + 1} of this attempt, {phase}, at {where}",
+            where=stack_file,
+            fix="the file has the stacks of all threads; where all ranks wait in a collective, "
+            "the network between them is dead; a slow cluster needs a larger "
             "recovery.watchdog_seconds or recovery.phase_seconds",
         )

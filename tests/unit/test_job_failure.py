@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher import run_dir as rd
-from launcher.dispatch.failure import DeadRank, describe_failure, read_failures
+from launcher.dispatch.failure import (
+    DeadRank,
+    HostLostError,
+    LostHost,
+    describe_failure,
+    read_failures,
+)
+from launcher.failure_kind import FailureKind
 from launcher.peaks import RankFailure, RankPeaks, RankState, peaks_to_json
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\nValueError: boom\n'
@@ -27,6 +35,8 @@ def write_rank(
     message: str = "boom",
     state: RankState = "failed",
     written: float = 1000.0,
+    beats: int = 0,
+    **failure: Any,
 ) -> None:
     peaks = RankPeaks(
         rank=rank,
@@ -38,7 +48,16 @@ def write_rank(
         device_name="cpu",
         state=state,
         steps_done=0,
-        failure=RankFailure(phase="forward", type=type_name, message=message, traceback=TRACEBACK),
+        beats=beats,
+        failure=RankFailure(
+            **{
+                "phase": "forward",
+                "type": type_name,
+                "message": message,
+                "traceback": TRACEBACK,
+                **failure,
+            }
+        ),
     )
     path = rd.rank_file(run_dir, rank)
     rd.write_json(path, peaks_to_json(peaks))
@@ -60,6 +79,32 @@ def test_the_rank_that_raised_comes_before_those_that_lost_it(run_dir: Path) -> 
     assert error.exit_code == 4
     assert error.problem.startswith("rank 1 on node1 failed in phase forward: ValueError: boom")
     assert "then failed too: rank 2, 0" in error.problem
+
+
+def test_of_ranks_that_hang_the_one_that_the_others_wait_for_comes_first(run_dir: Path) -> None:
+    waiting = '  File "/usr/lib/torch/distributed/distributed_c10d.py", line 3252, in all_reduce\n'
+    for rank, beats, traceback in [(0, 9, waiting), (1, 8, waiting), (2, 9, TRACEBACK)]:
+        write_rank(
+            run_dir, rank, kind=FailureKind.hang, beats=beats, traceback=traceback, message="hangs"
+        )
+    assert [peaks.rank for peaks in read_failures(run_dir)] == [2, 1, 0]
+    error = describe_failure(run_dir, exit_code=84)
+    assert error.kind is FailureKind.hang
+    assert "it may wait for" not in error.problem
+
+
+def test_a_rank_whose_watchdog_did_not_run_either_is_named(run_dir: Path) -> None:
+    write_rank(run_dir, 0, kind=FailureKind.hang, message="hangs")
+    write_rank(run_dir, 3, state="running")
+    problem = describe_failure(run_dir, exit_code=84).problem
+    assert "it may wait for rank 3 on node1: stopped, or on a host that hangs" in problem
+
+
+def test_lost_hosts_are_named_for_whoever_looks_for_others(run_dir: Path) -> None:
+    lost = [LostHost(host=name, problem="it is silent", fix="look") for name in ("node2", "node3")]
+    error = describe_failure(run_dir, exit_code=None, lost_hosts=lost)
+    assert isinstance(error, HostLostError)
+    assert (error.hosts, error.kind) == (("node2", "node3"), FailureKind.lost_host)
 
 
 def test_a_traceback_that_was_not_printed_is_shown(run_dir: Path) -> None:
