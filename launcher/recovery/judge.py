@@ -151,7 +151,7 @@ def _record(
     return FailedAttempt(
         attempt=len(situation.earlier) + 1,
         supervisor=supervisor,
-        failed_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        failed_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         kind=situation.error.kind,
         problem=situation.error.problem.partition("\n")[0],
         rank=first.rank if first else None,

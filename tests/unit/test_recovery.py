@@ -106,3 +106,8 @@ def test_a_fault_strikes_once_on_its_rank_at_its_step(tmp_path: Path) -> None:
         struck.strike("backward", 2)
     struck.strike("backward", 2)
     assert faults_from_environment({}, folder=tmp_path, rank=1) is None
+
+
+def test_after_a_hang_the_same_plan_starts_again_and_after_a_lost_host_other_hosts() -> None:
+    assert decide(FailureKind.hang, [], RecoverySection()).action is Action.same_plan
+    assert decide(FailureKind.lost_host, [], RecoverySection()).action is Action.other_hosts

@@ -1,0 +1,94 @@
+"""Rows of the fault table: what was done to a real run, how soon it was noticed, what it cost.
+
+A row is kept where ``ZEROFIT_FAULT_ROWS`` names a file (``make test-faults``), and its test has
+checked it either way. ``benchmarks/make_fault_table.py`` makes the table in docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from launcher import run_dir as rd
+from launcher.recovery.record import FailedAttempt, read_failed_attempts
+
+VARIABLE = "ZEROFIT_FAULT_ROWS"
+
+
+def add_row(
+    *,
+    fault: str,
+    backend: str,
+    zero_stage: int,
+    noticed_seconds: float,
+    steps_lost: int,
+    result: str,
+) -> None:
+    """Keep a row.
+
+    Args:
+        fault: what was done to the run.
+        backend: what ran it.
+        zero_stage: of the run.
+        noticed_seconds: from the fault to the moment when its reason was known and no process of
+            the attempt was left that could be reached.
+        steps_lost: optimizer steps that were done again.
+        result: what became of the run.
+    """
+    if path := os.environ.get(VARIABLE):
+        row = {
+            "fault": fault,
+            "backend": backend,
+            "zero_stage": zero_stage,
+            "noticed_seconds": round(noticed_seconds, 1),
+            "steps_lost": steps_lost,
+            "result": result,
+        }
+        with Path(path).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+
+def failed_attempts(
+    run_dir: Path, struck_at: Sequence[float] | None = None
+) -> Iterator[tuple[FailedAttempt, float]]:
+    """Yield the run's failed attempts, each with the seconds from its fault to its record.
+
+    Args:
+        run_dir: of a run whose supervisor has seen faults.
+        struck_at: Unix time of each fault; by default those of the injected ones.
+    """
+    marks = sorted(path.stat().st_mtime for path in (run_dir / ".faults").glob("*"))
+    attempts = read_failed_attempts(run_dir)
+    for attempt, struck in zip(attempts, struck_at or marks, strict=True):
+        yield attempt, datetime.fromisoformat(attempt.failed_at).timestamp() - struck
+
+
+def steps_lost(attempt: FailedAttempt) -> int:
+    """Return the steps that the next attempt did again."""
+    return attempt.step - (attempt.resumes_from_step or 0)
+
+
+def rows_of_steps(run_dir: Path) -> dict[int, list[int]]:
+    """Return the examples that each step of a run took on all ranks, sorted.
+
+    Of a step that was lost and done again, what it took the last time.
+    """
+    taken: dict[int, list[int]] = {}
+    for path in (run_dir / "batches").glob("*.jsonl"):
+        last: dict[int, list[list[int]]] = {}
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            last[entry["step"]] = entry["rows"]
+        for step, micro_batches in last.items():
+            taken.setdefault(step, []).extend(row for batch in micro_batches for row in batch)
+    return {step: sorted(rows) for step, rows in taken.items()}
+
+
+def losses_of_steps(run_dir: Path) -> Mapping[int, float]:
+    """Return the training loss of each step, as it was logged last."""
+    lines = (run_dir / rd.TRAINER_LOG).read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}

@@ -1,0 +1,170 @@
+"""Real runs on this machine through faults: they end as if nothing had happened.
+
+Each test keeps rows of the fault table in docs/reliability.md (``make test-faults``).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from fault_rows import add_row, failed_attempts, losses_of_steps, rows_of_steps, steps_lost
+from worker_runs import Nursery, environment, make_model, write_chats
+
+from launcher import run_dir as rd
+from launcher.dispatch import process_group
+from launcher.failure_kind import FailureKind
+from launcher.strategy import ZeroStage
+
+pytestmark = [pytest.mark.integration, pytest.mark.faults]
+
+ZEROFIT = [sys.executable, "-m", "launcher.cli"]
+NUM_EXAMPLES = 32
+NUM_STEPS = 8
+STEPS_PER_EPOCH = 4
+WAIT_SECONDS = 400.0  # for machines that do much else
+# Sums over ranks and micro-batches in another order: float32, losses near 5, eight steps of Adam.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, and a recipe of two epochs that saves every second step."""
+    root = tmp_path_factory.mktemp("faults")
+    make_model(root / "model")
+    write_chats(root / "train.jsonl", NUM_EXAMPLES)
+    (root / "recipe.yaml").write_text(
+        f"model: {{name_or_path: {root / 'model'}, precision: fp32}}\n"
+        "method: full\nmax_seq_len: 64\ndata: {path: train.jsonl}\n"
+        "optim: {global_batch_size: 8, num_train_epochs: 2, warmup_ratio: 0.0, save_steps: 2}\n"
+        "strategy: {micro_batch_size_per_gpu: 2}\ncluster: {gpus_per_node: 2}\n"
+        "recovery: {watchdog_seconds: 5}\n"
+    )
+    return root
+
+
+class Run:
+    """A ``zerofit train`` that runs in its own session, with faults."""
+
+    def __init__(self, place: Path, name: str, *changes: str, faults: str = "") -> None:
+        self.folder = place / name
+        variables = {"ZEROFIT_RECORD_BATCHES": "1", "ZEROFIT_FAULT": faults}
+        self.log = place / f"{name}.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*ZEROFIT, "train", "recipe.yaml", *changes, "--output-dir", name],
+                cwd=place,
+                env=environment() | variables,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def until_step(self, step: int) -> None:
+        """Wait until a step has been logged."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        path = self.folder / rd.TRAINER_LOG
+        while not (path.exists() and f'"step": {step},' in path.read_text()):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def end(self) -> int:
+        """Return the exit status; nothing of the run may be left."""
+        status = self.process.wait(timeout=WAIT_SECONDS)
+        run_id = json.loads((self.folder / rd.JOB).read_text())["run_id"]
+        assert process_group.find_processes(run_id) == []
+        return status
+
+
+@pytest.fixture
+def start(place: Path) -> Iterator[Callable[..., Run]]:
+    """Return a function that starts a run; what still runs is ended."""
+    started: list[Run] = []
+
+    def run(name: str, *changes: str, faults: str = "") -> Run:
+        started.append(Run(place, name, *changes, faults=faults))
+        return started[-1]
+
+    yield run
+    for item in started:
+        if item.process.poll() is None:
+            for process in psutil.Process(item.process.pid).children(recursive=True):
+                process.kill()
+            item.process.kill()
+            item.process.wait()
+
+
+def assert_as_if_nothing_had_happened(nursery: Nursery, run: Path) -> None:
+    """Compare with the same run without faults: losses, and which examples each step took."""
+    first = run / "attempts" / "1"
+    undisturbed = run.with_name(f"{run.name}-undisturbed")
+    undisturbed.mkdir()
+    for name in (rd.RECIPE, rd.PLAN, rd.DS_CONFIG):
+        (undisturbed / name).write_bytes((first / name).read_bytes())
+    (undisturbed / "data").symlink_to((run / "data").resolve())
+    assert nursery.train(undisturbed).returncode == 0
+    losses, expected = losses_of_steps(run), losses_of_steps(undisturbed)
+    assert sorted(losses) == list(range(1, NUM_STEPS + 1))
+    assert losses == pytest.approx(expected, abs=TOLERANCE)
+    assert rd.read_status(run).state == "finished"
+
+
+def assert_each_example_was_seen_once_an_epoch(run: Path) -> None:
+    taken = rows_of_steps(run)
+    assert sorted(taken) == list(range(1, NUM_STEPS + 1))
+    for epoch in range(NUM_STEPS // STEPS_PER_EPOCH):
+        first = epoch * STEPS_PER_EPOCH + 1
+        rows = [row for step in range(first, first + STEPS_PER_EPOCH) for row in taken[step]]
+        assert sorted(rows) == list(range(NUM_EXAMPLES))
+
+
+FAULTS = {
+    FailureKind.killed: "kill:forward:step=4:rank=1",
+    FailureKind.hang: "hang:backward:step=6:rank=0",
+    FailureKind.gpu_oom: "oom:backward:step=8:rank=1",
+}
+NAMES = {
+    FailureKind.killed: "a rank is killed (SIGKILL)",
+    FailureKind.hang: "a rank hangs (watchdog at 5 s)",
+    FailureKind.gpu_oom: "a rank's GPU memory runs out (injected)",
+    FailureKind.host_oom: "a rank's host memory runs out (injected)",
+    FailureKind.nan: "a batch's loss is NaN",
+}
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))],
+)
+def test_a_run_with_three_faults_ends_with_the_losses_of_one_without(
+    nursery: Nursery, start: Callable[..., Run], stage: ZeroStage
+) -> None:
+    run = start(f"zero{stage}", f"strategy.zero_stage={stage}", faults=",".join(FAULTS.values()))
+    assert run.end() == 0, run.log.read_text()
+    found = list(failed_attempts(run.folder))
+    assert [attempt.kind for attempt, _ in found] == list(FAULTS)
+    # Step 4, 6 and 8 were under way, and every second one had been saved.
+    assert [steps_lost(attempt) for attempt, _ in found] == [1, 1, 1]
+    assert "rank 0 on" in found[1][0].problem
+    assert "in _hang" in found[1][0].problem
+    assert "in _hang" in (run.folder / "attempts/2/logs/stack-00000.txt").read_text()
+    assert_each_example_was_seen_once_an_epoch(run.folder)
+    assert_as_if_nothing_had_happened(nursery, run.folder)
+    for attempt, seconds in found:
+        result = "resumed; same losses as without"
+        if attempt.changes:
+            result = "resumed with another plan; same losses as without"
+        add_row(
+            fault=NAMES[attempt.kind],
+            backend="local",
+            zero_stage=stage,
+            noticed_seconds=seconds,
+            steps_lost=steps_lost(attempt),
+            result=result,
+        )
