@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-unit test-slow test-cluster test-cluster-all check format golden clean help
+.PHONY: demo test test-unit test-slow test-cluster test-cluster-all fuzz check format golden clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ test-cluster: $(VENV)/dev.stamp  ## the tests on virtual hosts; installs Debian 
 test-cluster-all: $(VENV)/dev.stamp  ## the same and those that take minutes
 	if [[ $$(id -u) == 0 ]]; then tests/cluster/install.sh; fi
 	$(BIN)/pytest tests/cluster
+
+fuzz: $(VENV)/dev.stamp  ## 10,000 broken files and outputs of programs: no traceback, no hang
+	ZEROFIT_FUZZ_EACH=500 $(BIN)/pytest -n 2 tests/unit/test_fuzz.py
 
 check: $(VENV)/dev.stamp  ## format, lint, types, layers
 	$(BIN)/ruff format --check .

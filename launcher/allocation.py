@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from launcher.errors import SetupError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
@@ -22,22 +24,37 @@ class Allocation:
 def current_allocation(environ: Mapping[str, str] = os.environ) -> Allocation | None:
     """Return the allocation that this process is in; ``None`` outside of Slurm.
 
+    Raises:
+        SetupError: the number of nodes is none.
+
     Source: sbatch(1) and salloc(1), OUTPUT ENVIRONMENT VARIABLES, Slurm 22.05.
     """
     if not environ.get("SLURM_JOB_ID", "").isdigit() or "SLURM_JOB_NODELIST" not in environ:
         return None
-    gpus = _last_number(environ.get("SLURM_GPUS_ON_NODE") or environ.get("SLURM_GPUS_PER_NODE"))
+    # The end of 'h100:2'.
+    gpus = _number(r"\d+$", environ.get("SLURM_GPUS_ON_NODE") or environ.get("SLURM_GPUS_PER_NODE"))
     tasks = environ.get("SLURM_NTASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
     return Allocation(
         job_id=environ["SLURM_JOB_ID"],
-        num_nodes=int(environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or 1),
-        gpus_per_node=gpus or None,
+        num_nodes=_num_nodes(environ),
+        gpus_per_node=gpus,
         # '2(x4)': two on each of four nodes.
-        tasks_per_node=int(re.match(r"\d*", tasks)[0] or 0) or None if tasks else None,  # type: ignore[index]
+        tasks_per_node=_number(r"^\d+", tasks),
     )
 
 
-def _last_number(text: str | None) -> int | None:
-    """Return the number at the end of ``2`` or ``h100:2``."""
-    match = re.search(r"(\d+)$", text or "")
-    return int(match[1]) if match else None
+def _num_nodes(environ: Mapping[str, str]) -> int:
+    value = environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or "1"
+    if not re.fullmatch("[0-9]{1,9}", value) or int(value) == 0:
+        raise SetupError(
+            f"SLURM_JOB_NUM_NODES is {value!r}, which is no number of nodes",
+            where="environment",
+            fix="unset Slurm's variables outside of a job",
+        )
+    return int(value)
+
+
+def _number(pattern: str, text: str | None) -> int | None:
+    """Return the number above 0 that a pattern finds, if there is one."""
+    match = re.search(pattern, text or "", re.ASCII)
+    return int(match[0][-9:]) or None if match else None

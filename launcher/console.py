@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from launcher.errors import LauncherError
+from launcher.redact import redacted
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -27,4 +28,4 @@ def say_aside(line: str) -> None:
 def show_error(error: LauncherError) -> None:
     """Print an error that a user can mend, unless a program that we ran has shown it already."""
     if not error.is_shown:
-        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escape(redacted(str(error)))}", soft_wrap=True)

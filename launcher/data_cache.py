@@ -115,9 +115,15 @@ def load_summary(folder: Path) -> DataSummary:
             where=str(folder),
             fix=f"run `python -m launcher.worker.data --run-dir {folder.parent}` first",
         ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"cannot be read: {error}",
+            where=str(folder / SUMMARY),
+            fix=f"remove {folder}, and tokenise the data anew",
+        ) from None
     try:
         return summary_from_json(content)
-    except (TypeError, KeyError):
+    except (TypeError, KeyError, AttributeError, ValueError):
         raise DataError(
             "another version of zerofit wrote this",
             where=str(folder / SUMMARY),

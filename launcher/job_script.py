@@ -13,6 +13,7 @@ from typing import Literal
 
 from launcher.errors import RunDirError, SetupError
 from launcher.hostfile import Host, equal_slots, render_filter, render_hostfile
+from launcher.redact import SECRET_NAME
 
 JOB_SCRIPT = "job.sh"
 HOSTFILE = "hostfile"
@@ -33,7 +34,6 @@ _JIT_ARCH = re.compile(r"\d+\.\d+(\+PTX)?")
 # DeepSpeed hands these to a remote shell without quotes (0.19.8 launcher/multinode_runner.py).
 _SAFE_IN_REMOTE_SHELL = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|(API)?KEY|CREDENTIALS?)($|_)", re.IGNORECASE)
 # Else a host whose cable is pulled is noticed by TCP only, after hours.
 _SSH_KEEP_ALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"
 # What other hosts get of the environment that a job is started in: where things are and how to
@@ -136,7 +136,7 @@ def job_environment(job: DeepSpeedJob) -> dict[str, str]:
                 where="environment of the job",
                 fix="use letters, digits and underscores",
             )
-        if _SECRET.search(name):
+        if SECRET_NAME.search(name):
             raise SetupError(
                 f"{name} looks like a secret, and job.sh is a file that others may read",
                 where="environment of the job",

@@ -7,7 +7,9 @@ import io
 import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -68,7 +70,7 @@ class Result:
             RecipeError: this zerofit does not read it.
         """
         text = yaml.safe_dump(dict(self.content["recipe"]))
-        return parse_recipe(text, source=f"result of {self.case}")
+        return _parsed(text, f"result of {self.case}")
 
     @property
     def failure(self) -> str | None:
@@ -102,6 +104,11 @@ class Result:
         if predicted is None or measured is None:
             return None
         return (predicted - measured) / measured
+
+
+@lru_cache(maxsize=4096)
+def _parsed(recipe: str, source: str) -> Recipe:
+    return parse_recipe(recipe, source=source)
 
 
 def prediction_of(plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,11 +177,11 @@ def parse_results(text: str, *, source: str) -> tuple[Result, ...]:
     found: dict[str, Result] = {}
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         try:
-            content = json.loads(line)
-            found.pop(content["case"], None)
-            found[content["case"]] = Result(content=content)
-            _ = content["state"]
-        except (ValueError, KeyError, TypeError):
+            result = Result(content=json.loads(line))
+            _prove_readable(result)
+            found.pop(result.case, None)
+            found[result.case] = result
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if not line.endswith("\n"):
                 break
             raise RunDirError(
@@ -183,6 +190,14 @@ def parse_results(text: str, *, source: str) -> tuple[Result, ...]:
                 fix="remove the line, or write the results into another folder",
             ) from None
     return tuple(found.values())
+
+
+def _prove_readable(result: Result) -> None:
+    """Look at all that is shown of a result, so that what it lacks is found where it is read."""
+    describe_result(result)
+    # A recipe of another zerofit: whoever needs it says so.
+    with suppress(RecipeError):
+        dict(_csv_cells(result))
 
 
 def remaining(

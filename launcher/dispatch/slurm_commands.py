@@ -143,6 +143,11 @@ def failed_nodes(nodes: str) -> str:
         ControllerError: Slurm does not answer.
     """
     shown = _run(["sinfo", "--noheader", "--Node", "--nodes", nodes, "--format", "%N|%T|%E"])
+    return parse_failed_nodes(shown)
+
+
+def parse_failed_nodes(shown: str) -> str:
+    """Return what :func:`failed_nodes` does, from what sinfo printed."""
     lines = dict.fromkeys(line.strip() for line in shown.splitlines())  # one per partition
     bad = []
     for line in lines:
@@ -163,6 +168,11 @@ def _ask_controller(job_ids: Sequence[str]) -> dict[str, SlurmJobState]:
         if "Invalid job id" in error.problem:
             return {}
         raise
+    return parse_jobs(shown)
+
+
+def parse_jobs(shown: str) -> dict[str, SlurmJobState]:
+    """Return the jobs that squeue printed, by number."""
     found = {}
     for line in shown.splitlines():
         job_id, state, reason, nodes, start = (line.strip().split("|") + [""] * 4)[:5]
@@ -184,6 +194,11 @@ def _ask_accounting(job_ids: Sequence[str]) -> dict[str, SlurmJobState]:
     except ControllerError:
         # Most clusters without slurmdbd: "Slurm accounting storage is disabled".
         return {}
+    return parse_accounting(shown)
+
+
+def parse_accounting(shown: str) -> dict[str, SlurmJobState]:
+    """Return the jobs that sacct printed, by number."""
     found = {}
     for line in shown.splitlines():
         job_id, state, nodes, reason = (line.strip().split("|") + [""] * 3)[:4]

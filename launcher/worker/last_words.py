@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from launcher import run_dir
 from launcher.errors import LauncherError
 from launcher.failure_kind import FailureKind
+from launcher.redact import redacted
 from launcher.stop_file import clear_stop
 from launcher.worker.ranks import Ranks
 
@@ -44,7 +45,7 @@ def report_failure(
         # The launcher says it too, in the end; nobody else does when job.sh is started by hand.
         with contextlib.suppress(OSError):
             said = f"rank {ranks.rank}: {type(error).__name__}: {error}".splitlines()[0]
-            run_dir.write_status(folder, "failed", reason=said)
+            run_dir.write_status(folder, "failed", reason=redacted(said))
     if not _is_first_of_its_kind(error, folder):
         text = f"the same as on the rank above: {type(error).__name__}: {error}".splitlines()[0]
     elif isinstance(error, LauncherError):
@@ -52,7 +53,7 @@ def report_failure(
     else:
         text = "".join(traceback.format_exception(error)).rstrip()
     prefix = f"[rank {ranks.rank}] "
-    sys.stderr.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
+    sys.stderr.write("".join(f"{prefix}{line}\n" for line in redacted(text).splitlines()))
     sys.stderr.flush()
     return kind
 

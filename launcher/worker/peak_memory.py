@@ -14,6 +14,7 @@ import torch
 from launcher.failure_kind import FailureKind
 from launcher.peaks import PhasePeaks, RankFailure, RankPeaks, RankState
 from launcher.predict.memory import PHASES, Phase
+from launcher.redact import redacted
 from launcher.worker.failures import failure_kind
 from launcher.worker.heartbeat import WRITE_INTERVAL_SECONDS, Heartbeat
 from launcher.worker.memory_samples import MemorySampler
@@ -215,8 +216,8 @@ class PeakRecorder:
         self._failure = RankFailure(
             phase=self._phase or self._last_phase or "start",
             type=type(error).__name__,
-            message=str(error),
-            traceback="".join(traceback.format_exception(error)),
+            message=redacted(str(error)),
+            traceback=redacted("".join(traceback.format_exception(error))),
             kind=kind,
         )
         is_memory = kind in (FailureKind.gpu_oom, FailureKind.host_oom)

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Mapping
 from types import FrameType, MappingProxyType
 
+from launcher.redact import redacted
+
 QUIET_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -45,11 +47,20 @@ def begin_program() -> None:
 
 def quiet_libraries(own_level: int) -> None:
     """Log our own messages from ``own_level`` on, and of libraries only errors."""
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setFormatter(_WithoutSecrets("%(message)s"))
+    logging.basicConfig(level=logging.ERROR, handlers=[shown])
     logging.getLogger("launcher").setLevel(own_level)
     # Warnings of libraries about each other; nothing in them is the user's to mend.
     warnings.filterwarnings("ignore")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+class _WithoutSecrets(logging.Formatter):
+    """Log neither tokens nor keys, also where a library's error quotes them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:

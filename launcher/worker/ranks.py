@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from launcher.errors import SetupError
 from launcher.strategy import Precision
 from launcher.worker.program import QUIET_ENVIRONMENT
+from launcher.worker.weights_only import load_weights_only
 
 if TYPE_CHECKING:
     import torch
@@ -127,6 +128,7 @@ def start_process_group(device: torch.device) -> None:
     """
     import deepspeed
 
+    load_weights_only()
     backend = "nccl" if device.type == "cuda" else "gloo"
     # Each rank prints that DeepSpeed's kernel for shared memory was built (comm/torch.py).
     with contextlib.redirect_stdout(io.StringIO()):

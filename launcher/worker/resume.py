@@ -248,7 +248,7 @@ def _load_replicated(engine: Any, states: Path) -> str:
 
 
 def _read(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=False)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class RemoveConverted(TrainerCallback):  # type: ignore[misc]

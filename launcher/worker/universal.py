@@ -24,6 +24,7 @@ from typing import Any
 from launcher.errors import LauncherError, RunDirError
 from launcher.worker.checkpoints import Checkpoint, read_checkpoint
 from launcher.worker.program import begin_program
+from launcher.worker.weights_only import load_weights_only
 
 logger = logging.getLogger("launcher.worker.universal")
 
@@ -189,8 +190,7 @@ def _save(value: Any, path: Path) -> None:
 def _read(path: Path) -> Any:
     import torch
 
-    # These files were written by this run's own ranks, and hold DeepSpeed's classes.
-    return torch.load(path, map_location="cpu", weights_only=False)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -200,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     begin_program()
+    load_weights_only()
     try:
         convert(read_checkpoint(options.checkpoint), options.out)
     except LauncherError as error:

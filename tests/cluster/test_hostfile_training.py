@@ -97,3 +97,5 @@ def test_a_hostfile_s_hosts_train_together(  # noqa: PLR0917
     assert cluster.leftovers(within=5) == {}
     # The secret reached the hosts by a file that is gone again.
     assert not (folder / "environment.sh").exists()
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"hf_secret" in path.read_bytes()]
