@@ -22,6 +22,7 @@ _COMMANDS = {
     "train": "launcher.commands.train",
     "resume": "launcher.commands.resume",
     "submit": "launcher.commands.submit",
+    "top": "launcher.commands.top",
     "status": "launcher.commands.jobs",
     "logs": "launcher.commands.jobs",
     "cancel": "launcher.commands.jobs",

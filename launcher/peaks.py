@@ -57,6 +57,16 @@ class PhasePeaks:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryNow:
+    """Bytes at the moment when the file was written; ``None`` where nothing counts them."""
+
+    allocated_bytes: int | None
+    reserved_bytes: int | None
+    device_used_bytes: int | None
+    host_rss_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankFailure:
     """Why a rank stopped early."""
 
@@ -98,6 +108,7 @@ class RankPeaks:
     first_step_at: float | None = None
     """When the first step ended: Unix time of this rank's host. All ranks end it together, so
     that a difference is one of their clocks."""
+    now: MemoryNow | None = None
 
 
 def peaks_to_json(peaks: RankPeaks) -> dict[str, Any]:
@@ -116,13 +127,14 @@ def peaks_from_json(value: Mapping[str, Any]) -> RankPeaks:
         raise ValueError(f"schema_version is {version!r}, this zerofit reads {SCHEMA_VERSION}")
     content = {key: item for key, item in value.items() if key != "schema_version"}
     try:
-        failure = content.pop("failure", None)
+        failure, now = content.pop("failure", None), content.pop("now", None)
         return RankPeaks(
             **{
                 **content,
                 "phases": {k: _phase(v) for k, v in content["phases"].items()},
                 "step_seconds": tuple(content["step_seconds"]),
                 "failure": _failure_from_json(failure) if failure else None,
+                "now": MemoryNow(**now) if now else None,
             }
         )
     except (TypeError, KeyError, AttributeError, ValueError) as error:

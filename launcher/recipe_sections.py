@@ -175,6 +175,12 @@ class TrackingSection:
     """``None``: the name of the run directory."""
     sample_answer: bool | None = None
     """Answer one held-out prompt before and after; ``None``: not under ZeRO-3, nor in a sweep."""
+    metrics_port: int | None = None
+    """Each node serves Prometheus metrics at this port while it trains; 0 takes a free one."""
+    metrics_address: str = "127.0.0.1"
+    """Where it listens; ``0.0.0.0`` lets other hosts in, without a password."""
+    memory_snapshot_step: int | None = None
+    """Each rank records this step's allocations (1 is the first) for torch's memory_viz."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from launcher import run_dir
+from launcher.peaks import MemoryNow
 from launcher.timeline import MemorySample, TimelineRecorder, timeline_to_json
 from launcher.worker.process_memory import HostPeak, Sampler, monitor_device, resident_bytes
 from launcher.worker.running_peak import RunningPeak, higher_known
@@ -39,6 +40,8 @@ class MemorySampler:
         self._pinned_bytes: int | None = None
         self._load: tuple[float | None, float | None] | None = None
         self._count = 0
+        self.now: MemoryNow | None = None
+        """What was seen last."""
         self._started = self._written = time.monotonic()
 
     def start(self, take: Callable[[], None]) -> None:
@@ -107,6 +110,12 @@ class MemorySampler:
             host_rss_bytes=resident,
         )
         self._timeline.add(sample)
+        self.now = MemoryNow(
+            allocated_bytes=allocated_bytes,
+            reserved_bytes=reserved_bytes,
+            device_used_bytes=used,
+            host_rss_bytes=resident,
+        )
         wait_seconds = max(TIMELINE_INTERVAL_SECONDS, TIMELINE_FRACTION * sample.seconds)
         if now - self._written > wait_seconds:
             self._write()

@@ -260,6 +260,7 @@ class PeakRecorder:
             allocator_retries=retries,
             allocator_ooms=ooms,
             failure=self._failure,
+            now=self._samples.now,
         )
 
     def _end(self, state: RankState) -> None:

@@ -29,6 +29,7 @@ from launcher.worker.faults import faults_from_environment
 from launcher.worker.heartbeat import Heartbeat
 from launcher.worker.interruption import exit_on_signal, listen_for_stop
 from launcher.worker.last_words import report_failure
+from launcher.worker.observation import add_step_snapshot, open_to_view
 from launcher.worker.program import quiet_libraries
 from launcher.worker.ranks import (
     Ranks,
@@ -195,6 +196,7 @@ def _train(  # noqa: PLR0917
     without_built_in_progress(trainer)
     for callback in (sample, StepClock(recorder), stop):
         trainer.add_callback(callback)
+    add_step_snapshot(trainer, inputs.recipe.tracking, inputs.folder, ranks)
     # First, because it adds to the numbers that trackers write down.
     trainer.callback_handler.callbacks.insert(0, progress)
     if resumption is not None and resumption.is_converted:
@@ -326,6 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         faults = faults_from_environment(os.environ, folder=options.run_dir, rank=ranks.rank)
         if faults is not None:
             recorder.on_phase = faults.strike
+        open_to_view(inputs.recipe.tracking, options.run_dir, ranks, device)
         run(inputs, ranks, device, recorder)
     except BaseException as error:  # noqa: BLE001 - whatever ends a rank belongs into its file
         kind = report_failure(error, ranks, recorder, folder=options.run_dir)
