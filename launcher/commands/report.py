@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.commands.options import json_option, run_arg
-from launcher.console import out, say
+from launcher import console
+from launcher.commands.options import existing_or_new, json_option
 from launcher.errors import LauncherError
 
 if TYPE_CHECKING:
@@ -18,32 +18,66 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@run_arg
-@click.option("--open", "opens", is_flag=True, help="Show report.html in a web browser.")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN]…", type=existing_or_new)
+@click.option("--open", "opens", is_flag=True, help="Show the page in a web browser.")
+@click.option("--out", type=existing_or_new, help="Folder for the files of a comparison.")
 @json_option
-def report(*, run: Path, opens: bool, as_json: bool) -> None:
-    """Compare predicted with measured memory and time, for every rank and phase.
+def report(*, runs: tuple[Path, ...], opens: bool, out: Path | None, as_json: bool) -> None:
+    """Compare predicted with measured memory and time; several runs beside each other.
 
-    Also writes report.md, report.json, report.html and loss.png into the run directory.
+    Of one run also report.md, report.json, report.html and loss.png are written into its
+    directory. Of several, comparison.md, comparison.json and comparison.html go to --out.
     """
-    show_report(run, as_json=as_json, opens=opens)
+    if len(runs) == 1 and out is None:
+        show_report(runs[0], as_json=as_json, opens=opens)
+    elif len(runs) == 1:
+        raise click.UsageError("--out is for several runs; the files of one go into its directory")
+    else:
+        _show_comparison(runs, out=out, as_json=as_json, opens=opens)
 
 
 def show_report(run: Path, *, as_json: bool, opens: bool = False) -> None:
     """Write a run's report and print it."""
     from launcher.report.files import write_report
+    from launcher.run_advice import advise
     from launcher.run_dir import REPORT_HTML
 
-    made = write_report(run, observation=_observe(run))
+    made = write_report(run, observation=_observe(run), advise=advise)
     if as_json:
         print(json.dumps(made.json_value, indent=1))
     else:
-        out.print(made.terminal)
+        console.out.print(made.terminal)
         if made.paths:
-            say(f"wrote {', '.join(str(path) for path in made.paths)}")
-    page = next((path for path in made.paths if path.name == REPORT_HTML), None)
-    if opens and page is not None and not webbrowser.open(page.absolute().as_uri()):
-        say(f"no web browser could be started here; open {page.absolute()}")
+            console.say(f"wrote {', '.join(str(path) for path in made.paths)}")
+    if opens:
+        _open(next((path for path in made.paths if path.name == REPORT_HTML), None))
+
+
+def _show_comparison(
+    runs: tuple[Path, ...], *, out: Path | None, as_json: bool, opens: bool
+) -> None:
+    from launcher.report.as_terminal import render_comparison_terminal
+    from launcher.report.files import compare_reports, write_comparison
+
+    if opens and out is None:
+        raise click.UsageError("a comparison is opened from its files: name a folder with --out")
+    compared = compare_reports(runs, [_observe(run) for run in runs])
+    paths = write_comparison(compared, out) if out is not None else ()
+    if as_json:
+        print(json.dumps(compared.json_value, indent=1))
+    else:
+        console.out.print(render_comparison_terminal(compared))
+        if paths:
+            console.say(f"wrote {', '.join(str(path) for path in paths)}")
+    if opens:
+        _open(next((path for path in paths if path.suffix == ".html"), None))
+
+
+def _open(page: Path | None) -> None:
+    if page is None:
+        console.say_aside("there is no page to open: it could not be written")
+    elif not webbrowser.open(page.absolute().as_uri()):
+        console.say_aside(f"no web browser could be started here; open {page.absolute()}")
 
 
 def _observe(run: Path) -> Observation | None:

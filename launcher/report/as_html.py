@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from launcher.report.compare import RunsCompared
 from launcher.report.run_report import FAILED_STATES, Chart, RunReport
 from launcher.report.tables import Table, attempts_table, detail_table, rank_pages, summary_tables
 from launcher.report.text import (
@@ -93,6 +94,22 @@ def render_html(report: RunReport, charts: Sequence[Chart] = ()) -> str:
         _detail(report),
         *(_folded(page) for page in rank_pages(report)),
     ]
+    return _page(report.name, body)
+
+
+def render_comparison_html(runs: RunsCompared) -> str:
+    """Return a complete page of several runs beside each other."""
+    title = ", ".join(runs.names)
+    body = [
+        f"<h1>{len(runs.names)} runs</h1>",
+        f'<p class="quiet">{_text(title)}</p>',
+        *(_figure(chart) for chart in runs.charts),
+        *(f"<section>{_table(table)}</section>" for table in (runs.results, runs.differences)),
+    ]
+    return _page(title, body)
+
+
+def _page(title: str, body: Sequence[str]) -> str:
     return "\n".join(
         [
             "<!doctype html>",
@@ -101,7 +118,7 @@ def render_html(report: RunReport, charts: Sequence[Chart] = ()) -> str:
             '<meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{_text(report.name)}: zerofit report</title>",
+            f"<title>{_text(title)}: zerofit report</title>",
             f"<style>{_STYLE}</style>",
             "</head>",
             "<body>",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from launcher.report.compare import RunsCompared
 from launcher.report.run_report import FAILED_STATES, RunReport
 from launcher.report.tables import Table, attempts_table, detail_table, summary_tables
 from launcher.report.text import (
@@ -55,6 +56,16 @@ def render_markdown(report: RunReport, *, loss_image: str | None = None) -> str:
             parts.append(f"{label}:\n\n{_fenced(shorten(printable(text or '(none)')))}")
     if (detail := detail_table(report)).rows:
         parts.append(_table(detail))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def render_comparison_markdown(runs: RunsCompared) -> str:
+    """Return several runs beside each other as Markdown."""
+    names = ", ".join(_escape(_one_line(name)) for name in runs.names)
+    findings = [chart.finding for chart in runs.charts if ":" in chart.finding]
+    parts = [f"# {len(runs.names)} runs", names]
+    parts.append("\n".join(f"- {_escape(_one_line(finding))}" for finding in findings))
+    parts += [_table(table) for table in (runs.results, runs.differences)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -10,6 +10,7 @@ from rich.rule import Rule
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from launcher.report.compare import RunsCompared
 from launcher.report.run_report import FAILED_STATES, RunReport, SampleReport
 from launcher.report.tables import Table, attempts_table, detail_table, summary_tables
 from launcher.report.text import (
@@ -52,6 +53,17 @@ def render_terminal(report: RunReport) -> RenderableType:
     if report.sample is not None:
         parts += [_heading("One answer, before and after"), _sample(report.sample)]
     return Group(*parts)
+
+
+def render_comparison_terminal(runs: RunsCompared) -> RenderableType:
+    """Return several runs beside each other."""
+    findings = [chart.finding for chart in runs.charts if ":" in chart.finding]
+    return Group(
+        *(Text(printable(finding)) for finding in findings),
+        _table(runs.results),
+        _table(runs.differences),
+        *([] if runs.differences.rows else [Text(runs.differences.note, style="dim")]),
+    )
 
 
 def _sample(sample: SampleReport) -> RenderableType:

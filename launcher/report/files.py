@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from launcher import run_dir
-from launcher.report.as_html import render_html
+from launcher.errors import RunDirError
+from launcher.report.as_html import render_comparison_html, render_html
 from launcher.report.as_json import report_to_json
-from launcher.report.as_markdown import render_markdown
+from launcher.report.as_markdown import render_comparison_markdown, render_markdown
 from launcher.report.as_terminal import render_terminal
 from launcher.report.build import build_report
 from launcher.report.chart_findings import loss_finding
+from launcher.report.compare import RunsCompared, compare_runs
 from launcher.report.loss_png import draw_loss_png
 from launcher.report.plots import draw_charts
 from launcher.report.run_reader import load_run
@@ -39,7 +41,12 @@ class MadeReport:
     """Empty when the run directory cannot be written; ``terminal`` says so then."""
 
 
-def write_report(directory: Path, *, observation: Observation | None = None) -> MadeReport:
+Adviser = Callable[[Path, RunReport], tuple[str, ...]]
+
+
+def write_report(
+    directory: Path, *, observation: Observation | None = None, advise: Adviser | None = None
+) -> MadeReport:
     """Report a run in any state; write report.json, report.md, report.html and loss.png.
 
     An older report is replaced; loss.png is written only when a loss was logged. A run directory
@@ -49,12 +56,13 @@ def write_report(directory: Path, *, observation: Observation | None = None) -> 
         directory: of the run.
         observation: what whoever runs it says of it now; without it, a run that is going on
             looks like one that was killed.
+        advise: says what to change in a run.
 
     Raises:
         RunDirError: there is no such directory, or no run was ever written to it.
     """
     with without_collector():
-        return _write_report(directory, observation)
+        return _write_report(directory, observation, advise)
 
 
 @contextmanager
@@ -73,8 +81,12 @@ def without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _write_report(directory: Path, observation: Observation | None) -> MadeReport:
+def _write_report(
+    directory: Path, observation: Observation | None, advise: Adviser | None
+) -> MadeReport:
     report = build_report(load_run(directory, observation=observation))
+    if advise is not None:
+        report = replace(report, advice=advise(directory, report))
     json_value = report_to_json(report)
     terminal: RenderableType = render_terminal(report)
     try:
@@ -103,3 +115,48 @@ def _write(directory: Path, report: RunReport, json_value: dict[str, Any]) -> tu
         return written
     (directory / run_dir.LOSS_PNG).write_bytes(draw_loss_png(report, loss))
     return (*written, directory / run_dir.LOSS_PNG)
+
+
+def compare_reports(
+    directories: Sequence[Path], observations: Sequence[Observation | None]
+) -> RunsCompared:
+    """Read runs and put them beside each other; nothing is written.
+
+    Args:
+        directories: of the runs.
+        observations: what is known of each from elsewhere.
+
+    Raises:
+        RunDirError: one of them is no run directory.
+    """
+    with without_collector():
+        return compare_runs(
+            [
+                build_report(load_run(directory, observation=observation))
+                for directory, observation in zip(directories, observations, strict=True)
+            ]
+        )
+
+
+def write_comparison(runs: RunsCompared, folder: Path) -> tuple[Path, ...]:
+    """Write a comparison as comparison.json, comparison.md and comparison.html.
+
+    Raises:
+        RunDirError: the folder cannot be made or written.
+    """
+    texts: Mapping[str, str] = {
+        "comparison.json": json.dumps(runs.json_value, indent=1, allow_nan=False) + "\n",
+        "comparison.md": render_comparison_markdown(runs),
+        "comparison.html": render_comparison_html(runs),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            run_dir.write_text(folder / name, text)
+    except OSError as error:
+        raise RunDirError(
+            f"cannot write here: {error.strerror or error}",
+            where=str(folder),
+            fix="name another folder with --out",
+        ) from None
+    return tuple(folder / name for name in texts)
