@@ -15,6 +15,7 @@ from launcher.dispatch.process_group import find_processes
 from launcher.dispatch.run_state import observe
 from launcher.errors import RecipeError, RunDirError, list_problems
 from launcher.launch import check_can_start, disk_bytes, render_again
+from launcher.post_mortem import POST_MORTEM
 from launcher.prepare import Prepared, prepare
 from launcher.recipe import parse_recipe
 from launcher.run_checkpoints import UNFINISHED
@@ -41,8 +42,8 @@ _CHANGEABLE = (
 # Written anew by each attempt; the log of steps, the data and the checkpoints stay.
 _OF_ONE_ATTEMPT = (
     rd.RECIPE, rd.PLAN, rd.DS_CONFIG, rd.ENVIRONMENT, rd.JOB_SCRIPT, rd.JOB_SBATCH,
-    rd.HOSTFILE, rd.JOB,
-    rd.STATUS, rd.RANKS, rd.TIMELINES, rd.LOGS, rd.REPORT_JSON, rd.REPORT_MARKDOWN, rd.REPORT_HTML,
+    rd.HOSTFILE, rd.JOB, rd.STATUS, rd.RANKS, POST_MORTEM, rd.TIMELINES, rd.LOGS,
+    rd.REPORT_JSON, rd.REPORT_MARKDOWN, rd.REPORT_HTML,
 )  # fmt: skip
 
 

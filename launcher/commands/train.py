@@ -46,12 +46,24 @@ def render(*, args: tuple[str, ...], output_dir: Path | None, as_json: bool) -> 
 @output_dir_option
 @click.option("--dry-run", is_flag=True, help="Print what would run; write and start nothing.")
 @click.option(
+    "--anyway",
+    is_flag=True,
+    help="Start although it is predicted not to fit; what runs out of memory is recovered from.",
+)
+@click.option(
     "--json",
     "as_json",
     is_flag=True,
     help="Print JSON at the end; what the job prints goes to stderr.",
 )
-def train(*, args: tuple[str, ...], output_dir: Path | None, dry_run: bool, as_json: bool) -> None:
+def train(
+    *,
+    args: tuple[str, ...],
+    output_dir: Path | None,
+    dry_run: bool,
+    anyway: bool,
+    as_json: bool,
+) -> None:
     """Plan, write the run directory, and train: here, on a hostfile's hosts, or through Slurm.
 
     Ctrl-C ends all ranks; SIGTERM, SIGUSR1 or a file RUN/stop let them save a checkpoint first. A
@@ -61,7 +73,7 @@ def train(*, args: tuple[str, ...], output_dir: Path | None, dry_run: bool, as_j
     if dry_run:
         show_dry_run(fitting(args, as_json=as_json), output_dir, as_json=as_json)
         return
-    run_dir = _train(args, output_dir, as_json=as_json)
+    run_dir = _train(args, output_dir, anyway=anyway, as_json=as_json)
     if as_json:
         print(json.dumps({"run_dir": str(run_dir), "state": "finished"}))
     else:
@@ -91,13 +103,19 @@ def demo(*, output_dir: Path | None) -> None:
     export_run(run, output=None, kind="adapter", as_json=False)
 
 
-def _train(args: tuple[str, ...], output_dir: Path | None, *, as_json: bool = False) -> Path:
+def _train(
+    args: tuple[str, ...], output_dir: Path | None, *, anyway: bool = False, as_json: bool = False
+) -> Path:
     from launcher.recovery.supervise import train_to_end
     from launcher.submit import goes_to_slurm, train_on_slurm
 
     # With --json, stdout is for the result alone.
     show, stream = (say_aside, sys.stderr) if as_json else (say, sys.stdout)
-    prepared = fitting(args, as_json=as_json)
+    prepared = prepare_from(args) if anyway else fitting(args, as_json=as_json)
+    if not prepared.plan.fits:
+        from launcher.planning.wording import label
+
+        show(f"started although it is predicted not to fit: {label(prepared.plan.strategy)}")
     if goes_to_slurm(prepared.recipe):
         return train_on_slurm(prepared, output_dir, say=show, console=stream.buffer)
     return train_to_end(prepared, output_dir, say=show, console=stream.buffer)

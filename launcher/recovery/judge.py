@@ -128,7 +128,7 @@ def judge(
     if error.kind in _MEMORY and following is None:
         # Not to be started; but the last word says what would fit.
         error = _with_what_would_fit(error, run_dir, _next_rung(situation))
-    elif following is not None and not following.prepared.plan.fits:
+    elif following is not None and error.kind in _MEMORY and not following.prepared.plan.fits:
         decision = Decision(
             action=Action.stop, reason="no plan that is left would need less of what ran out"
         )

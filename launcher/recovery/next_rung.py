@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -10,6 +10,7 @@ from typing import Any, get_args
 from launcher.failure_kind import FailureKind
 from launcher.planning.ceiling import Ceiling
 from launcher.planning.plan import Plan
+from launcher.post_mortem import PostMortem, read_post_mortems
 from launcher.predict.memory import Phase
 from launcher.prepare import Prepared, prepare
 from launcher.recipe_sections import Recipe, StrategySection
@@ -61,7 +62,9 @@ def next_rung(
         num_earlier: how many attempts had run out of memory before.
     """
     fraction = _RUNG_FRACTION ** (2**num_earlier)
-    ceiling = _ceiling(prepared.plan, kind, phase, fraction)
+    ceiling = ceiling_after(
+        prepared.plan, kind, phase, fraction=fraction, found=read_post_mortems(run_dir)
+    )
     recipe = prepared.recipe
     found = prepared
     for fixed in what_may_change(recipe):
@@ -88,7 +91,24 @@ def changed_fields(before: Strategy, after: Strategy) -> dict[str, tuple[Any, An
     return found
 
 
-def _ceiling(plan: Plan, kind: FailureKind, phase: str | None, fraction: float) -> Ceiling:
+def ceiling_after(
+    plan: Plan,
+    kind: FailureKind,
+    phase: str | None,
+    *,
+    fraction: float,
+    found: Sequence[PostMortem] = (),
+) -> Ceiling:
+    """Return what predictions must stay below after memory ran out.
+
+    Args:
+        plan: what ran out.
+        kind: whose memory it was.
+        phase: in which it ran out; ``None`` when nobody could say.
+        fraction: the share (0-1) of what was predicted that may be predicted again.
+        found: what the ranks wrote down; where they needed more than predicted, everything that
+            is predicted now is taken to be as far off.
+    """
     memory = plan.memory
     if kind is FailureKind.host_oom:
         return Ceiling(host_bytes=int(fraction * memory.host_bytes_per_node))
@@ -98,7 +118,29 @@ def _ceiling(plan: Plan, kind: FailureKind, phase: str | None, fraction: float) 
     return Ceiling(
         phase=known,
         phase_bytes=int(fraction * memory.phase(known).allocated_bytes),
+        device_bytes=_device_bytes(plan, known, found),
     )
+
+
+def _device_bytes(plan: Plan, phase: Phase, found: Sequence[PostMortem]) -> int | None:
+    """Return the device memory that a plan may be predicted to use, given what was measured."""
+    memory = plan.memory
+    outside_bytes = memory.device_used_bytes - memory.peak_reserved_bytes
+    limits = []
+    for one in found:
+        if one.allocated_bytes is None or one.reserved_bytes is None:
+            continue
+        assert one.device_free_bytes is not None
+        requested = one.requested_bytes or 0
+        excess = max(
+            1.0,
+            (one.allocated_bytes + requested) / memory.phase(phase).allocated_bytes,
+            (one.reserved_bytes + requested) / memory.peak_reserved_bytes,
+        )
+        # Of what other processes hold nothing can be had.
+        own_bytes = one.reserved_bytes + one.device_free_bytes + outside_bytes
+        limits.append(min(plan.limit_bytes, own_bytes) / excess)
+    return int(min(limits)) if limits else None
 
 
 def what_may_change(recipe: Recipe) -> list[StrategySection]:

@@ -40,6 +40,11 @@ def report_failure(
         from launcher.worker.failures import failure_kind
 
         kind = failure_kind(error)
+        if kind in (FailureKind.gpu_oom, FailureKind.host_oom):
+            from launcher.worker.post_mortem import keep_post_mortem
+
+            # Before anything else: the error's frames still hold the tensors.
+            keep_post_mortem(error, kind, recorder, folder=folder)
         with contextlib.suppress(OSError):  # a full disk must not hide the reason
             recorder.fail(error)
         # The launcher says it too, in the end; nobody else does when job.sh is started by hand.

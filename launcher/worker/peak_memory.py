@@ -61,11 +61,24 @@ class PeakRecorder:
         """Called when a phase begins, with the number of steps done over all attempts."""
         self.earlier_steps = 0
         """Optimizer steps that earlier attempts have done."""
+        self.model: torch.nn.Module | None = None
+        self.engine: Any = None
+        """DeepSpeed's, once it exists."""
 
     @property
     def phase(self) -> Phase | None:
         """The phase that is running, if any."""
         return self._phase
+
+    @property
+    def phase_of_failure(self) -> str:
+        """The phase that runs, or ran last; ``start`` before the first."""
+        return self._phase or self._last_phase or "start"
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        return self._device
 
     @property
     def steps_done(self) -> int:
@@ -133,6 +146,7 @@ class PeakRecorder:
 
     def count_model(self, model: torch.nn.Module) -> None:
         """Count weights that were made out of the tracker's sight, such as by loader threads."""
+        self.model = model
         if self._tracker is not None:
             self._tracker.add_external_all(model.parameters(), op="parameter")
             self._tracker.add_external_all(model.buffers(), op="buffer")
@@ -157,6 +171,7 @@ class PeakRecorder:
 
     def watch_engine(self, engine: Any) -> None:
         """Tell forward, loss, backward and step of a DeepSpeed engine apart from now on."""
+        self.engine = engine
         self._wrap_forward(engine)
         plain_backward, plain_step = engine.backward, engine.step
 
@@ -214,7 +229,7 @@ class PeakRecorder:
         """Write the file for the last time: an error ended this rank."""
         kind = failure_kind(error)
         self._failure = RankFailure(
-            phase=self._phase or self._last_phase or "start",
+            phase=self.phase_of_failure,
             type=type(error).__name__,
             message=redacted(str(error)),
             traceback=redacted("".join(traceback.format_exception(error))),
