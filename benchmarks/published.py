@@ -139,7 +139,9 @@ def _quantity(row: Mapping[str, Any], *, configs: Mapping[str, Any]) -> float:
         found -= _lowered(estimate, outside)
     if row["quantity"] == "device" and row.get("framework") == "plain":
         # One process without DeepSpeed makes no NCCL communicator.
-        beyond = outside_bytes(cluster.gpu, CALIBRATION, zero_stage=strategy.zero_stage)
+        beyond = outside_bytes(
+            cluster.gpu, CALIBRATION, zero_stage=strategy.zero_stage, world_size=cluster.world_size
+        )
         found -= beyond - cluster.gpu.context_bytes
     return found + GB * sum(row.get("plus", {}).values())
 

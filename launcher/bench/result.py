@@ -145,6 +145,7 @@ def measurement_of(rank: RankPeaks) -> dict[str, Any]:
         "state": rank.state,
         "phases": {name: phase.peak_allocated_bytes for name, phase in phases.items()},
         "phases_reserved": {name: phase.peak_reserved_bytes for name, phase in phases.items()},
+        "phases_device_used": {name: phase.device_used_bytes for name, phase in phases.items()},
         "phases_seconds": {name: phase.seconds for name, phase in phases.items()},
         "peak_allocated_bytes": max((p.peak_allocated_bytes for p in phases.values()), default=0),
         "peak_reserved_bytes": max((p.peak_reserved_bytes for p in phases.values()), default=0),

@@ -33,12 +33,15 @@ def workspace_bytes(gpu: GpuSpec, calibration: Calibration) -> int:
     return calibration.cublas_workspace_bytes
 
 
-def outside_bytes(gpu: GpuSpec, calibration: Calibration, *, zero_stage: int) -> int:
+def outside_bytes(
+    gpu: GpuSpec, calibration: Calibration, *, zero_stage: int, world_size: int
+) -> int:
     """Return device memory outside torch's allocator: CUDA context, kernels and NCCL."""
     if gpu.device_type != "cuda":
         return 0
     reduces = calibration.all_reduce_bytes if zero_stage < 3 else 0
-    return gpu.context_bytes + calibration.nccl_bytes + reduces
+    peers = calibration.peer_buffers_bytes if world_size > 1 else 0
+    return gpu.context_bytes + calibration.nccl_bytes + reduces + peers
 
 
 def reserved_bytes(

@@ -123,7 +123,7 @@ def estimate_memory(workload: Workload, strategy: Strategy, cluster: ClusterSpec
         phases=phases,
         peak_reserved_bytes=reserved,
         device_used_bytes=reserved
-        + outside_bytes(gpu, calibration, zero_stage=zero.stage)
+        + outside_bytes(gpu, calibration, zero_stage=zero.stage, world_size=cluster.world_size)
         + round(zero.paged_bytes()),
         host_bytes_per_node=sum(host.values()),
         host_components=host,

@@ -53,23 +53,25 @@ class MicroStep:
         return found
 
     def forward(self) -> Iterator[Candidate]:
-        """Yield: the last layer's forward, and the norm after it."""
+        """Yield: the last layer's forward, the one with most gathered, and the norm after them."""
         acts, found = self.acts, self._base()
-        others = acts.num_layers if acts.is_recomputed else acts.num_layers - 1
-        found[SAVED] = (
-            max(0.0, acts.layer_saved_bytes * others - acts.first_layer_discount_bytes)
-            + acts.forward.saved_bytes
-        )
         # The embeddings are named to the end; checkpointing saves them, as the first input.
         is_saved = acts.is_recomputed and not acts.is_on_host
         named = 0.0 if is_saved else acts.hidden_bytes
         own = acts.hidden_bytes if acts.is_on_host else 0.0
         found[PASSING] = acts.forward.passing_bytes + named + own
         found[DEQUANTIZED] = acts.forward.weight_bytes
-        found[GATHERED] = self.zero.gathered_bytes("forward")
-        yield f"last layer, {acts.forward.name}", found
+        gathered = self.zero.gathered.forward
+        # Where most is gathered need not be where most is saved.
+        for index in {gathered.index(max(gathered)), acts.num_layers - 1}:
+            others = index + 1 if acts.is_recomputed else index
+            saved = max(0.0, acts.layer_saved_bytes * others - acts.first_layer_discount_bytes)
+            found = {**found, SAVED: saved + acts.forward.saved_bytes}
+            found[GATHERED] = gathered[index if self.zero.gathers else 0]
+            yield f"layer {index + 1}, {acts.forward.name}", found
         norm = acts.final_norm_forward
         found = {**found, DEQUANTIZED: 0.0, SAVED: acts.saved_bytes + norm.saved_bytes}
+        found[GATHERED] = gathered[-1]
         found[PASSING] = acts.hidden_bytes + norm.passing_bytes + named
         yield f"final norm, {norm.name}", found
 
@@ -84,7 +86,7 @@ class MicroStep:
         found[SAVED] = acts.saved_bytes + acts.norm_saved_bytes + acts.kept_embeddings_bytes
         found[LOGITS] = moment.logits_bytes
         found[PASSING] = moment.hidden_bytes
-        found[GATHERED] = zero.gathered_bytes("loss")
+        found[GATHERED] = zero.gathered.loss
         if moment.head_gradients:
             size = zero.counts.head or zero.counts.embedding
             found[PENDING] = float(zero.trained_width * size * moment.head_gradients)
@@ -131,9 +133,7 @@ class MicroStep:
             found[name] = found.get(name, 0.0) + moment.saved_bytes
             found[PASSING] = moment.passing_bytes
             found[DEQUANTIZED] = moment.weight_bytes
-            found[GATHERED] = zero.gathered_bytes(remaining_fraction=1 - index / layers)
-            if index == 0:
-                found[GATHERED] = max(found[GATHERED], zero.gathered_bytes("turn"))
+            found[GATHERED] = zero.gathered.backward[index if zero.gathers else 0]
             yield f"{place}, {moment.name}", found
         yield from self._ends()
 
@@ -143,7 +143,7 @@ class MicroStep:
         found = self._base()
         found[SAVED] = acts.saved_bytes + moment.saved_bytes + acts.kept_embeddings_bytes
         found[PASSING] = moment.passing_bytes
-        found[GATHERED] = zero.gathered_bytes("turn")
+        found[GATHERED] = zero.gathered.turn
         found |= self._gradients(moment, done=zero.counts.head, is_first=True, crosses=False)
         yield f"final norm, {moment.name}", found
 
@@ -259,7 +259,7 @@ class MicroStep:
         found = self._base()
         found[SAVED] = acts.saved_bytes + acts.norm_saved_bytes
         found[PASSING] = acts.hidden_bytes
-        found[GATHERED] = zero.gathered_bytes("turn")
+        found[GATHERED] = zero.gathered.turn
         if self.buckets:
             found[BUCKETS] = self.buckets
         if head <= zero.bucket:
@@ -280,6 +280,7 @@ class MicroStep:
         if self.buckets:
             found[BUCKETS] = self.buckets
         found[PASSING] = acts.hidden_bytes if counts.embedding else 2 * acts.hidden_bytes
+        found[GATHERED] = zero.gathered.end
         embedding = zero.trained_width * counts.embedding
         if not self.reduces:
             found.pop(CARRIED, None)
@@ -315,7 +316,6 @@ class MicroStep:
             )
             if zero.stage == 3:
                 found[LEAVING] = zero.trained_width * counts.embedding / zero.world_size
-                found[GATHERED] = float(zero.width * counts.embedding) if zero.gathers else 0.0
         crosses = zero.stage == 3 or counts.embedding == 0 or zero.partition < counts.embedding
         rest = counts.embedding if counts.embedding > zero.bucket else counts.trainable
         if crosses:

@@ -35,15 +35,9 @@ class ParameterCounts:
     is_head_tied: bool
     trained_sizes: tuple[tuple[int, int], ...]
     """(elements, count) of every trained tensor."""
-    largest_any: int
-    """The largest tensor of the model, trained or not."""
     largest_in_layers: int
-    largest_gathered: int
-    """The largest tensor of a decoder layer as ZeRO-3 gathers it: quantized ones are packed."""
     gatherable: int
     """All parameters that ZeRO-3 partitions; packed ones count as the numbers they look like."""
-    layers: int
-    """Elements of all decoder layers, packed ones likewise."""
     largest_in_bytes: float
     """The largest tensor in the model's precision."""
     sizes: tuple[tuple[int, int], ...]
@@ -52,10 +46,6 @@ class ParameterCounts:
     def larger_than(self, limit: int) -> int:
         """Return elements of the trained tensors that exceed a bucket of ``limit``."""
         return sum(size * count for size, count in self.trained_sizes if size > limit)
-
-    def has_between(self, low: int, high: int) -> bool:
-        """Return whether a tensor has more than ``low`` and less than ``high`` elements."""
-        return any(low < size < high for size, _ in self.sizes)
 
     def persisted(self, threshold: int) -> int:
         """Return elements of the tensors that ZeRO-3 keeps gathered."""
@@ -88,10 +78,6 @@ def count_parameters(workload: Workload) -> ParameterCounts:
     in_layers = [weight for weight in model.weights if weight.in_layer]
     # ``bnb_4bit_quant_storage`` is the compute type: that many weights look like one number.
     packing = 2 * workload.precision.bytes_per_element if quantized else 1
-    gathered = [
-        (weight.num_elements // (packing if weight.role == "linear" else 1), weight.count)
-        for weight in in_layers
-    ]
     return ParameterCounts(
         trainable=total,
         frozen=0 if is_full else model.num_params - quantized,
@@ -105,11 +91,8 @@ def count_parameters(workload: Workload) -> ParameterCounts:
         output=ends.get("lm_head", ends.get("embedding", 0)),
         is_head_tied="lm_head" not in ends,
         trained_sizes=tuple(trained),
-        largest_any=model.largest_tensor_elements,
         largest_in_layers=max(weight.num_elements for weight in in_layers),
-        largest_gathered=max(size for size, _ in gathered),
         gatherable=model.num_params - quantized + quantized // packing + (0 if is_full else total),
-        layers=sum(size * count for size, count in gathered),
         largest_in_bytes=model.largest_tensor_elements * workload.precision.bytes_per_element,
         sizes=tuple(base if is_full else base + adapters),
     )

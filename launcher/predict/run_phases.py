@@ -242,11 +242,12 @@ class RunPhases:
     def evaluate(self) -> Iterator[Candidate]:
         """Yield: forward without a graph, and the logits."""
         acts, found = self.acts, dict(self.resident)
-        found[GATHERED] = self.zero.gathered_bytes("forward")
+        gathered = self.zero.gathered
         yield (
             "a layer's forward",
             {
                 **found,
+                GATHERED: max(gathered.forward),
                 PASSING: acts.inference.passing_bytes + acts.hidden_bytes,
                 DEQUANTIZED: acts.inference.weight_bytes,
             },
@@ -255,6 +256,7 @@ class RunPhases:
             "logits",
             {
                 **found,
+                GATHERED: gathered.loss,
                 PASSING: acts.hidden_bytes,
                 LOGITS: acts.evaluation_loss_bytes,
             },

@@ -2,7 +2,6 @@
 
 Source:
     DeepSpeed 0.19.8: ``runtime/zero/stage_1_and_2.py``, ``runtime/zero/stage3.py``,
-    ``runtime/zero/partitioned_param_coordinator.py``,
     ``runtime/fp16/unfused_optimizer.py``, ``runtime/bf16_optimizer.py``, ``runtime/engine.py``.
 """
 
@@ -10,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
 
 from launcher.predict.components import (
     ADAPTERS,
@@ -20,11 +18,11 @@ from launcher.predict.components import (
     PARAMETERS,
     QUANTIZED,
 )
+from launcher.predict.module_calls import CallSetting, call_setting
 from launcher.predict.parameter_counts import ParameterCounts, count_parameters
-from launcher.strategy import Checkpointing, Method, Offload, Optimizer, Precision, Strategy
+from launcher.predict.parameter_gathers import NOTHING_GATHERED, GatheredBytes, gathered_bytes
+from launcher.strategy import Method, Offload, Optimizer, Precision, Strategy
 from launcher.workload import Workload
-
-GatherPlace = Literal["forward", "loss", "turn", "layer"]
 
 # MEMORY_OPT_ALLREDUCE_SIZE of engine.py
 _STAGE_0_BUCKET_ELEMENTS = 500_000_000
@@ -40,6 +38,7 @@ class ZeroRuntime:
     """
 
     counts: ParameterCounts
+    calls: CallSetting
     strategy: Strategy
     world_size: int
     is_full: bool
@@ -117,6 +116,19 @@ class ZeroRuntime:
         """Parameters are brought together for use: more ranks, or host memory, hold them."""
         return self.stage == 3 and (self.world_size > 1 or self.has_offloaded_params)
 
+    @functools.cached_property
+    def gathered(self) -> GatheredBytes:
+        """Full parameters that ZeRO-3 holds at each place of a micro-step."""
+        if not self.gathers:
+            return NOTHING_GATHERED
+        return gathered_bytes(
+            self.calls,
+            self.strategy.zero,
+            element_bytes=self.width,
+            world_size=self.world_size,
+            has_offloaded_params=self.has_offloaded_params,
+        )
+
     # --- what stays -------------------------------------------------------------------------
 
     def model_bytes(self) -> dict[str, float]:
@@ -186,75 +198,6 @@ class ZeroRuntime:
             return {CARRIED: self.trained_width * self.owned}
         return {}
 
-    # --- gathered parameters ----------------------------------------------------------------
-
-    def gathered_bytes(
-        self, place: GatherPlace = "layer", *, remaining_fraction: float = 1.0
-    ) -> float:
-        """Return full parameters that ZeRO-3 holds at a place of the micro-step.
-
-        The prefetcher runs ahead until ``max_live_parameters`` are there; later it overshoots
-        by one tensor, and the module at work may fetch another. At the turn from forward to
-        backward the last layers stay: whatever recurs within ``max_reuse_distance``.
-
-        Args:
-            place: at the end of forward the output matrix is on its way; in the loss it is
-                at work; at the turn it is done with, and the layers' backward is to come.
-            remaining_fraction: the part of the model whose backward is still to come.
-        """
-        if not self.gathers:
-            return 0.0
-        counts, knobs = self.counts, self.strategy.zero
-        persisted = counts.persisted(knobs.stage3_param_persistence_threshold)
-        total = (counts.gatherable - persisted) * remaining_fraction
-        live, needed = float(knobs.stage3_max_live_parameters), counts.largest_gathered
-        if place == "layer":
-            live += 2 * counts.largest_gathered
-        elif place == "turn" or (place == "forward" and not self._holds_output_in_forward()):
-            live = max(live, self._reused_elements() - counts.output)
-        else:
-            needed = counts.output
-            live = max(live, self._reused_elements())
-        elements = min(max(total, needed), max(live, needed))
-        return self.width * (elements + self._gather_copy_elements(elements, place))
-
-    def _holds_output_in_forward(self) -> bool:
-        """Return whether the output matrix is there before forward has come to it.
-
-        It was prefetched, unless what stays for backward already reaches the limit; or it is
-        the embedding, which stays since the first layer if it recurs soon enough.
-        """
-        knobs, counts = self.strategy.zero, self.counts
-        if counts.is_head_tied and counts.layers <= knobs.stage3_max_reuse_distance:
-            return True
-        return self._reused_elements() - counts.output < knobs.stage3_max_live_parameters
-
-    def _reused_elements(self) -> float:
-        """Return what stays for its use in backward: each layer recurs, recomputed, then again.
-
-        Source: ``partitioned_param_coordinator.py:__params_to_release``.
-        """
-        passes = 2 if self.strategy.gradient_checkpointing is Checkpointing.none else 3
-        head = self.counts.output
-        rest = self.strategy.zero.stage3_max_reuse_distance - 2 * head
-        return head + rest / passes if rest > 0 else 0.0
-
-    def _gather_copy_elements(self, elements: float, place: GatherPlace) -> float:
-        """Return the flat buffer of a prefetch of several tensors (AllGatherCoalescedHandle).
-
-        It lives until all its tensors have been used; a single tensor is gathered in place.
-        """
-        counts, knobs = self.counts, self.strategy.zero
-        bucket, largest = knobs.stage3_prefetch_bucket_size, counts.largest_gathered
-        if self.world_size == 1 or bucket == 0:
-            return 0.0
-        if bucket >= largest:
-            return min(bucket, elements)
-        # Small tensors that are partitioned too, such as adapters, ride along with a large one.
-        if counts.has_between(knobs.stage3_param_persistence_threshold, bucket):
-            return {"forward": counts.output, "loss": largest}.get(place, 0.0)
-        return 0.0
-
     # --- gradients --------------------------------------------------------------------------
 
     def bucket_bytes(self) -> float:
@@ -318,6 +261,7 @@ def zero_runtime(workload: Workload, strategy: Strategy, *, world_size: int) -> 
     accumulation = strategy.grad_accum_dtype
     return ZeroRuntime(
         counts=count_parameters(workload),
+        calls=call_setting(workload, strategy),
         strategy=strategy,
         world_size=world_size,
         is_full=is_full,

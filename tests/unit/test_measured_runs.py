@@ -18,8 +18,6 @@ from generators import ROOT, script
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))
 # The worker held gathered 4-bit weights until the step was over when these were made.
 OUTDATED = {"7b-qlora-z3-2048-gc", "8b-qlora-z3-4096-gc-liger"}
-# ZeRO-3 gathers 0.2 to 0.4 GB less ahead than predicted: 8 % of 2.2 GB.
-TOO_HIGH = {"7b-lora-z3-2048-gc-offload-param"}
 WORST_ALLOCATED, MEAN_ALLOCATED, MEAN_RESERVED = 0.06, 0.02, 0.04
 
 
@@ -42,10 +40,8 @@ def test_at_least_40_runs_were_measured() -> None:
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_every_peak_of_allocated_bytes_is_within_6_percent(path: Path) -> None:
     quantity = "peak_allocated_bytes"
-    worse = {row.case: row.error(quantity) for row in rows(path)}
-    beyond = {k: e for k, e in worse.items() if e is None or abs(e) > WORST_ALLOCATED}
-    assert beyond.keys() <= TOO_HIGH
-    assert all(error > 0 for error in beyond.values())
+    found = {row.case: row.error(quantity) for row in rows(path)}
+    assert {k: e for k, e in found.items() if e is None or abs(e) > WORST_ALLOCATED} == {}
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -66,6 +62,7 @@ def test_every_phase_of_every_run_is_within_6_percent() -> None:
     """Init with an offloaded optimizer is left out: DeepSpeed reset the counter in its middle.
 
     0.19.8 ``runtime/utils.py:empty_cache`` did so in these runs; what was measured is the rest.
+    And a forward of 1.2 GB, 1.0 below the peak: parameters arrive before it is at its fullest.
     """
     worse = {
         (row.case, phase): predicted / measured - 1
@@ -75,4 +72,5 @@ def test_every_phase_of_every_run_is_within_6_percent() -> None:
         if abs(predicted / measured - 1) > WORST_ALLOCATED
     }
     reset = {("1b-full-z2-1024-off", "init"), ("1b-full-z1-1024-off", "init")}
-    assert {place for place in worse if place[0] not in TOO_HIGH} <= reset
+    arriving = {("7b-lora-z3-2048-gc-offload-param", "forward")}
+    assert worse.keys() <= reset | arriving

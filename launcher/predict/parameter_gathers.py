@@ -1,0 +1,258 @@
+"""Which parameters ZeRO-3 holds gathered at each place of a micro-step.
+
+DeepSpeed's parameter coordinator replayed: it fetches a module's parameters before the module
+runs, prefetches those of the next modules while few enough are there, and releases them unless
+they are used again soon. Nothing here is fitted; a test compares it with the real coordinator.
+
+Source:
+    DeepSpeed 0.19.8 ``runtime/zero/partitioned_param_coordinator.py``;
+    ``runtime/zero/partition_parameters.py:AllGatherCoalescedHandle``.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launcher.model_spec import ModelSpec
+from launcher.predict.module_calls import Call, CallSetting, ModuleCalls, module_calls
+from launcher.strategy import ZeroKnobs
+
+_AWAY, _IN_FLIGHT, _HERE = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatheredBytes:
+    """The most that is gathered, its transport buffers included, place by place."""
+
+    forward: tuple[int, ...]
+    """While each decoder layer runs forward, the first first; the last norm is in the last."""
+    loss: int
+    turn: int
+    """When the loss is done with, before the first layer of backward."""
+    backward: tuple[int, ...]
+    """While each layer runs backward, the last layer first."""
+    end: int
+    """In the embedding's backward."""
+    moved: int
+    """All that is gathered in one micro-step: what the links carry."""
+
+
+@functools.lru_cache(maxsize=512)
+def gathered_bytes(
+    setting: CallSetting,
+    knobs: ZeroKnobs,
+    *,
+    element_bytes: int,
+    world_size: int,
+    has_offloaded_params: bool,
+) -> GatheredBytes:
+    """Return what is gathered at each place once DeepSpeed knows the order of the modules.
+
+    Args:
+        setting: the model and what it is trained with.
+        knobs: the ``stage3_`` keys are read.
+        element_bytes: of the model's precision.
+        world_size: of one rank, partitions come whole from the host, without buffers.
+        has_offloaded_params: a rank's part comes from the host before the others' join it.
+    """
+    num_layers = setting.model.num_hidden_layers
+    head, tail = _layers_to_replay(setting.model, knobs)
+    replayed = min(num_layers, head + tail)
+    coordinator = _Coordinator(
+        module_calls(setting, num_layers=replayed),
+        knobs,
+        is_single_rank=world_size == 1,
+        num_parts_on_host=world_size if has_offloaded_params else 0,
+    )
+    coordinator.run()
+    # The layers between are all alike: each counts as the one where they begin.
+    alike = num_layers - replayed
+    order = [index if index < head else max(head, index - alike) for index in range(num_layers)]
+    moved = coordinator.moved + alike * coordinator.moved_in[min(head, replayed - 1)]
+    return GatheredBytes(
+        forward=tuple(element_bytes * coordinator.forward[index] for index in order),
+        loss=element_bytes * coordinator.loss,
+        turn=element_bytes * coordinator.turn,
+        backward=tuple(element_bytes * coordinator.backward[index] for index in reversed(order)),
+        end=element_bytes * coordinator.alive,
+        moved=element_bytes * moved,
+    )
+
+
+def _layers_to_replay(model: ModelSpec, knobs: ZeroKnobs) -> tuple[int, int]:
+    """Return how many layers at either end can differ from those between.
+
+    At the start the prefetcher fills up; at the end it looks into backward, and parameters stay
+    that backward uses soon.
+    """
+    if model.num_moe_layers not in (0, model.num_hidden_layers):
+        return model.num_hidden_layers, 0
+    ahead = knobs.stage3_max_live_parameters + knobs.stage3_prefetch_bucket_size
+    head = 2 + math.ceil(ahead / model.num_params_per_layer)
+    behind = knobs.stage3_max_reuse_distance / model.num_params_per_layer
+    return head, head + math.ceil(behind)
+
+
+NOTHING_GATHERED = GatheredBytes(forward=(0,), loss=0, turn=0, backward=(0,), end=0, moved=0)
+
+
+@dataclass(slots=True)
+class _Gather:
+    """Several parameters gathered into one flat buffer, copied out when first waited for."""
+
+    elements: int
+    num_unused: int
+    is_copied: bool = False
+
+
+class _Coordinator:
+    """Replays the calls of one micro-step; persistent parameters never leave."""
+
+    def __init__(
+        self, calls: ModuleCalls, knobs: ZeroKnobs, *, is_single_rank: bool, num_parts_on_host: int
+    ) -> None:
+        threshold = knobs.stage3_param_persistence_threshold
+        self.calls, self.is_single_rank = calls, is_single_rank
+        self.num_parts_on_host = num_parts_on_host
+        self.max_live = knobs.stage3_max_live_parameters
+        self.prefetch_bucket = knobs.stage3_prefetch_bucket_size
+        self.reuse_distance = knobs.stage3_max_reuse_distance
+        self.sizes = [parameter.elements for parameter in calls.parameters]
+        self.is_trained = [parameter.is_trained for parameter in calls.parameters]
+        self.own = [
+            tuple(index for index in module if self.sizes[index] > threshold)
+            for module in calls.modules
+        ]
+        fetched = [call.module for call in calls.calls if call.is_fetch]
+        self.queue = deque(
+            (p, step) for step, module in enumerate(fetched) for p in self.own[module]
+        )
+        self.uses: list[list[int]] = [[] for _ in self.sizes]
+        for parameter, step in self.queue:
+            self.uses[parameter].append(step)
+        self.traversed = [0]
+        for module in fetched:
+            numbers = sum(self.sizes[index] for index in calls.modules[module])
+            self.traversed.append(self.traversed[-1] + numbers)
+        self.step = 0
+        self.state = [_AWAY] * len(self.sizes)
+        self.last_fetched_for = [-1] * len(self.sizes)
+        self.users: list[set[int]] = [set() for _ in self.sizes]
+        self.recomputed_for: dict[int, set[int]] = {}
+        self.active: dict[int, None] = {}
+        self.gathers: dict[int, _Gather] = {}
+        self.available = self.alive = self.moved = self.highest = 0
+
+    def run(self) -> None:
+        """Replay all calls, and note the most gathered elements of each place."""
+        layers = 1 + max(call.layer for call in self.calls.calls)
+        self.forward, self.backward, self.moved_in = [0] * layers, [0] * layers, [0] * layers
+        self.loss = self.turn = 0
+        for call in self.calls.calls:
+            before, self.highest = self.moved, 0
+            if call.is_fetch:
+                self._fetch(call)
+            else:
+                self._release(call)
+            if call.place == "loss":
+                self.loss = max(self.loss, self.alive)
+            elif call.place != "start":
+                most = self.forward if call.place == "forward" else self.backward
+                most[call.layer] = max(most[call.layer], self.alive, self.highest)
+                self.moved_in[call.layer] += self.moved - before
+            if call.place == "backward" and not self.turn:
+                self.turn = self.alive
+
+    def _fetch(self, call: Call) -> None:
+        own = self.own[call.module]
+        if not call.is_forward:
+            self.active[call.module] = None
+        self._gather([index for index in own if self.state[index] == _AWAY])
+        is_recomputing = call.is_forward and call.place == "backward"
+        for index in own:
+            self.users[index].add(call.module)
+            if is_recomputing and not self.is_trained[index]:
+                owner = next(reversed(self.active))
+                self.recomputed_for.setdefault(owner, set()).add(index)
+                self.users[index].add(owner)
+            if self.state[index] == _IN_FLIGHT:
+                self._wait(index)
+        self._drop_from_queue(own)
+        self._prefetch()
+        self.step += 1
+
+    def _drop_from_queue(self, own: Sequence[int]) -> None:
+        for _ in [index for index in own if self.last_fetched_for[index] < self.step]:
+            index, step = self.queue.popleft()
+            self.last_fetched_for[index] = step
+
+    def _prefetch(self) -> None:
+        limit = min(self.max_live - self.available, self.prefetch_bucket)
+        wanted: list[int] = []
+        elements = 0
+        while self.queue and elements < limit:
+            index, step = self.queue.popleft()
+            self.last_fetched_for[index] = max(self.last_fetched_for[index], step)
+            if self.state[index] == _AWAY and index not in wanted:
+                wanted.append(index)
+                elements += self.sizes[index]
+        self._gather(wanted)
+
+    def _gather(self, wanted: list[int]) -> None:
+        if not wanted:
+            return
+        elements = sum(self.sizes[index] for index in wanted)
+        for index in wanted:
+            self.state[index] = _IN_FLIGHT
+        self.available += elements
+        self.moved += elements
+        self.alive += elements
+        if self.num_parts_on_host > 1:
+            self.highest = max(self.highest, self.alive + elements // self.num_parts_on_host)
+        if len(wanted) > 1 and not self.is_single_rank:
+            gather = _Gather(elements=elements, num_unused=len(wanted))
+            self.gathers.update(dict.fromkeys(wanted, gather))
+
+    def _wait(self, index: int) -> None:
+        gather = self.gathers.pop(index, None)
+        self.state[index] = _HERE
+        if gather is None:
+            return
+        if not gather.is_copied:
+            gather.is_copied = True
+            self.alive += gather.elements
+        gather.num_unused -= 1
+        if gather.num_unused == 0:
+            self.alive -= gather.elements
+
+    def _release(self, call: Call) -> None:
+        own = self.own[call.module]
+        released = {index for index in own if not self._is_used_again(index)}
+        candidates = set(own)
+        if not call.is_forward:
+            recomputed = self.recomputed_for.pop(call.module, set())
+            released |= recomputed
+            candidates |= recomputed
+            self.active.pop(call.module, None)
+        for index in candidates:
+            self.users[index].discard(call.module)
+            if index in released and self.state[index] == _HERE and not self.users[index]:
+                self.state[index] = _AWAY
+                self.available -= self.sizes[index]
+                self.alive -= self.sizes[index]
+
+    def _is_used_again(self, index: int) -> bool:
+        """Return whether a prefetch counts on the parameter, or it recurs soon enough."""
+        if self.last_fetched_for[index] > self.step:
+            return True
+        uses = self.uses[index]
+        place = bisect.bisect_left(uses, self.step)
+        if place == len(uses):
+            return False
+        distance = self.traversed[uses[place]] - self.traversed[self.step]
+        return distance < self.reuse_distance
