@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, get_origin, get_type_hints
 
 from launcher.errors import RecipeError, did_you_mean, list_problems
 from launcher.recipe_sections import DataSource, Recipe
+from launcher.recipe_text import describe, one_line, parse_override, read_yaml
 from launcher.recipe_values import impossible_values
 
 
@@ -35,8 +35,11 @@ def parse_recipe(
     # Imported here: it costs 60 ms, and `zerofit version` or a finished plan needs none of it.
     from omegaconf import OmegaConf
 
-    parts = [(source, read_yaml(text, source)), ("command line", _parse_options(options or {}))]
-    parts += [_parse_override(item) for item in overrides]
+    parts = [
+        (source, read_yaml(text, source, kind=Recipe)),
+        ("command line", _parse_options(options or {})),
+    ]
+    parts += [parse_override(item, kind=Recipe) for item in overrides]
     tree = merge_strictly(Recipe, parts, source=source)
     if OmegaConf.is_missing(tree.model, "name_or_path"):
         raise RecipeError(
@@ -64,7 +67,7 @@ def _with_typed_sources(recipe: Recipe, source: str) -> Recipe:
             tree = OmegaConf.merge(OmegaConf.structured(DataSource), given)
             typed.append(OmegaConf.to_object(tree))
         except OmegaConfBaseException as error:
-            problems.append(f"data.sources[{index}].{_describe(error, source)}")
+            problems.append(f"data.sources[{index}].{describe(error, source)}")
     if problems:
         raise RecipeError(
             list_problems(problems), where=source, fix="correct the values named above"
@@ -102,41 +105,10 @@ def merge_strictly(kind: type, parts: Sequence[tuple[str, Any]], *, source: str)
                 tree = OmegaConf.merge(tree, part)
                 OmegaConf.to_container(part, resolve=True)
             except OmegaConfBaseException as error:
-                problems.append(_describe(error, where))
+                problems.append(describe(error, where))
     if problems:
         raise RecipeError(list_problems(problems), where=source, fix="correct the keys named above")
     return tree
-
-
-def read_yaml(text: str, source: str) -> Any:
-    """Return the mapping that a YAML text holds.
-
-    Raises:
-        RecipeError: it is not YAML, or not a mapping.
-    """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        raw = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
-    except yaml.YAMLError as error:
-        raise RecipeError(
-            f"this is not YAML: {_one_line(error)}", where=source, fix="mend that line"
-        ) from None
-    except OmegaConfBaseException as error:
-        raise RecipeError(
-            _describe(error, source), where=source, fix="correct the key named above"
-        ) from None
-    except AssertionError:
-        raw = None  # OmegaConf 2.4's answer to a text that is a single number or true
-    if not OmegaConf.is_dict(raw):
-        raise RecipeError(
-            f"a recipe is a mapping of keys to values, this is {text.strip()[:40]!r}",
-            where=source,
-            fix="start from `zerofit init`",
-        )
-    return raw
 
 
 def render_recipe(recipe: Recipe) -> str:
@@ -180,37 +152,9 @@ def _parse_options(options: Mapping[str, str]) -> Any:
             OmegaConf.update(given, key, value)
         except OmegaConfBaseException as error:
             raise RecipeError(
-                f"{key}: {_one_line(error)}", where="command line", fix="correct the value"
+                f"{key}: {one_line(error)}", where="command line", fix="correct the value"
             ) from None
     return given
-
-
-def _parse_override(item: str) -> tuple[str, Any]:
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    key, equals, _ = item.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(
-            f"cannot read the override {item!r}",
-            where="command line",
-            fix="write key=value, for example strategy.zero_stage=2",
-        )
-    try:
-        return f"command line: {item}", OmegaConf.from_dotlist([item])
-    except yaml.YAMLError as error:
-        raise RecipeError(
-            f"the value is not YAML: {_one_line(error)}",
-            where=f"command line: {item}",
-            fix="quote the value",
-        ) from None
-    except OmegaConfBaseException as error:
-        raise RecipeError(
-            _one_line(error).split(" full_key:")[0],
-            where=f"command line: {item}",
-            fix="correct the value",
-        ) from None
 
 
 def _unknown_keys(part: Any, kind: type, where: str) -> Iterator[str]:
@@ -241,33 +185,6 @@ def _unknown_keys(part: Any, kind: type, where: str) -> Iterator[str]:
                 yield f"{name!r} is a value or a list, not a section ({where})"
 
     yield from walk(part, kind, "")
-
-
-# OmegaConf 2.4's words for a value of the wrong type, and what they mean to someone who typed it.
-_PLAIN_WORDS = (
-    (
-        re.compile(r"Value (.*) of type '\w+' could not be converted to Integer"),
-        r"\1 is not a whole number",
-    ),
-    (
-        re.compile(r"Value (.*) of type '\w+' could not be converted to Float"),
-        r"\1 is not a number",
-    ),
-    (re.compile(r"Value (.*) is not a valid bool \(type \w+\)"), r"\1 is not true or false"),
-    (re.compile(r"Incompatible value 'None' for field of type '(\w+)'"), "it cannot be left empty"),
-)
-
-
-def _describe(error: Exception, where: str) -> str:
-    key = getattr(error, "full_key", None)
-    message = _one_line(error).split(" full_key:")[0].strip()
-    for pattern, plain in _PLAIN_WORDS:
-        message = pattern.sub(plain, message)
-    return f"{key or 'recipe'}: {message} ({where})"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _not_text(recipe: Recipe) -> Iterator[str]:

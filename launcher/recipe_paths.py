@@ -49,8 +49,14 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         measured=measured and str(Path(measured).resolve()),
         hostfile=hostfile and str(Path(hostfile).resolve()),
     )
-    model = replace(recipe.model, name_or_path=source)
-    return replace(recipe, model=model, data=data, cluster=cluster)
+    nvme_path = recipe.strategy.nvme_path
+    return replace(
+        recipe,
+        model=replace(recipe.model, name_or_path=source),
+        data=data,
+        cluster=cluster,
+        strategy=replace(recipe.strategy, nvme_path=nvme_path and _file(nvme_path)),
+    )
 
 
 def check_names_data(recipe: Recipe) -> None:
@@ -90,4 +96,8 @@ def check_data_paths(recipe: Recipe) -> None:
 
 
 def _absolute(path: str) -> str:
-    return path if is_hub_id(path) else str(Path(path).expanduser().resolve())
+    return path if is_hub_id(path) else _file(path)
+
+
+def _file(path: str) -> str:
+    return str(Path(path).expanduser().resolve())

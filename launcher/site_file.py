@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from launcher.recipe import merge_strictly, read_yaml
+from launcher.recipe import merge_strictly
 from launcher.recipe_sections import SlurmSection
+from launcher.recipe_text import read_yaml
 from launcher.run_dir import read_text
 
 
@@ -47,7 +48,7 @@ def parse_site(text: str, *, source: str) -> SlurmSection:
     """
     from omegaconf import OmegaConf
 
-    tree = merge_strictly(Site, [(source, read_yaml(text, source))], source=source)
+    tree = merge_strictly(Site, [(source, read_yaml(text, source, kind=Site))], source=source)
     site = OmegaConf.to_object(tree)
     assert isinstance(site, Site)
     return site.slurm

@@ -14,6 +14,7 @@ from launcher.ds_config import merge
 from launcher.errors import RecipeError, did_you_mean, list_problems
 from launcher.recipe import parse_recipe, render_recipe
 from launcher.recipe_sections import Recipe
+from launcher.recipe_text import keep_typed_text
 
 _FILE_KEYS = ("defaults", "cases", "matrix")
 _MATRIX_KEYS = ("defaults", "models", "contexts", "zero_stages", "strategies")
@@ -94,7 +95,12 @@ def _read_mapping(text: str, source: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         said = " ".join(str(error).split())
         raise RecipeError(f"this is not YAML: {said}", where=source, fix="mend that line") from None
-    return _mapping(content, source)
+    sweep = _mapping(content, source)
+    nodes: Any = yaml.compose(text, _LOADER)
+    for key, node in nodes.value if sweep else ():
+        if key.value in ("defaults", "cases"):
+            keep_typed_text(sweep[key.value], node, kind=Recipe)
+    return sweep
 
 
 def _listed_drafts(content: Mapping[str, Any], source: str) -> Iterator[_Draft]:

@@ -86,8 +86,10 @@ def _plan_matrix(
 def init(*, path: Path, options: dict[str, str | None], data: str | None) -> None:
     """Write a recipe for a model, a length and hardware; edit it, then plan or train it."""
     from launcher.init_recipe import new_recipe_text
+    from launcher.recipe_paths import check_data_paths
     from launcher.run_dir import create_file
 
     prepared = prepare_from((), {**options, "data.path": data})
+    check_data_paths(prepared.recipe)
     create_file(path, new_recipe_text(prepared.recipe, prepared.plan))
     say(f"wrote {path}; next: zerofit plan {path}")

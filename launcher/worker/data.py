@@ -46,6 +46,7 @@ from launcher.worker.data_sources import (
 from launcher.worker.data_writer import Counts, length_bins, percentiles, write_split
 from launcher.worker.examples import ExampleReader
 from launcher.worker.program import begin_program
+from launcher.worker.vocabulary import check_vocabulary, configured_rows
 
 # Not __name__, which is "__main__" when this module is run.
 logger = logging.getLogger("launcher.worker.data")
@@ -131,6 +132,11 @@ def _make(
     reader = ExampleReader(train, tokenizer, recipe.max_seq_len)
     train_counts, train_summary = _write(reader, recipe, tokenizer, folder / TRAIN)
     notes += reader.notes
+    if count := train_counts.num_without_system:
+        notes.append(
+            f"the chat template leaves out the system text of {count:,} conversations: put it into "
+            "their first user turn, or set data.chat_template"
+        )
     eval_counts, eval_summary, sample = None, None, None
     if held_out is not None:
         reader = ExampleReader([held_out], tokenizer, recipe.max_seq_len, takes_sample=True)
@@ -223,38 +229,6 @@ def _cache_key(recipe: Recipe, tokenizer: Any, sources: Sequence[OpenSource]) ->
     return digest.hexdigest()[:32]
 
 
-def check_vocabulary(summary: DataSummary, recipe: Recipe, config_path: Path | None) -> None:
-    """Look whether the model has an embedding for every token of the data.
-
-    Args:
-        summary: of the tokenised data.
-        recipe: names the model.
-        config_path: the model's config.json, where the model's own source has none.
-
-    Raises:
-        DataError: a token was added to the tokenizer and not to the model.
-    """
-    from transformers import PretrainedConfig
-
-    if config_path is not None and config_path.is_file():
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    else:
-        name = recipe.model.name_or_path
-        try:
-            config, _ = PretrainedConfig.get_config_dict(name, revision=recipe.model.revision)
-        except OSError:
-            return  # a tokenizer without a model: the ranks say so, who load the model
-    vocab_size = (config.get("text_config") or config).get("vocab_size")
-    if vocab_size is not None and summary.max_token_id >= vocab_size:
-        raise DataError(
-            f"token {summary.max_token_id} occurs in the data, but the model has embeddings for "
-            f"tokens 0 to {vocab_size - 1} only",
-            where=recipe.model.name_or_path,
-            fix="use the tokenizer that came with the model, or resize the model's embeddings "
-            "(resize_token_embeddings) and save it",
-        )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Tokenise a recipe's data, print the summary as one line of JSON, return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m launcher.worker.data")
@@ -279,7 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             entry = prepare_data(recipe, tokenizer, cache)
             summary = load_summary(entry)
             config = options.run_dir / MODEL_CONFIG if options.run_dir else None
-            check_vocabulary(summary, recipe, config)
+            if (rows := configured_rows(recipe, config)) is not None:
+                check_vocabulary(summary.max_token_id, rows, source=recipe.model.name_or_path)
             # What a later run finds again needs no further look.
             remember(recipe, cache, entry.name)
         if options.run_dir:

@@ -44,7 +44,7 @@ class OpenSource:
         """Yield the records with their places.
 
         Raises:
-            DataError: a file is empty or broken.
+            DataError: a file or a split is empty, or a file is broken.
         """
         if self.dataset is None:
             for path in self.files:
@@ -55,6 +55,12 @@ class OpenSource:
             for row in table.to_pylist():
                 number += 1
                 yield f"{self.source.path} row {number}", without_nested_nulls(row)
+        if number == 0:
+            raise DataError(
+                f"the split {self.source.split!r} holds no records",
+                where=self.source.path,
+                fix=f"choose another split or configuration, or correct {self.key}",
+            )
 
 
 def training_sources(data: DataSection) -> list[tuple[str, DataSource]]:

@@ -32,6 +32,8 @@ class Counts:
     num_truncated: int = 0
     num_dropped: int = 0
     num_loss_tokens: int = 0
+    num_without_system: int = 0
+    """Conversations whose system text the chat template left out."""
     max_token_id: int = 0
     lengths: array[int] = field(default_factory=lambda: array("i"))
     """Of the kept examples, after truncation."""
@@ -85,6 +87,7 @@ def _kept(found: Sequence[Tokens], counts: Counts, max_seq_len: int) -> Iterator
             counts.num_dropped += 1
             continue
         counts.num_loss_tokens += num_loss_tokens
+        counts.num_without_system += whole.lacks_system_text
         counts.max_token_id = max(counts.max_token_id, *tokens.input_ids)
         counts.lengths.append(len(tokens.input_ids))
         yield {

@@ -83,7 +83,6 @@ def export_run(directory: Path, out: Path, *, kind: Kind | None = None) -> dict[
         ExportError: a tensor is missing, empty, misshaped, not finite or untrained, or the
             exported model does not compute what the checkpoint computes.
         ModelError: the base model cannot be read.
-        SetupError: the model does not fit into this machine's free memory.
     """
     recipe = parse_recipe(
         run_dir.read_text(directory / run_dir.RECIPE), source=str(directory / run_dir.RECIPE)

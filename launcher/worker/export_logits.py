@@ -8,21 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from launcher.errors import SetupError
 from launcher.recipe_sections import Recipe
 from launcher.strategy import Method
-from launcher.units import format_bytes
 from launcher.worker.export_checks import ExportError
+from launcher.worker.export_merge import write_merged
 from launcher.worker.unreadable import unreadable
 
 MERGED = "merged"
 """Folder inside the export with the adapter merged into the base model."""
 PROMPT = "What does `textwrap.wrap` do in Python?"
-MAX_SHARD_SIZE = "5GB"
-
 COPY_TOLERANCE = 1e-5
 """Relative difference of logits between a checkpoint and its copy: same numbers, same code."""
 MERGE_TOLERANCE = 0.05
@@ -30,13 +26,6 @@ MERGE_TOLERANCE = 0.05
 
 Measured: 0.009 for SmolLM2-135M in bf16 with a rank-16 adapter, whose own effect was 0.2.
 """
-MEMORY_FACTOR = 1.4
-"""Host memory needed per byte of weights: the model, the layers being merged, the adapter twice.
-
-Measured with SmolLM2-135M, merging, beyond the imports and the files' own pages: 1.35 bytes per
-byte of weights in fp32, 1.2 in bf16.
-"""
-
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "chat_template*", "spiece.model",
@@ -61,7 +50,8 @@ def compare_logits(
 ) -> LogitsDifference:
     """Run one prompt through base, checkpoint and export, and compare the logits.
 
-    One model is in memory at a time (with two adapters, when adapters were trained).
+    Memory holds no model: weights stay in their files, one module's at a time is widened to
+    fp32, and merging makes one file at a time.
 
     Args:
         recipe: names the base model.
@@ -74,19 +64,16 @@ def compare_logits(
         ExportError: the export computes something else than the checkpoint, or the same as
             the base model; or it lacks weights.
         ModelError: the base model or the tokenizer cannot be loaded.
-        SetupError: the model does not fit into this machine's free memory.
     """
-    num_params = sum(parameter.numel() for parameter in model.parameters())
-    dtype = _compute_dtype(num_params, model.config)
     tokens = _prompt_tokens(new, vocab_size=model.get_input_embeddings().weight.shape[0])
-    base = _load(recipe.model.name_or_path, recipe, dtype=dtype)
+    base = _load(recipe.model.name_or_path, recipe)
     before = _logits(base, tokens)
     merged_from_adapter = None
     if recipe.method is Method.full:
         del base
         gc.collect()
-        in_checkpoint = _logits(_load(str(checkpoint), recipe, dtype=dtype), tokens)
-        exported = _logits(_load(str(new), recipe, dtype=dtype), tokens)
+        in_checkpoint = _logits(_load(str(checkpoint), recipe), tokens)
+        exported = _logits(_load(str(new), recipe), tokens)
     else:
         from peft import PeftModel
 
@@ -97,10 +84,10 @@ def compare_logits(
         adapted.delete_adapter("checkpoint")
         exported = _logits(adapted, tokens)
         if merge:
-            _merge(adapted, new, save_dtype=model.config.dtype or dtype)
+            _merge(adapted, new)
             del base, adapted
             gc.collect()
-            merged = _logits(_load(str(new / MERGED), recipe, dtype=dtype), tokens)
+            merged = _logits(_load(str(new / MERGED), recipe), tokens)
             merged_from_adapter = _relative(merged, exported)
     difference = LogitsDifference(
         prompt=PROMPT,
@@ -139,35 +126,12 @@ def _judge(difference: LogitsDifference, *, where: str) -> None:
         )
 
 
-def _merge(adapted: Any, new: Path, *, save_dtype: torch.dtype) -> None:
-    # Merged in the compute type and rounded once; safe_merge refuses NaN and infinity.
-    merged = adapted.merge_and_unload(safe_merge=True).to(save_dtype)
-    merged.config.dtype = save_dtype
-    merged.save_pretrained(new / MERGED, max_shard_size=MAX_SHARD_SIZE)
-    for path in (new / MERGED).glob("*.safetensors"):
-        # safetensors makes files that only their owner may read.
-        shutil.copymode(new / MERGED / "config.json", path)
+def _merge(adapted: Any, new: Path) -> None:
+    write_merged(adapted, new / MERGED, dtype=adapted.dtype)
     for pattern in TOKENIZER_FILES:
         for path in new.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, new / MERGED / path.name)
-
-
-def _compute_dtype(num_params: int, config: Any) -> torch.dtype:
-    """Return fp32 when the model fits in free memory that way, else the model's own type."""
-    free_bytes = psutil.virtual_memory().available
-    if 4 * num_params * MEMORY_FACTOR <= free_bytes:
-        return torch.float32
-    needed_bytes = 2 * num_params * MEMORY_FACTOR
-    if needed_bytes > free_bytes:
-        raise SetupError(
-            f"{format_bytes(free_bytes)} of memory are free, loading the model to verify it needs "
-            f"{format_bytes(needed_bytes)}",
-            where="this machine",
-            fix="export on a machine with more memory; the run directory is all it needs",
-        )
-    dtype = config.dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
 
 def _prompt_tokens(folder: Path, *, vocab_size: int) -> torch.Tensor:
@@ -187,8 +151,12 @@ def _prompt_tokens(folder: Path, *, vocab_size: int) -> torch.Tensor:
     return torch.tensor([tokens])
 
 
-def _load(source: str, recipe: Recipe, *, dtype: torch.dtype) -> Any:
-    """Load a model on the CPU; what its files lack is an error, never a random weight."""
+def _load(source: str, recipe: Recipe) -> Any:
+    """Load a model on the CPU; what its files lack is an error, never a random weight.
+
+    In the files' own type transformers maps the weights into memory: they are read when they
+    are used, and the system drops them again when it needs room.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
@@ -196,7 +164,7 @@ def _load(source: str, recipe: Recipe, *, dtype: torch.dtype) -> Any:
             source,
             revision=recipe.model.revision if source == recipe.model.name_or_path else None,
             trust_remote_code=recipe.model.trust_remote_code,
-            dtype=dtype,
+            dtype="auto",
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
@@ -208,7 +176,30 @@ def _load(source: str, recipe: Recipe, *, dtype: torch.dtype) -> Any:
             where=source,
             fix="do not use this folder; train again from an earlier checkpoint",
         )
+    _compute_in_fp32(model)
     return model.eval()
+
+
+def _compute_in_fp32(model: Any) -> None:
+    """Have each module compute with an fp32 copy of its weights, which lives only meanwhile.
+
+    In 16 bits, rounding would be as large as what some adapters change.
+    """
+
+    def widen(module: torch.nn.Module, _arguments: Any) -> None:
+        kept[module] = dict(module._parameters)
+        for name, value in kept[module].items():
+            if value is not None and value.is_floating_point():
+                module._parameters[name] = torch.nn.Parameter(value.float(), requires_grad=False)
+
+    def put_back(module: torch.nn.Module, _arguments: Any, _output: Any) -> None:
+        module._parameters.update(kept.pop(module))
+
+    kept: dict[torch.nn.Module, dict[str, torch.nn.Parameter | None]] = {}
+    for module in model.modules():
+        if module._parameters:
+            module.register_forward_pre_hook(widen)
+            module.register_forward_hook(put_back)
 
 
 def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:

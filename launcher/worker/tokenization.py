@@ -26,6 +26,8 @@ class Tokens:
 
     input_ids: list[int]
     labels: list[int]
+    lacks_system_text: bool = False
+    """Whether the chat template left the conversation's system text out."""
 
     @property
     def num_loss_tokens(self) -> int:
@@ -51,9 +53,18 @@ def tokenize(examples: Sequence[Placed], tokenizer: Any, *, train_on_prompt: boo
     of_passages = iter(_tokenize_passages(passages, tokenizer))
     found = []
     for _, example in examples:
-        input_ids, labels = next(of_chats if isinstance(example, Conversation) else of_passages)
+        if isinstance(example, Conversation):
+            input_ids, labels, lacks_system = next(of_chats)
+        else:
+            (input_ids, labels), lacks_system = next(of_passages), False
         labels = list(input_ids) if train_on_prompt else labels
-        found.append(Tokens(input_ids=input_ids, labels=[IGNORE_INDEX, *labels[1:]][: len(labels)]))
+        found.append(
+            Tokens(
+                input_ids=input_ids,
+                labels=[IGNORE_INDEX, *labels[1:]][: len(labels)],
+                lacks_system_text=lacks_system,
+            )
+        )
     return found
 
 
@@ -107,7 +118,7 @@ def _encode(texts: list[str], tokenizer: Any, *, special: bool = True) -> list[l
 
 def _tokenize_conversations(
     chats: Sequence[tuple[str, Conversation]], tokenizer: Any
-) -> list[tuple[list[int], list[int]]]:
+) -> list[tuple[list[int], list[int], bool]]:
     import numpy as np
 
     if not chats:
@@ -122,8 +133,8 @@ def _tokenize_conversations(
         texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
     )
     found = []
-    for ids, offsets, answers in zip(
-        encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
+    for (_, chat), text, ids, offsets, answers in zip(
+        chats, texts, encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
     ):
         ends = np.array([end for _, end in offsets])
         is_learned = np.zeros(len(ids), dtype=bool)
@@ -131,8 +142,19 @@ def _tokenize_conversations(
             # A token that begins in the prompt's last character and ends in the answer is one
             # that the model has to produce; one that goes on behind the answer is not.
             is_learned |= (ends > begin) & (ends <= stop)
-        found.append((list(ids), np.where(is_learned, ids, IGNORE_INDEX).tolist()))
+        labels = np.where(is_learned, ids, IGNORE_INDEX).tolist()
+        found.append((list(ids), labels, _lacks_system_text(chat, text)))
     return found
+
+
+def _lacks_system_text(chat: Conversation, text: str) -> bool:
+    """Return whether a system text does not stand in the rendered conversation.
+
+    Mistral's template writes it into the last turn if that is the user's, as when the model is
+    asked; a conversation to learn from ends with an answer.
+    """
+    systems = [str(turn["content"]) for turn in chat.messages if turn["role"] == "system"]
+    return any(system.strip() not in text for system in systems)
 
 
 def answer_spans(

@@ -266,9 +266,8 @@ def _data_options(
     held_out = None
     if summary.eval is not None:
         held_out = read_rows(folder / EVAL).with_format("numpy")
-    for rows in (train, held_out):
-        if rows is not None:
-            check_vocabulary(rows, model, source=recipe.model.name_or_path)
+    rows = model.get_input_embeddings().num_embeddings
+    check_vocabulary(summary.max_token_id, rows, source=recipe.model.name_or_path)
     collator: Any = RightPadding(pad_token_id=summary.pad_token_id)
     if summary.packing:
         is_flash = strategy.attention is Attention.flash_attention_2

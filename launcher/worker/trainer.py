@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from launcher import run_dir
+from launcher.errors import RecipeError
 from launcher.recipe_sections import Recipe
 from launcher.strategy import Loss, Precision, Strategy
 from launcher.worker import batch_record, checkpoints
@@ -191,6 +192,27 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
         norm = super()._get_grad_norm(model, grad_norm)
         self._numbers.end_step(norm, step=self.state.global_step + 1, batch=self._batch_of_step())
         return norm
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the learning rate's schedule.
+
+        Raises:
+            RecipeError: a polynomial schedule has no step after its warm-up.
+        """
+        is_polynomial = self.args.lr_scheduler_type == "polynomial"
+        if is_polynomial and self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
+            # transformers 5.23 optimization.py divides by the steps after the warm-up.
+            raise RecipeError(
+                f"a polynomial schedule cannot warm up in all of its {num_training_steps} steps",
+                where="optim.lr_scheduler_type",
+                fix="set optim.warmup_ratio=0, train for more steps, or use linear",
+            )
+        chosen = base = optimizer or self.optimizer
+        while not hasattr(base, "defaults"):
+            base = base.optimizer
+        # What transformers' polynomial schedule asks for, DeepSpeed's wrappers lack.
+        chosen.defaults = base.defaults
+        return super().create_scheduler(num_training_steps, chosen)
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Evaluate on the held-out set, as a phase of its own; nothing if it was cut short."""

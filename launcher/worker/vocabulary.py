@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from pathlib import Path
 
 from launcher.errors import ModelError
+from launcher.recipe_sections import Recipe
 
 
-def check_vocabulary(rows: Any, model: Any, *, source: str) -> None:
+def check_vocabulary(max_token_id: int, num_embeddings: int, *, source: str) -> None:
     """Raise ModelError when a token of the data lies beyond the model's embedding.
 
     torch would read past the table: an assertion on a GPU, from which no message comes.
 
     Args:
-        rows: a dataset with the column ``input_ids``.
-        model: the model, partitioned or not.
-        source: its name, for the error.
+        max_token_id: the largest of the data's tokens, padding included.
+        num_embeddings: rows of the model's embedding.
+        source: the model's name, for the error.
     """
-    num_embeddings: int = model.get_input_embeddings().num_embeddings
-    highest = highest_token(rows)
-    if highest >= num_embeddings:
+    if max_token_id >= num_embeddings:
         raise ModelError(
-            f"the data has token {highest}, the model's embedding has {num_embeddings} rows "
+            f"the data has token {max_token_id}, the model's embedding has {num_embeddings} rows "
             f"(0 to {num_embeddings - 1}): the tokenizer and the weights do not belong together",
             where=source,
             fix="use the tokenizer that came with the weights; where tokens were added, give the "
@@ -30,10 +30,25 @@ def check_vocabulary(rows: Any, model: Any, *, source: str) -> None:
         )
 
 
-def highest_token(rows: Any) -> int:
-    """Return the largest token id of a dataset; 0 when it holds none."""
-    import pyarrow.compute
+def configured_rows(recipe: Recipe, config_path: Path | None) -> int | None:
+    """Return the rows of the embedding that a model's configuration announces, before the job.
 
-    chunks = rows.data.column("input_ids").chunks
-    found = [pyarrow.compute.max(chunk.flatten()).as_py() for chunk in chunks if len(chunk)]
-    return max((int(value) for value in found if value is not None), default=0)
+    Args:
+        recipe: names the model.
+        config_path: the model's config.json, where the model's own source has none.
+
+    Returns:
+        ``None`` where no configuration can be read: the ranks find out, who load the model.
+    """
+    from transformers import PretrainedConfig
+
+    if config_path is not None and config_path.is_file():
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    else:
+        name = recipe.model.name_or_path
+        try:
+            config, _ = PretrainedConfig.get_config_dict(name, revision=recipe.model.revision)
+        except OSError:
+            return None
+    rows = (config.get("text_config") or config).get("vocab_size")
+    return None if rows is None else int(rows)

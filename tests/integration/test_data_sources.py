@@ -130,6 +130,25 @@ def test_a_hub_id_without_a_network_says_what_to_do() -> None:
     assert "without a network, copy the data here" in caught.value.fix
 
 
+def test_system_texts_that_a_template_leaves_out_are_counted(tmp_path: Path, model: Path) -> None:
+    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "four"}]
+    chats = [[{"role": "system", "content": "Be brief."}, *turns]] * 3 + [turns]
+    data = lines(tmp_path / "train.jsonl", [{"messages": chat} for chat in chats])
+    template = Path(__file__).parents[1] / "data" / "chat_templates" / "mistral.jinja"
+    recipe = recipe_of(model, f"{{path: {data}, chat_template: {template}}}")
+    rows, summary = tokens_of(recipe, tmp_path / "cache")
+    assert "Be brief" not in "".join(rows)
+    assert (
+        "the chat template leaves out the system text of 3 conversations: put it into their first "
+        "user turn, or set data.chat_template"
+    ) in summary.notes
+    other, summary = tokens_of(
+        recipe_of(model, f"{{path: {data}, chat_template: zephyr}}"), tmp_path / "cache"
+    )
+    assert "".join(other).count("Be brief.") == 3
+    assert not any("system text" in note for note in summary.notes)
+
+
 def test_rows_of_a_loaded_data_set_have_no_nulls_in_their_turns(tmp_path: Path) -> None:
     from datasets import Dataset
 
@@ -278,9 +297,8 @@ def test_a_token_beyond_the_models_embeddings_is_an_error(
     for _ in range(2):
         assert main(arguments) == 2
         said = capsys.readouterr().err
-        assert "token 260 occurs in the data, but the model has embeddings for tokens 0 to 257" in (
-            said
-        )
+        assert "the data has token 260, the model's embedding has 258 rows (0 to 257)" in said
+        assert "model.resize_token_embeddings(len(tokenizer))" in said
 
 
 def zerofit(*args: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from launcher.errors import LauncherError, RunDirError
 from launcher.worker import export as export_module
+from launcher.worker import export_merge
 from launcher.worker.export import export_run
 from launcher.worker.export_checks import ExportError, expected_adapter, expected_model
+from launcher.worker.process_memory import Sampler
 
 pytestmark = [
     pytest.mark.integration,
@@ -34,12 +36,8 @@ NUM_TENSORS, NUM_PARAMS = 28, 4096
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -52,13 +50,49 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tie_word_embeddings=True,
         dtype=torch.float32,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    return write_base(tmp_path_factory.mktemp("base"), LlamaForCausalLM(config))
+
+
+def write_base(folder: Path, model: Any) -> Path:
+    """Write a model, and a tokenizer for the words of the export's prompt."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    model.save_pretrained(folder)
     unknown = "<unk>"
     words = [unknown, "What", "does", "textwrap", "wrap", "do", "in", "Python", "?", "`", "."]
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
     backend.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=unknown).save_pretrained(folder)
     return folder
+
+
+class AnonymousMemory:
+    """Samples what this process holds beside the pages of files, above where it started."""
+
+    def __init__(self) -> None:
+        self._start = self._peak = self._now()
+        self._sampler = Sampler(self._sample, interval_seconds=0.005)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self._peak - self._start
+
+    def _sample(self) -> None:
+        self._peak = max(self._peak, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+    def __enter__(self) -> AnonymousMemory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sampler.stop()
 
 
 def write_recipe(run: Path, base: Path, method: str, more: str = "") -> None:
@@ -157,6 +191,49 @@ def test_the_merged_model_is_an_ordinary_folder_that_computes_the_same(
     assert not hasattr(merged, "peft_config")
     assert (out / "merged" / "tokenizer.json").is_file()
     assert "merged/model.safetensors" in export["files"]
+
+
+def test_merging_holds_one_file_and_one_layer_of_the_model_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6,
+        num_attention_heads=8, num_key_value_heads=8, dtype=torch.bfloat16,
+    )  # fmt: skip
+    # A layer has 4 x 1024 x 1024 + 3 x 1024 x 4096 weights of 2 bytes, 33.6 MB; the largest
+    # matrix takes 16.8 MB in fp32, and merging holds it, its copy and its change.
+    model_bytes, largest_bytes, shard_bytes = 6 * 33_554_432, 16_777_216, 20 * 10**6
+    run = tmp_path / "run"
+    final = run / "checkpoints" / "final"
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(config)
+    model = empty.to_empty(device="cpu").to(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02)
+    write_base(tmp_path / "base", model)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False))
+    adapted.save_pretrained(final)
+    copy_tokenizer(tmp_path / "base", final)
+    write_recipe(run, tmp_path / "base", "lora")
+    del empty, model, adapted
+    monkeypatch.setattr(export_merge, "MAX_SHARD_BYTES", shard_bytes)
+    export_module._hand_back_freed_memory()
+    with AnonymousMemory() as memory:
+        export_run(run, tmp_path / "out", kind="merged")
+    merged = tmp_path / "out" / "merged"
+    # Matrices of 2 and 8 MB fill files of 20 MB; none is above it.
+    sizes = [path.stat().st_size for path in merged.glob("model-*.safetensors")]
+    assert len(sizes) > model_bytes // shard_bytes
+    assert max(sizes) < shard_bytes + 10_000
+    index = json.loads((merged / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(
+        value.nbytes for path in merged.glob("model-*") for value in load_file(path).values()
+    )
+    assert memory.peak_bytes < shard_bytes + 3 * largest_bytes + 10**7
+    assert memory.peak_bytes < model_bytes / 2
 
 
 def test_a_good_full_model_is_exported(full_run: Path, tmp_path: Path) -> None:

@@ -171,7 +171,9 @@ model: {{name_or_path: {workplace / "model"}, precision: fp32}}
 max_seq_len: 64
 data: {{path: {workplace / "train.jsonl"}}}
 lora: {{dropout: 0.3}}
-optim: {{global_batch_size: 4, max_steps: 4, learning_rate: 0.02, save_steps: 2}}
+optim:
+  {{global_batch_size: 4, max_steps: 4, learning_rate: 0.02, save_steps: 2,
+    lr_scheduler_type: polynomial}}
 """
     strategy = small_buckets(zero_stage=1, micro_batch_size_per_gpu=4)
     folder = write_run(tmp_path / "run", recipe, strategy, world_size=1)

@@ -168,8 +168,13 @@ def test_another_content_length_or_template_is_tokenised_anew(tmp_path: Path, ch
 
 def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
     recipe = recipe_for(write_chats(tmp_path / "train.jsonl", 1))
-    with pytest.raises(DataError, match="no chat template"):
+    with pytest.raises(DataError) as caught:
         prepare_data(recipe, make_tokenizer(chat_template=None), tmp_path / "cache")
+    assert caught.value.problem == (
+        "the model's tokenizer has no chat template, which messages records need"
+    )
+    assert caught.value.where == "train.jsonl line 1"
+    assert "set data.chat_template to a file or one of zephyr, chatml, llama-3" in caught.value.fix
 
 
 def test_the_end_of_sequence_pads_where_the_tokenizer_has_no_padding_token(
@@ -179,7 +184,7 @@ def test_the_end_of_sequence_pads_where_the_tokenizer_has_no_padding_token(
     tokenizer = make_tokenizer()
     summary = load_summary(prepare_data(recipe, tokenizer, tmp_path / "cache"))
     assert summary.pad_token_id == tokenizer.eos_token_id
-    assert any("end-of-sequence token pads" in note for note in summary.notes)
+    assert "the tokenizer has no padding token: its end-of-sequence token pads" in summary.notes
 
 
 def test_ranks_are_told_to_tokenise_first_when_there_is_no_data(tmp_path: Path) -> None:

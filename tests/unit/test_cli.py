@@ -115,6 +115,10 @@ def test_the_version_is_printed_in_three_ways(zerofit: Zerofit) -> None:
         (["plan", "recipe.yaml", "cluster.hostfile=none"], ["cannot read the hostfile", "none"]),
         (["plan", "recipe.yaml", "cluster.hostfile=empty.txt"], ["names no hosts"]),
         (["init"], ["no model is named"]),
+        (
+            ["init", "new.yaml", "--model", "tiny", "--max-seq-len", "64", "--data", "no.jsonl"],
+            ["no.jsonl: there is no such data file", "correct data.path"],
+        ),
         (["init", "recipe.yaml", "--model", "tiny", "--max-seq-len", "64"], ["exists already"]),
         (["render", "recipe.yaml", "--output-dir", "train.jsonl"], ["this is a file"]),
         (["render", "recipe.yaml", "--output-dir", "tiny"], ["exists and is not empty"]),

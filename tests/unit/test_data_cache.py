@@ -90,6 +90,13 @@ def test_a_summary_of_another_version_is_an_error_for_the_ranks(cache: Path) -> 
         load_summary(cache / "k1")
 
 
+def test_half_a_summary_is_an_error_for_the_ranks_and_no_traceback(cache: Path) -> None:
+    (cache / "k1" / SUMMARY).write_text('{"format": ')
+    with pytest.raises(DataError, match="cannot be read: ") as caught:
+        load_summary(cache / "k1")
+    assert "tokenise the data anew" in caught.value.fix
+
+
 def test_a_summary_survives_json() -> None:
     whole = data_summary(eval=split_summary(path="eval.jsonl"), notes=("a", "b"))
     assert summary_to_json(whole)["eval"]["path"] == "eval.jsonl"
@@ -140,8 +147,11 @@ def test_every_path_of_a_recipe_becomes_absolute(
         "model: {name_or_path: llama2-7b}\n"
         "data: {sources: [{path: a.jsonl}, {path: owner/name}], eval_path: b.csv, "
         "chat_template: t.jinja}\n"
+        "strategy: {nvme_path: drive}\n"
     )
-    data = with_absolute_paths(parse_recipe(text, source="test")).data
+    whole = with_absolute_paths(parse_recipe(text, source="test"))
+    assert whole.strategy.nvme_path == str(tmp_path / "drive")
+    data = whole.data
     assert [source.path for source in data.sources] == [str(tmp_path / "a.jsonl"), "owner/name"]
     assert data.eval_path == str(tmp_path / "b.csv")
     assert data.chat_template == str(tmp_path / "t.jinja")

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from launcher.bench.sweep import parse_sweep
 from launcher.errors import RecipeError
 from launcher.recipe import parse_recipe, render_recipe
+from launcher.site_file import parse_site
 from launcher.strategy import Checkpointing, Method, Offload, Precision
 
 MINIMAL = "model: {name_or_path: llama2-7b}\n"
@@ -176,3 +178,25 @@ def test_a_path_that_cannot_exist_is_refused_with_its_key(path: str, reason: str
     problem = problem_of(MINIMAL, f"data.path={path}")
     assert "data.path" in problem
     assert reason in problem
+
+
+def test_what_is_text_stays_as_it_was_typed() -> None:
+    # YAML 1.1 reads the float 12.1, the sexagesimal 45000, the octal 7 and true.
+    text = (
+        "model: {name_or_path: x, revision: 12.10}\nslurm: {time: 12:30:00, account: 007}\n"
+        "tracking: {run_name: yes}\ndata: {sources: [{path: a, split: 1_0}]}\n"
+    )
+    recipe = parse_recipe(text, source="r.yaml")
+    assert recipe.model.revision == "12.10"
+    assert (recipe.slurm.time, recipe.slurm.account) == ("12:30:00", "007")
+    assert recipe.tracking.run_name == "yes"
+    assert recipe.data.sources[0].split == "1_0"
+    overrides = ["model.revision=1.0", "slurm.time=1:00:00", "optim.learning_rate=1e-3"]
+    recipe = parse_recipe(text, source="r.yaml", overrides=overrides)
+    assert (recipe.model.revision, recipe.slurm.time) == ("1.0", "1:00:00")
+    assert recipe.optim.learning_rate == 1e-3
+    assert parse_recipe(text, source="r.yaml", overrides=["slurm.time=null"]).slurm.time is None
+    assert parse_site("slurm: {time: 1:30:00}", source="site.yaml").time == "1:30:00"
+    (case,) = parse_sweep(f"defaults: {{{text.splitlines()[1]}}}\ncases: [{{name: a, model: "
+                          "{name_or_path: x, revision: 12.10}}]", source="s.yaml")  # fmt: skip
+    assert (case.recipe.model.revision, case.recipe.slurm.time) == ("12.10", "12:30:00")

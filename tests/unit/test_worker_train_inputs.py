@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import RunDirError
+from launcher.errors import ModelError, RunDirError
 from launcher.planning.plan import strategy_to_json
 from launcher.strategy import Loss, Precision, Strategy
 from launcher.worker.ranks import Ranks, ranks_from_environment
 from launcher.worker.train import read_inputs
+from launcher.worker.vocabulary import check_vocabulary
 
 
 def write_inputs(folder: Path) -> None:
@@ -70,3 +71,14 @@ def test_a_plan_without_a_precision_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"strategy": {}}')
     with pytest.raises(RunDirError, match="precision"):
         read_inputs(tmp_path)
+
+
+def test_tokens_without_rows_in_the_embedding_are_refused() -> None:
+    check_vocabulary(299, 300, source="here")
+    with pytest.raises(ModelError) as caught:
+        check_vocabulary(300, 300, source="here")
+    assert caught.value.problem == (
+        "the data has token 300, the model's embedding has 300 rows (0 to 299): the tokenizer and "
+        "the weights do not belong together"
+    )
+    assert "model.resize_token_embeddings(len(tokenizer))" in caught.value.fix

@@ -1,0 +1,109 @@
+"""Merge an adapter into its base model, one layer at a time and one file at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+
+from launcher.worker.export_checks import ExportError
+
+MAX_SHARD_BYTES = 2 * 10**9
+"""Size of a file of weights; while it is made, its tensors are in memory."""
+_INDEX = "model.safetensors.index.json"
+_BASE = ".base_layer"
+
+
+def write_merged(adapted: Any, folder: Path, *, dtype: torch.dtype) -> None:
+    """Write the model with its adapter merged into it, as ordinary safetensors files.
+
+    Each adapted layer is merged in fp32, by PEFT, and rounded once. Memory holds the tensors of
+    one file and one layer in fp32; all other weights stay in the files that they came from.
+
+    Args:
+        adapted: a PEFT model on the CPU, unchanged afterwards.
+        folder: a new folder.
+        dtype: of the merged weights.
+
+    Raises:
+        ExportError: a merged weight is not finite.
+    """
+    folder.mkdir()
+    model = adapted.get_base_model()
+    layers = _adapted_layers(model)
+    sources = dict(_saved_tensors(model))
+    shapes = {
+        name: torch.empty(value.shape, dtype=_saved_dtype(value, dtype), device="meta")
+        for name, value in sources.items()
+    }
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=MAX_SHARD_BYTES)
+    for file_name, names in split.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            with _merged_weight(layers.get(name), sources[name]) as value:
+                tensors[name] = value.detach().to(shapes[name].dtype).contiguous()
+        save_file(tensors, folder / file_name, metadata={"format": "pt"})
+        del tensors
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    model.config.dtype = dtype
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        # safetensors makes files that only their owner may read.
+        shutil.copymode(folder / "config.json", path)
+
+
+def _saved_dtype(value: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if value.is_floating_point() else value.dtype
+
+
+def _adapted_layers(model: Any) -> dict[str, Any]:
+    """Return PEFT's layers by the name of the weight that they change."""
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if hasattr(module, "merge") and hasattr(module, "get_base_layer")
+    }
+
+
+def _saved_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the base model's tensors under their own names, tied ones once."""
+    persistent = set(model.state_dict())
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        is_of_adapter = "lora_" in name.replace(f"{_BASE}.", ".")
+        if name in persistent and not is_of_adapter:
+            yield name.replace(f"{_BASE}.", "."), value
+
+
+@contextmanager
+def _merged_weight(layer: Any, value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield a weight with its adapter in it; the layer is afterwards as before."""
+    if layer is None:
+        yield value
+        return
+    base = layer.get_base_layer()
+    before = base.weight
+    base.weight = torch.nn.Parameter(before.detach().float(), requires_grad=False)
+    try:
+        try:
+            layer.merge(safe_merge=True)  # refuses NaN and infinity
+        except ValueError as error:
+            raise ExportError(
+                f"the adapter cannot be merged: {error}",
+                where="the trained adapter",
+                fix="do not use this checkpoint; train again from an earlier one",
+            ) from None
+        yield base.weight.data
+    finally:
+        layer.merged_adapters.clear()
+        base.weight = before
