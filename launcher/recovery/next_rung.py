@@ -11,7 +11,7 @@ from launcher.failure_kind import FailureKind
 from launcher.planning.ceiling import Ceiling
 from launcher.planning.plan import Plan
 from launcher.post_mortem import PostMortem, read_post_mortems
-from launcher.predict.memory import Phase
+from launcher.predict.memory import Phase, estimate_memory
 from launcher.prepare import Prepared, prepare
 from launcher.recipe_sections import Recipe, StrategySection
 from launcher.run_checkpoints import newest_checkpoint
@@ -62,10 +62,17 @@ def next_rung(
         num_earlier: how many attempts had run out of memory before.
     """
     fraction = _RUNG_FRACTION ** (2**num_earlier)
-    ceiling = ceiling_after(
-        prepared.plan, kind, phase, fraction=fraction, found=read_post_mortems(run_dir)
-    )
     recipe = prepared.recipe
+    # Predicted again: since the failed plan was made, the data's longest sequence may be known.
+    place = prepare(recipe, source=str(run_dir)).plan
+    failed = replace(
+        prepared.plan,
+        memory=estimate_memory(place.workload, prepared.plan.strategy, place.cluster),
+        limit_bytes=place.limit_bytes,
+    )
+    ceiling = ceiling_after(
+        failed, kind, phase, fraction=fraction, found=read_post_mortems(run_dir)
+    )
     found = prepared
     for fixed in what_may_change(recipe):
         section = loadable(fixed, prepared.plan.strategy, run_dir)

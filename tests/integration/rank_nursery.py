@@ -1,6 +1,7 @@
 """A program that imports the training stack once and forks the ranks of many runs from it.
 
-Each line of its standard input is one run: ``{"folder": …, "world_size": …, "module": …}``. It
+Each line of its standard input is one run: ``{"folder": …, "world_size": …, "module": …,
+"environment": {…}}``. It
 answers each with a line ``{"statuses": […]}``, one exit status a rank; what the ranks printed is
 in ``rank-N.err`` and ``rank-N.out`` of the folder. Importing costs 15 s, a forked run 2 s.
 """
@@ -42,7 +43,10 @@ def main() -> None:
     answers.flush()
     for line in sys.stdin:
         request = json.loads(line)
+        os.environ.update(request["environment"])
         statuses = run(Path(request["folder"]), request["world_size"], request["module"])
+        for name in request["environment"]:
+            del os.environ[name]
         answers.write(json.dumps({"statuses": statuses}) + "\n")
         answers.flush()
 

@@ -7,8 +7,10 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from launcher import run_dir
@@ -87,6 +89,8 @@ class Outcome:
     stderr: str
     stdout: str
     folder: Path
+    statuses: tuple[int, ...] = ()
+    """Of each rank, where they are known."""
 
     @property
     def peaks(self) -> list[RankPeaks]:
@@ -216,9 +220,11 @@ class Nursery:
         outcome = self._run(folder, world_size=1, module="launcher.worker.data")
         assert outcome.returncode == 0, outcome.stderr
 
-    def train(self, folder: Path, *, world_size: int = 2) -> Outcome:
-        """Run all ranks to their end."""
-        return self._run(folder, world_size=world_size, module="launcher.worker.train")
+    def train(self, folder: Path, *, world_size: int = 2, **variables: str) -> Outcome:
+        """Run all ranks to their end, with these variables in their environment."""
+        return self._run(
+            folder, world_size=world_size, module="launcher.worker.train", environment=variables
+        )
 
     def close(self) -> None:
         """End the program."""
@@ -228,9 +234,21 @@ class Nursery:
         self._process.wait(timeout=20)
         self._process.stdout.close()
 
-    def _run(self, folder: Path, *, world_size: int, module: str) -> Outcome:
+    def _run(
+        self,
+        folder: Path,
+        *,
+        world_size: int,
+        module: str,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> Outcome:
         assert self._process.stdin is not None
-        request = {"folder": str(folder), "world_size": world_size, "module": module}
+        request = {
+            "folder": str(folder),
+            "world_size": world_size,
+            "module": module,
+            "environment": dict(environment),
+        }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         statuses = self._answer()["statuses"]
@@ -246,6 +264,7 @@ class Nursery:
             stderr=texts["err"],
             stdout=texts["out"],
             folder=folder,
+            statuses=tuple(statuses),
         )
 
     def _answer(self) -> Any:
