@@ -24,6 +24,7 @@ from launcher.data_cache import (
 )
 from launcher.data_view import describe_data
 from launcher.dispatch.base import Backend, run_to_end, write_files
+from launcher.dispatch.preflight import Needs
 from launcher.dispatch.worker_command import check_trackers, check_train_extra, run_worker
 from launcher.ds_config import build_ds_config
 from launcher.errors import LauncherError
@@ -31,8 +32,14 @@ from launcher.job_script import JobRequest
 from launcher.planning.plan import plan_to_json
 from launcher.prepare import Prepared
 from launcher.recipe import parse_recipe, render_recipe
-from launcher.recipe_paths import check_data_paths, check_names_data, with_absolute_paths
+from launcher.recipe_paths import (
+    check_data_paths,
+    check_names_data,
+    is_hub_id,
+    with_absolute_paths,
+)
 from launcher.recipe_sections import Recipe
+from launcher.sbatch_script import NEEDS
 from launcher.strategy import Method
 from launcher.units import MIB, format_bytes
 
@@ -254,7 +261,32 @@ def run_files(prepared: Prepared) -> dict[str, str]:
         rd.PLAN: json.dumps(plan_to_json(plan), indent=1) + "\n",
         rd.DS_CONFIG: json.dumps(ds_config, indent=2) + "\n",
         rd.ENVIRONMENT: json.dumps(environment, indent=1) + "\n",
+        NEEDS: json.dumps(needs_of(prepared).to_json(), indent=1) + "\n",
     }
+
+
+def needs_of(prepared: Prepared) -> Needs:
+    """Return what a plan and its recipe need of every node."""
+    recipe, plan = with_absolute_paths(prepared.recipe), prepared.plan
+    data, has_gpus = recipe.data, plan.cluster.gpu.device_type == "cuda"
+    named = [data.path, data.eval_path, *(source.path for source in data.sources)]
+    paths = [Path(path) for path in named if path is not None and not is_hub_id(path)]
+    model = Path(recipe.model.name_or_path)
+    if model.is_dir():
+        paths.append(model)
+    run_dir = Path(recipe.output_dir) if recipe.output_dir else DEFAULT_PARENT / "run"
+    return Needs(
+        paths=tuple(paths),
+        run_parent=_existing(run_dir.absolute()),
+        disk_bytes=disk_bytes(prepared),
+        host_memory_bytes=plan.memory.host_bytes_per_node,
+        gpus_per_node=plan.cluster.gpus_per_node if has_gpus else None,
+        gpu_memory_bytes=plan.memory.device_used_bytes if has_gpus else 0,
+    )
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def _version(package: str) -> str | None:

@@ -9,10 +9,9 @@ from pathlib import Path
 from launcher.allocation import current_allocation
 from launcher.dispatch.deepspeed import read_hostfile, read_hosts
 from launcher.dispatch.preflight import Needs, Preflight, check_allocation, check_hosts
-from launcher.launch import DEFAULT_PARENT, disk_bytes
+from launcher.launch import needs_of
 from launcher.machine_file import hosts_of_node_list
-from launcher.prepare import Prepared, prepare, read_recipe
-from launcher.recipe_paths import is_hub_id, with_absolute_paths
+from launcher.prepare import prepare, read_recipe
 
 
 def check_nodes(args: Sequence[str], hostfile: Path | None, *, measure: bool) -> Preflight | None:
@@ -45,28 +44,3 @@ def check_nodes(args: Sequence[str], hostfile: Path | None, *, measure: bool) ->
     ranks = needs.gpus_per_node or allocation.gpus_per_node or allocation.tasks_per_node or 1
     names = hosts_of_node_list(os.environ["SLURM_JOB_NODELIST"], where="SLURM_JOB_NODELIST")
     return check_allocation(names, needs, ranks_per_node=ranks, measure=measure)
-
-
-def needs_of(prepared: Prepared) -> Needs:
-    """Return what a plan and its recipe need of every node."""
-    recipe, plan = with_absolute_paths(prepared.recipe), prepared.plan
-    data = recipe.data
-    named = [data.path, data.eval_path, *(source.path for source in data.sources)]
-    paths = [Path(path) for path in named if path is not None and not is_hub_id(path)]
-    model = Path(recipe.model.name_or_path)
-    if model.is_dir():
-        paths.append(model)
-    run_dir = Path(recipe.output_dir) if recipe.output_dir else DEFAULT_PARENT / "run"
-    return Needs(
-        paths=tuple(paths),
-        run_parent=_existing(run_dir.absolute()),
-        disk_bytes=disk_bytes(prepared),
-        host_memory_bytes=plan.memory.host_bytes_per_node,
-        gpus_per_node=plan.cluster.gpus_per_node
-        if plan.cluster.gpu.device_type == "cuda"
-        else None,
-    )
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())

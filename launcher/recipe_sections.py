@@ -237,6 +237,10 @@ class SlurmSection:
     """Whether Slurm may start the job again after a time limit or a lost node; by default yes."""
     signal_seconds: int | None = None
     """How long before the time limit the ranks are told to save and stop."""
+    preflight: bool | None = None
+    """Whether the job looks at its nodes before the ranks start; by default yes."""
+    spare_nodes: int | None = None
+    """Nodes to ask for beyond those of the plan, in place of any that the look finds bad."""
     extra: tuple[str, ...] = ()
     """Further options of sbatch, such as ``--mail-type=END``, one each."""
 

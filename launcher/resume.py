@@ -19,6 +19,7 @@ from launcher.post_mortem import POST_MORTEM
 from launcher.prepare import Prepared, prepare
 from launcher.recipe import parse_recipe
 from launcher.run_checkpoints import UNFINISHED
+from launcher.sbatch_script import NEEDS, NODES, PREFLIGHT
 from launcher.strategy import Precision
 
 ATTEMPTS = "attempts"
@@ -44,6 +45,7 @@ _OF_ONE_ATTEMPT = (
     rd.RECIPE, rd.PLAN, rd.DS_CONFIG, rd.ENVIRONMENT, rd.JOB_SCRIPT, rd.JOB_SBATCH,
     rd.HOSTFILE, rd.JOB, rd.STATUS, rd.RANKS, POST_MORTEM, rd.TIMELINES, rd.LOGS,
     rd.REPORT_JSON, rd.REPORT_MARKDOWN, rd.REPORT_HTML,
+    NEEDS, PREFLIGHT, NODES,
 )  # fmt: skip
 
 

@@ -45,6 +45,14 @@ def suggest_signal_seconds(checkpoint_bytes: int, step_seconds: float) -> int:
     return _SIGNAL_RESOLUTION_SECONDS + max(60, math.ceil(needed))
 
 
+def looks_at_nodes(settings: SlurmSection) -> bool:
+    """Return whether the job looks at its nodes before its ranks start.
+
+    In a container not: srun, which the look needs, is outside of it.
+    """
+    return settings.preflight is not False and settings.container is None
+
+
 def directive(name: str, value: str | int | None = None) -> str:
     """Return one #SBATCH line; the value is quoted, and no shell reads it.
 
@@ -89,7 +97,7 @@ def directives(  # noqa: PLR0913  one for each fact that Slurm asks for
         directive("chdir", str(run_dir)),
         directive("output", log),
         directive("open-mode", "append"),
-        directive("nodes", num_nodes),
+        directive("nodes", num_nodes + (settings.spare_nodes or 0)),
         directive("ntasks-per-node", ranks_per_node),
     ]
     if has_gpus:
@@ -142,6 +150,10 @@ def _problems(settings: SlurmSection, *, name: str, ranks_per_node: int) -> Iter
             f"slurm.gres is {settings.gres!r} and the plan has {ranks_per_node} GPUs on each "
             "node: change one of them"
         )
+    if (settings.spare_nodes or 0) < 0:
+        yield f"slurm.spare_nodes is {settings.spare_nodes}: write 0 or more"
+    elif settings.spare_nodes and not looks_at_nodes(settings):
+        yield "slurm.spare_nodes is set, and nothing looks for bad nodes (slurm.preflight)"
     for option in settings.extra:
         yield from _extra_problems(option)
     yield from _container_problems(settings)
@@ -166,6 +178,8 @@ def _container_problems(settings: SlurmSection) -> Iterator[str]:
             if getattr(settings, key):
                 yield f"slurm.{key} is set, and slurm.container names no image"
         return
+    if settings.preflight:
+        yield "slurm.preflight cannot look at nodes from within slurm.container: leave it out"
     if settings.container_runtime is None:
         yield "slurm.container_runtime is missing: say pyxis or apptainer"
     for mount in settings.container_mounts:

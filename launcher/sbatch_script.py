@@ -16,7 +16,7 @@ from launcher.job_script import (
     job_environment,
 )
 from launcher.recipe_sections import SlurmSection
-from launcher.sbatch_directives import directive, directives
+from launcher.sbatch_directives import directive, directives, looks_at_nodes
 
 JOB_SBATCH = "job.sbatch"
 LOG = "logs/launcher.log"
@@ -24,6 +24,13 @@ REQUEUE_MARKER = "requeue"
 """Left in the run directory by rank 0 when it was told to stop and has saved a checkpoint."""
 IN_ALLOCATION_VARIABLE = "ZEROFIT_IN_ALLOCATION"
 """Set where the script is one command of somebody else's allocation: it requeues nothing."""
+NEEDS = "needs.json"
+"""What the run needs of each node; read by the job's look at its nodes."""
+PREFLIGHT = "preflight.json"
+"""What that look found, with the rates that ``zerofit plan --measured`` reads."""
+NODES = "nodes"
+"""Names of the nodes to use, separated by commas, that the look at them has chosen."""
+PREFLIGHT_MODULE = "launcher.dispatch.job_preflight"
 FIRST_PORT = 20_000
 NUM_PORTS = 12_000
 """Ports end below 32768, where Linux's range for outgoing connections begins."""
@@ -183,18 +190,37 @@ def _body(job: SlurmJob) -> list[str]:
             f"module load {shlex.join(job.settings.modules)} || exit",
         ]
     lines += ["set -euo pipefail", f"cd -- {shlex.quote(str(job.ranks.run_dir))}", ""]
-    lines += [*_environment(job), "", *_RENDEZVOUS, ""]
+    lines += [*_environment(job), "", *_RENDEZVOUS, "", *_preflight(job)]
     if job.ranks.has_data:
         tokenise = shlex.join(_program(job, DATA_MODULE))
+        where = _node_list(job, "$MASTER_ADDR") + _container_options(job)
         lines += [
             "# Tokenise the data that recipe.yaml names, once and not in every rank.",
             f"test -e {DATA_SUMMARY} ||",
-            f"  srun --nodes=1 --ntasks=1 --ntasks-per-node=1{_container_options(job)} \\",
+            f"  srun --nodes=1 --ntasks=1 --ntasks-per-node=1{where} \\",
             f"    {tokenise} > /dev/null",
             "",
         ]
     requeue = _REQUEUE if job.settings.requeue is not False else ()
     return [*lines, *_SIGNAL, "", *_ranks(job), *_ENDING, *requeue, 'exit "$code"']
+
+
+def _preflight(job: SlurmJob) -> list[str]:
+    if not looks_at_nodes(job.settings):
+        return []
+    look = [str(_python(job)), "-m", PREFLIGHT_MODULE, "--run-dir", str(job.ranks.run_dir)]
+    look += ["--num-nodes", str(job.num_nodes), "--ranks-per-node", str(job.ranks.ranks_per_node)]
+    return [
+        "# A bad node is named now, and not by a time-out in half an hour (slurm.preflight).",
+        f"{shlex.join(look)} < /dev/null",
+        f"nodes=$(<{NODES})",
+        "MASTER_ADDR=${nodes%%,*}",
+        "",
+    ]
+
+
+def _node_list(job: SlurmJob, nodes: str) -> str:
+    return f' --nodelist="{nodes}"' if looks_at_nodes(job.settings) else ""
 
 
 def _environment(job: SlurmJob) -> list[str]:
@@ -220,12 +246,15 @@ def _environment(job: SlurmJob) -> list[str]:
 
 
 def _ranks(job: SlurmJob) -> list[str]:
-    shape = f"--nodes={job.num_nodes} --ntasks-per-node={job.ranks.ranks_per_node}"
+    per_node = job.ranks.ranks_per_node
+    # The job's own number of tasks counts those of spare nodes.
+    shape = f"--nodes={job.num_nodes} --ntasks={job.num_nodes * per_node}"
+    shape += f" --ntasks-per-node={per_node}"
     name = shlex.quote(step_name(job.ranks.run_id))
     return [
         "# One task per GPU; when one fails, Slurm ends the others.",
         f"rm -f {REQUEUE_MARKER}",
-        f"srun {shape} --kill-on-bad-exit=1 --label \\",
+        f"srun {shape}{_node_list(job, '$nodes')} --kill-on-bad-exit=1 --label \\",
         f"  --job-name={name}{_container_options(job)} \\",
         f"  {shlex.join(_program(job, job.ranks.worker_module))} < /dev/null &",
         "srun_pid=$!",

@@ -57,14 +57,16 @@ def run_by_ssh(
 
 
 def run_by_srun(
-    module: str, args: Sequence[str], *, num_nodes: int, timeout_seconds: float
+    module: str, args: Sequence[str], *, nodes: Sequence[str], timeout_seconds: float
 ) -> tuple[list[dict[str, Any]], str]:
-    """Run ``python -m module`` once on each node of the Slurm allocation that we are in.
+    """Run ``python -m module`` once on each of some nodes of the Slurm allocation that we are in.
 
     Returns:
         The JSON objects that the nodes printed, and what else was printed, for errors.
     """
-    flags = [f"--nodes={num_nodes}", f"--ntasks={num_nodes}", "--ntasks-per-node=1", "--overlap"]
+    count = len(nodes)
+    flags = [f"--nodes={count}", f"--ntasks={count}", f"--nodelist={','.join(nodes)}"]
+    flags += ["--ntasks-per-node=1", "--overlap"]
     values: list[dict[str, Any]] = []
     with tempfile.TemporaryFile("w+", encoding="utf-8") as stream:
         try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ _MAX_SKEW_SECONDS = 5.0
 # Docker's default of 64 MiB does not hold one rank's buffer of DeepSpeed's CPU all-reduce (69 MB).
 _LEAST_SHARED_MEMORY_BYTES = GIB
 _FEW_OPEN_FILES = 1024
+_MAX_ASKED_AGAIN = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,26 @@ class Needs:
     disk_bytes: int = 0
     host_memory_bytes: int = 0
     gpus_per_node: int | None = None
+    gpu_memory_bytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what :func:`needs_from_json` reads back."""
+        texts = {"paths": [str(path) for path in self.paths]}
+        return asdict(self) | texts | {"run_parent": self.run_parent and str(self.run_parent)}
+
+
+def needs_from_json(value: Mapping[str, Any]) -> Needs:
+    """Read needs back.
+
+    Raises:
+        ValueError: the mapping holds something else.
+    """
+    try:
+        parent = value["run_parent"]
+        paths = tuple(Path(path) for path in value["paths"])
+        return Needs(**{**value, "paths": paths, "run_parent": parent and Path(parent)})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"not the needs of a job: {error}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +151,12 @@ def check_hosts(hosts: Sequence[Host], needs: Needs, *, measure: bool = True) ->
 
 
 def check_allocation(
-    names: Sequence[str], needs: Needs, *, ranks_per_node: int, measure: bool = True
+    names: Sequence[str],
+    needs: Needs,
+    *,
+    ranks_per_node: int,
+    num_wanted: int | None = None,
+    measure: bool = True,
 ) -> Preflight:
     """Look at the nodes of the Slurm allocation that we are in, through srun.
 
@@ -137,18 +164,22 @@ def check_allocation(
         names: of the nodes, as ``scontrol show hostnames`` has them.
         needs: of the job to come.
         ranks_per_node: GPUs, or processes where there are none.
-        measure: whether to run matrix products and all-reduces between the nodes.
+        num_wanted: nodes that the job will use; by default all that are good.
+        measure: whether to run matrix products and all-reduces between the first good nodes.
     """
     port = choose_port()
     hosts = [Host(name=name, slots=ranks_per_node) for name in names]
-    values, said = run_by_srun(
-        REPORT_MODULE,
-        _report_args(needs, port),
-        num_nodes=len(names),
-        timeout_seconds=_REPORT_SECONDS,
-    )
+    values, said = _report_by_srun(names, needs, port)
     by_host = {value.get("host"): value for value in values}
-    now = max((value.get("clock_seconds", 0.0) for value in values), default=0.0)
+    # One node on which nothing can be started ends srun's step on all: ask each by itself.
+    silent_names = [name for name in names if name not in by_host][:_MAX_ASKED_AGAIN]
+    if by_host.keys() < set(names) and len(names) > 1:
+        with ThreadPoolExecutor(max_workers=_MAX_ASKED_AGAIN) as pool:
+            for again, _ in pool.map(
+                lambda name: _report_by_srun([name], needs, port), silent_names
+            ):
+                by_host |= {value.get("host"): value for value in again}
+    now = max((value.get("clock_seconds", 0.0) for value in by_host.values()), default=0.0)
     silent = f"srun brought no report of it: {said or 'it said nothing'}"
     answers = [
         Answer(host=name, value=by_host[name], at_seconds=now)
@@ -157,15 +188,23 @@ def check_allocation(
         for name in names
     ]
     made = Preflight(nodes=judge(hosts, answers, needs))
-    if not measure or len(made.good) < len(names):
+    chosen = [host.name for host in made.good][:num_wanted]
+    if not measure or not chosen or len(chosen) < (num_wanted or 0):
         return made
     values, said = run_by_srun(
         FABRIC_MODULE,
-        _fabric_args(names[0], port, ranks_per_node),
-        num_nodes=len(names),
+        _fabric_args(chosen[0], port, ranks_per_node),
+        nodes=chosen,
         timeout_seconds=_FABRIC_SECONDS,
     )
-    return _with_rates(made, values, [Answer(host=names[0], problem=said)])
+    return _with_rates(made, values, [Answer(host=chosen[0], problem=said)])
+
+
+def _report_by_srun(
+    names: Sequence[str], needs: Needs, port: int
+) -> tuple[list[dict[str, Any]], str]:
+    args = _report_args(needs, port)
+    return run_by_srun(REPORT_MODULE, args, nodes=names, timeout_seconds=_REPORT_SECONDS)
 
 
 def judge(hosts: Sequence[Host], answers: Sequence[Answer], needs: Needs) -> tuple[Node, ...]:
@@ -213,6 +252,7 @@ def _own_problems(node: Node, needs: Needs, *, is_first: bool) -> list[str]:
     if len(set(report.gpu_names)) > 1:
         found.append(f"its GPUs differ: {', '.join(sorted(set(report.gpu_names)))}")
     for what, free, needed in (
+        ("GPU memory", report.smallest_gpu_free_bytes, needs.gpu_memory_bytes),
         ("host memory", report.memory_available_bytes, needs.host_memory_bytes),
         (str(SHARED_MEMORY), report.shared_memory_free_bytes, _LEAST_SHARED_MEMORY_BYTES),
         ("disk of the run", report.disk_free_bytes, needs.disk_bytes),

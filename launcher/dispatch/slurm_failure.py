@@ -11,6 +11,7 @@ from launcher.dispatch.failure import describe_failure, is_consequence, read_fai
 from launcher.dispatch.rank_lines import tail
 from launcher.errors import JobFailedError
 from launcher.failure_kind import FailureKind
+from launcher.sbatch_script import NODES, PREFLIGHT
 
 BY_SLURM = {
     "NODE_FAIL": (
@@ -34,6 +35,10 @@ _KINDS = {
     "OUT_OF_MEMORY": FailureKind.host_oom,
 }
 """The other ends were wished for by somebody."""
+_BAD_NODES = (
+    f"{PREFLIGHT} has all that was found; sbatch's --exclude in slurm.extra leaves a node out, "
+    "slurm.spare_nodes goes on without it"
+)
 # What srun and slurmstepd print, with the host (Slurm 22.05).
 _NODE_FAILURE = re.compile(r"srun: error: Node failure on (\S+)")
 _TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
@@ -45,8 +50,11 @@ _KILLED = "Killed"
 def describe_slurm_failure(run_dir: Path, state: slurm.SlurmJobState) -> JobFailedError:
     """Return the error for a job that has ended in ``state`` without finishing the run."""
     log = tail(run_dir)
+    early = _bad_nodes(run_dir)
     if state.state in BY_SLURM:
-        return _ended_by_slurm(run_dir, state, log)
+        early = _ended_by_slurm(run_dir, state, log)
+    if early is not None:
+        return early
     failures = read_failures(run_dir)
     if failures and not is_consequence(failures[0]):
         return describe_failure(run_dir, exit_code=None)
@@ -79,6 +87,14 @@ def describe_slurm_failure(run_dir: Path, state: slurm.SlurmJobState) -> JobFail
         where=where,
         fix="the log has all that was printed",
     )
+
+
+def _bad_nodes(run_dir: Path) -> JobFailedError | None:
+    """Return the error of a job whose look at its nodes let no rank start."""
+    if not (run_dir / PREFLIGHT).exists() or (run_dir / NODES).exists():
+        return None
+    reason = rd.read_status(run_dir).reason or "nodes are bad"
+    return JobFailedError(reason, where=str(run_dir), fix=_BAD_NODES, kind=FailureKind.lost_host)
 
 
 def describe_unknown_end(run_dir: Path, job_id: str) -> JobFailedError:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from slurm_daemons import SLURM_PROGRAMS, Slurm
+from slurm_runs import SlurmRuns
 from virtual_hosts import PROGRAMS, VirtualCluster, missing_requirement
 
 
@@ -48,6 +49,12 @@ def slurm(_session_slurm: Slurm, cluster: VirtualCluster) -> Iterator[Slurm]:
     _session_slurm.cancel_all()
     cluster.heal()
     _session_slurm.wait_idle()
+
+
+@pytest.fixture
+def runs(slurm: Slurm, cluster: VirtualCluster, shared_folder: Path) -> SlurmRuns:
+    """Start probes and zerofit's commands on the login node."""
+    return SlurmRuns(cluster=cluster, folder=shared_folder)
 
 
 @pytest.fixture

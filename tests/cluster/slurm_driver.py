@@ -1,7 +1,7 @@
 """Run the probe as ``zerofit train`` runs the worker with backend slurm.
 
-Arguments: run directory, Slurm settings as JSON, then ``submit``, ``wait``, or ``inside`` for the
-allocation that it is started in.
+Arguments: run directory, Slurm settings as JSON (and ``nodes``, and ``needs`` of each node), then
+``submit``, ``wait``, or ``inside`` for the allocation that it is started in.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ from launcher.dispatch.slurm import SlurmBackend
 from launcher.errors import LauncherError
 from launcher.job_script import DeepSpeedJob
 from launcher.recipe_sections import SlurmSection
-from launcher.sbatch_script import JOB_SBATCH, SlurmJob, render_slurm_job
+from launcher.sbatch_script import JOB_SBATCH, NEEDS, SlurmJob, render_slurm_job
 
 
 def main() -> int:
-    run_dir, settings = Path(sys.argv[1]), SlurmSection(**json.loads(sys.argv[2]))
+    run_dir = Path(sys.argv[1])
+    # Most tests are of something else, and a look at the nodes takes seconds.
+    given = {"preflight": False, **json.loads(sys.argv[2])}
+    nodes, needs = given.pop("nodes", 2), given.pop("needs", None)
+    settings = SlurmSection(**given)
     backend = SlurmBackend(settings=settings)
     ranks = DeepSpeedJob(
         run_dir=PurePosixPath(run_dir),
@@ -38,12 +42,11 @@ def main() -> int:
         worker_module="slurm_probe",
         extra_env={"PROBE": os.environ.get("PROBE", "finish")},
     )
-    nodes = int(os.environ.get("NODES", "2"))
     job = SlurmJob(ranks=ranks, num_nodes=nodes, settings=settings, signal_seconds=120)
     try:
         rd.create(run_dir)
         (run_dir / rd.RECIPE).write_text("model: {name_or_path: probe}\n")
-        request = render_slurm_job(job, files={})
+        request = render_slurm_job(job, files={NEEDS: json.dumps(needs)} if needs else {})
         if sys.argv[3] == "inside":
             allocation = current_allocation()
             assert allocation is not None

@@ -15,6 +15,12 @@ from virtual_hosts import ROOT, HostProcess, VirtualCluster
 
 from launcher import run_dir as rd
 
+TINY = """\
+model: {name_or_path: smollm2-135m, random_weights: true}
+max_seq_len: 64
+optim: {max_steps: 2}
+cluster: {num_nodes: 2, gpus_per_node: 1, backend: slurm}
+"""
 HERE = Path(__file__).resolve().parent
 
 

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from slurm_daemons import Slurm
-from slurm_runs import SlurmRuns
+from slurm_runs import TINY, SlurmRuns
 from virtual_hosts import VirtualCluster
 
 from launcher import run_dir as rd
+from launcher.dispatch.preflight import Needs
+from launcher.sbatch_script import PREFLIGHT
 
 pytestmark = pytest.mark.cluster
-
-TINY = """\
-model: {name_or_path: smollm2-135m, random_weights: true}
-max_seq_len: 64
-optim: {max_steps: 2}
-cluster: {num_nodes: 2, gpus_per_node: 1, backend: slurm}
-"""
-
-
-@pytest.fixture
-def runs(slurm: Slurm, cluster: VirtualCluster, shared_folder: Path) -> SlurmRuns:
-    return SlurmRuns(cluster=cluster, folder=shared_folder)
 
 
 def test_a_rank_that_raises_is_named_with_its_host_within_15_seconds(
@@ -38,6 +30,31 @@ def test_a_rank_that_raises_is_named_with_its_host_within_15_seconds(
     assert done.returncode == 4
     assert "rank 1 on node2 failed in phase forward: ValueError: deliberate" in done.stderr
     assert runs.status(runs.folder / "raise")["state"] == "failed"
+    assert cluster.leftovers(within=5) == {}
+
+
+def test_a_job_looks_at_its_nodes_first_and_goes_on_with_a_spare_one_or_names_the_bad(
+    runs: SlurmRuns, cluster: VirtualCluster
+) -> None:
+    # What the run reads is not the same on node2: /tmp is each host's own.
+    for host, text in (("node1", "a"), ("node2", "b"), ("node3", "a")):
+        cluster.run(host, ["sh", "-c", f"echo {text} > /tmp/train.jsonl"], check=True)
+        cluster.will_need_reboot(host)
+    needs = Needs(paths=(Path("/tmp/train.jsonl"),)).to_json()
+    looking: dict[str, Any] = {"preflight": True, "extra": ["--nodelist=node[1-3]"]}
+    spare = runs.wait("spare", needs=needs, spare_nodes=1, **looking)
+    assert spare.returncode == 0, spare.stdout + spare.stderr
+    assert "node2: /tmp/train.jsonl has other content than on most nodes" in spare.stdout
+    assert [peaks.host for peaks in rd.read_ranks(runs.folder / "spare")] == ["node1", "node3"]
+    rates = json.loads((runs.folder / "spare" / PREFLIGHT).read_text())
+    assert rates["inter_node_all_reduce_gbit_per_s"] > 0.01
+    started = time.monotonic()
+    all_three = runs.wait("all", nodes=3, needs=needs, **looking)
+    assert time.monotonic() - started < 15
+    assert all_three.returncode == 4
+    said = "2 of 3 nodes are good; node2: /tmp/train.jsonl has other content than on most nodes"
+    assert said in all_three.stderr
+    assert rd.read_status(runs.folder / "all").reason == said
     assert cluster.leftovers(within=5) == {}
 
 

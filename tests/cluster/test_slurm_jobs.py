@@ -6,11 +6,9 @@ import json
 import shlex
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from slurm_daemons import Slurm
-from slurm_runs import SlurmRuns
+from slurm_runs import TINY, SlurmRuns
 from virtual_hosts import ROOT, VirtualCluster
 
 from launcher import run_dir as rd
@@ -18,18 +16,6 @@ from launcher import run_dir as rd
 pytestmark = pytest.mark.cluster
 sys.path.insert(0, str(ROOT / "tests" / "golden"))
 from sbatch_cases import FOLDER  # noqa: E402
-
-TINY = """\
-model: {name_or_path: smollm2-135m, random_weights: true}
-max_seq_len: 64
-optim: {max_steps: 2}
-cluster: {num_nodes: 2, gpus_per_node: 1, backend: slurm}
-"""
-
-
-@pytest.fixture
-def runs(slurm: Slurm, cluster: VirtualCluster, shared_folder: Path) -> SlurmRuns:
-    return SlurmRuns(cluster=cluster, folder=shared_folder)
 
 
 def test_a_job_finishes_whatever_its_names_are_and_nothing_runs_in_a_shell(

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from launcher.dispatch.job_preflight import why_not
 from launcher.dispatch.node_report import MISSING, NodeReport, hash_tree
 from launcher.dispatch.on_nodes import Answer, run_by_srun, run_by_ssh
-from launcher.dispatch.preflight import Needs, Preflight, judge
+from launcher.dispatch.preflight import Needs, Preflight, judge, needs_from_json
 from launcher.errors import HardwareError, HostfileError
 from launcher.hostfile import Host
 from launcher.machine_file import hosts_of_node_list, parse_machine_file
@@ -129,7 +130,7 @@ def test_a_program_that_is_missing_here_is_said_and_no_crash(
     monkeypatch.setenv("PATH", str(tmp_path))
     (answer,) = run_by_ssh(["n1"], "m", lambda _: [], timeout_seconds=1)
     assert answer.problem == "cannot start ssh: No such file or directory"
-    values, said = run_by_srun("m", [], num_nodes=1, timeout_seconds=1)
+    values, said = run_by_srun("m", [], nodes=["n1"], timeout_seconds=1)
     assert (values, said) == ([], "cannot start srun: No such file or directory")
 
 
@@ -172,3 +173,31 @@ def test_slurm_s_node_lists_are_expanded() -> None:
         *("node01", "node02", "node03", "node07", "gpu1"),
         *("r1n1", "r1n2", "r2n1", "r2n2"),
     )
+
+
+def test_the_needs_of_a_job_are_read_back_in_it() -> None:
+    needs = replace(NEEDS, paths=(Path("/data/a b.jsonl"),), run_parent=Path("/runs"))
+    assert needs_from_json(json.loads(json.dumps(needs.to_json()))) == needs
+    with pytest.raises(ValueError, match="not the needs of a job"):
+        needs_from_json({"paths": []})
+
+
+def test_a_job_goes_on_with_spare_nodes_and_names_the_bad_ones_when_they_do_not_suffice() -> None:
+    hosts = [Host(name=f"n{number}", slots=8) for number in range(3)]
+    bad = replace(REPORT, disk_free_bytes=0)
+    answers = [
+        Answer(host=host.name, value=asdict(bad if host.name == "n1" else REPORT), at_seconds=1000)
+        for host in hosts
+    ]
+    made = Preflight(nodes=judge(hosts, answers, NEEDS))
+    assert why_not(made, num_nodes=2) is None
+    assert [host.name for host in made.good[:2]] == ["n0", "n2"]
+    said = why_not(made, num_nodes=3)
+    assert said == "2 of 3 nodes are good; n1: disk of the run: 0 B free, 100.00 GiB needed"
+
+
+def test_gpu_memory_that_somebody_else_uses_is_a_reason() -> None:
+    hosts = [Host(name="n0", slots=8)]
+    needs = replace(NEEDS, gpu_memory_bytes=80 * GIB)
+    nodes = judge(hosts, [Answer(host="n0", value=asdict(REPORT), at_seconds=1000)], needs)
+    assert nodes[0].problems == ("GPU memory: 79.00 GiB free, 80.00 GiB needed",)

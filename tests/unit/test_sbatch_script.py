@@ -47,7 +47,20 @@ def test_bash_can_read_the_script(path: Path) -> None:
 def test_one_task_is_started_for_each_gpu_and_a_failing_one_ends_all() -> None:
     script = script_of(GPU_JOB)
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=2\n#SBATCH --gpus-per-node=2\n" in script
-    assert "srun --nodes=2 --ntasks-per-node=2 --kill-on-bad-exit=1 --label" in script
+    shape = 'srun --nodes=2 --ntasks=4 --ntasks-per-node=2 --nodelist="$nodes"'
+    assert f"{shape} --kill-on-bad-exit=1 --label" in script
+
+
+def test_nodes_are_looked_at_before_anything_runs_on_them_unless_told_not_to() -> None:
+    script = script_of(with_settings(spare_nodes=1))
+    assert "#SBATCH --nodes=3\n" in script
+    assert "job_preflight --run-dir /scratch/runs/one --num-nodes 2 --ranks-per-node 2" in script
+    assert script.index("job_preflight") < script.index("launcher.worker.data")
+    without = script_of(with_settings(preflight=False))
+    assert "job_preflight" not in without
+    assert "--nodelist" not in without
+    with pytest.raises(SetupError, match="nothing looks for bad nodes"):
+        script_of(with_settings(preflight=False, spare_nodes=1))
 
 
 def test_data_is_tokenised_once_before_the_ranks_start() -> None:
