@@ -30,10 +30,11 @@ from launcher.dispatch.run_state import observe
 from launcher.hostfile import filter_hosts, parse_hostfile, render_hostfile
 from launcher.job_script import DeepSpeedJob, render_job
 from launcher.launch import run_files
-from launcher.peaks import PhasePeaks, RankPeaks, peaks_to_json
+from launcher.peaks import PhasePeaks, RankPeaks, StepPeaks, peaks_to_json
 from launcher.prepare import prepare
 from launcher.recipe import parse_recipe
 from launcher.report.files import write_report
+from launcher.run_advice import advise
 from launcher.units import GIB, MIB
 
 NODES, GPUS = 1024, 8
@@ -93,6 +94,12 @@ def peaks_of(rank: int) -> RankPeaks:
         host_rss_bytes=4 * GIB,
         seconds=1.0,
         count=10,
+        peak_active_bytes=31 * GIB,
+        host_pinned_bytes=GIB,
+        gpu_utilisation_fraction=0.9,
+        power_watts=600.0,
+        first_step=StepPeaks(allocated_bytes=30 * GIB, reserved_bytes=32 * GIB),
+        steady_state=StepPeaks(allocated_bytes=29 * GIB, reserved_bytes=32 * GIB),
     )
     return RankPeaks(
         rank=rank,
@@ -106,6 +113,7 @@ def peaks_of(rank: int) -> RankPeaks:
         steps_done=10,
         phases=dict.fromkeys(("load", "init", "forward", "loss", "backward", "step"), phase),
         step_seconds=(1.0,) * 10,
+        first_step_at=1.7e9,
         tokens_per_step=4096,
     )
 
@@ -171,7 +179,9 @@ def main() -> None:
         rd.write_status(run_dir, "finished")
         seconds, _ = timed(lambda: observe([run_dir]))
         rows.append(("status", seconds, ""))
-        seconds, made = timed(lambda: write_report(run_dir))
+        steps = (json.dumps({"step": step, "loss": 3 - step / 100}) for step in range(1, 11))
+        rd.write_text(run_dir / rd.TRAINER_LOG, "".join(f"{line}\n" for line in steps))
+        seconds, made = timed(lambda: write_report(run_dir, advise=advise))
         size = sum(path.stat().st_size for path in made.paths)
         rows.append((f"report of {NODES * GPUS:,} ranks", seconds, f"{size:,} bytes"))
         up, down = guards_times(folder, hosts)

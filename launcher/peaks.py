@@ -125,25 +125,25 @@ def peaks_from_json(value: Mapping[str, Any]) -> RankPeaks:
     version = value.get("schema_version")
     if version != SCHEMA_VERSION:
         raise ValueError(f"schema_version is {version!r}, this zerofit reads {SCHEMA_VERSION}")
-    content = {key: item for key, item in value.items() if key != "schema_version"}
+    content = dict(value)
     try:
-        failure, now = content.pop("failure", None), content.pop("now", None)
-        return RankPeaks(
-            **{
-                **content,
-                "phases": {k: _phase(v) for k, v in content["phases"].items()},
-                "step_seconds": tuple(content["step_seconds"]),
-                "failure": _failure_from_json(failure) if failure else None,
-                "now": MemoryNow(**now) if now else None,
-            }
-        )
+        del content["schema_version"]
+        failure, now = content.get("failure"), content.get("now")
+        content["phases"] = {name: _phase(item) for name, item in content["phases"].items()}
+        content["step_seconds"] = tuple(content["step_seconds"])
+        content["failure"] = _failure_from_json(failure) if failure else None
+        content["now"] = MemoryNow(**now) if now else None
+        return RankPeaks(**content)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"not a rank file: {error}") from None
 
 
 def _phase(value: Mapping[str, Any]) -> PhasePeaks:
-    steps = {key: StepPeaks(**value[key]) for key in _OF_A_STEP if value.get(key) is not None}
-    return PhasePeaks(**{**value, **steps}) if steps else PhasePeaks(**value)
+    content = dict(value)
+    for key in _OF_A_STEP:
+        if content.get(key) is not None:
+            content[key] = StepPeaks(**content[key])
+    return PhasePeaks(**content)
 
 
 def _failure_from_json(value: Mapping[str, Any]) -> RankFailure:

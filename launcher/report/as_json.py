@@ -14,17 +14,26 @@ from launcher.report.run_report import (
     RankReport,
     RunReport,
     TimeReport,
+    select_ranks,
 )
 
 SCHEMA_VERSION = 1
+MAX_RANKS_WITH_PHASES = 256
 
 
 def report_to_json(report: RunReport) -> dict[str, Any]:
-    """Return the report as JSON values: every rank and phase, whatever their number.
+    """Return the report as JSON values: every rank, and its phases where ranks are few.
+
+    Of more than ``MAX_RANKS_WITH_PHASES`` ranks only the telling ones have their phases: each
+    rank's own file has them, and 30 MB of JSON would take longer than all else.
 
     Bytes are whole numbers, times are seconds, fractions are 0-1 and may be negative; what was
     not measured or not predicted is ``null``, and there is never a NaN.
     """
+    shown = report.ranks
+    if len(shown) > MAX_RANKS_WITH_PHASES:
+        shown = select_ranks(report)
+    telling = {rank.rank for rank in shown}
     return {
         "schema_version": SCHEMA_VERSION,
         "name": report.name,
@@ -49,7 +58,7 @@ def report_to_json(report: RunReport) -> dict[str, Any]:
             "phases": [asdict(phase) for phase in report.prediction.phases],
         },
         "balance": _balance(report.balance),
-        "ranks": [_rank(rank) for rank in report.ranks],
+        "ranks": [_rank(rank, has_phases=rank.rank in telling) for rank in report.ranks],
         "nodes": [
             {
                 "host": node.host,
@@ -92,7 +101,7 @@ def _balance(balance: BalanceReport | None) -> dict[str, Any] | None:
     return asdict(balance) if balance else None
 
 
-def _rank(rank: RankReport) -> dict[str, Any]:
+def _rank(rank: RankReport, *, has_phases: bool) -> dict[str, Any]:
     return {
         "rank": rank.rank,
         "host": rank.host,
@@ -112,7 +121,7 @@ def _rank(rank: RankReport) -> dict[str, Any]:
         "peak_phase": rank.peak_phase,
         "allocator_retries": rank.allocator_retries,
         "allocator_ooms": rank.allocator_ooms,
-        "phases": {phase.phase: _phase(phase) for phase in rank.phases},
+        "phases": {phase.phase: _phase(phase) for phase in rank.phases} if has_phases else None,
     }
 
 

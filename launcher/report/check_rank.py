@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+from typing import cast
+
 from launcher.peaks import RankPeaks
 from launcher.report.prediction import MAX_WORLD_SIZE
 
@@ -14,8 +17,48 @@ _MAYBE_PHASE = ("device_used_bytes", "peak_active_bytes", "host_pinned_bytes",
 _STEP, _MAYBE_STEP = ("allocated_bytes", "reserved_bytes"), ("active_bytes",)
 
 
+_numbers_of = attrgetter(*_NUMBERS)
+_phase_of, _maybe_phase_of = attrgetter(*_PHASE), attrgetter(*_MAYBE_PHASE)
+_step_of, _maybe_step_of = attrgetter(*_STEP), attrgetter("active_bytes")
+_NUMBER_TYPES = {int, float}
+_LARGEST = 1e18
+"""An exabyte in bytes; no time and no count comes near it."""
+
+
 def check_rank(peaks: RankPeaks) -> None:
     """Raise ValueError unless every number of a rank's file is one: JSON has no types to trust."""
+    if not _has_only_numbers(peaks):
+        _name_the_culprit(peaks)
+    if peaks.world_size > MAX_WORLD_SIZE:
+        raise ValueError(f"world_size is {peaks.world_size}")
+    texts: list[object] = [peaks.host, peaks.device, peaks.device_name, peaks.state]
+    if failure := peaks.failure:
+        texts += [failure.phase, failure.type, failure.message, failure.traceback]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{text!r} stands where a text belongs")
+
+
+def _has_only_numbers(peaks: RankPeaks) -> bool:
+    """Look at all numbers at once: for thousands of ranks one by one takes a second."""
+    numbers: list[object] = [*_numbers_of(peaks), *peaks.step_seconds]
+    maybe: list[object] = [peaks.first_step_at]
+    for phase in peaks.phases.values():
+        numbers += _phase_of(phase)
+        maybe += _maybe_phase_of(phase)
+        for step in (phase.first_step, phase.steady_state):
+            if step is not None:
+                numbers += _step_of(step)
+                maybe.append(_maybe_step_of(step))
+    numbers += [number for number in maybe if number is not None]
+    if not set(map(type, numbers)) <= _NUMBER_TYPES:
+        return False
+    # The sum is not a number, and so not small, when one of them is not.
+    sizes = cast("list[float]", numbers)
+    return min(sizes) >= 0 and sum(sizes) < _LARGEST
+
+
+def _name_the_culprit(peaks: RankPeaks) -> None:
     _check_fields(peaks, _NUMBERS, _MAYBE_NUMBERS)
     for name, phase in peaks.phases.items():
         _check_fields(phase, _PHASE, _MAYBE_PHASE, prefix=f"{name}.")
@@ -25,14 +68,6 @@ def check_rank(peaks: RankPeaks) -> None:
     for index, seconds in enumerate(peaks.step_seconds):
         if not _is_number(seconds):
             raise ValueError(f"step_seconds[{index}] is {seconds!r}, which is no time")
-    if peaks.world_size > MAX_WORLD_SIZE:
-        raise ValueError(f"world_size is {peaks.world_size}")
-    texts: list[object] = [peaks.host, peaks.device, peaks.device_name, peaks.state]
-    if failure := peaks.failure:
-        texts += [failure.phase, failure.type, failure.message, failure.traceback]
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"{text!r} stands where a text belongs")
 
 
 def _check_fields(
@@ -48,4 +83,4 @@ def _check_fields(
 
 
 def _is_number(value: object) -> bool:
-    return (type(value) is int or type(value) is float) and 0 <= value < 1e18
+    return (type(value) is int or type(value) is float) and 0 <= value < _LARGEST

@@ -16,7 +16,7 @@ from rich.text import Text
 from launcher import run_dir
 from launcher.errors import RunDirError
 from launcher.report.as_html import render_comparison_html, render_html
-from launcher.report.as_json import report_to_json
+from launcher.report.as_json import MAX_RANKS_WITH_PHASES, report_to_json
 from launcher.report.as_markdown import render_comparison_markdown, render_markdown
 from launcher.report.as_terminal import render_terminal
 from launcher.report.build import build_report
@@ -26,8 +26,6 @@ from launcher.report.loss_png import draw_loss_png
 from launcher.report.plots import draw_charts
 from launcher.report.run_reader import load_run
 from launcher.report.run_report import Observation, RunReport
-
-_INDENTED_RANKS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +99,8 @@ def _write_report(
 def _write(directory: Path, report: RunReport, json_value: dict[str, Any]) -> tuple[Path, ...]:
     loss = loss_finding(report)
     image = run_dir.LOSS_PNG if loss else None
-    # Python indents slowly: 5 s for 8,192 ranks, which nobody reads by eye.
-    indent = 1 if len(report.ranks) <= _INDENTED_RANKS else None
+    # Python indents slowly, and nobody reads thousands of ranks by eye.
+    indent = 1 if len(report.ranks) <= MAX_RANKS_WITH_PHASES else None
     texts = {
         run_dir.REPORT_JSON: json.dumps(json_value, indent=indent, allow_nan=False) + "\n",
         run_dir.REPORT_MARKDOWN: render_markdown(report, loss_image=image),

@@ -90,7 +90,7 @@ def _read_ranks(folder: Path, problems: list[str]) -> tuple[RankPeaks, ...]:
     for name in names:
         try:
             # Not pathlib: for thousands of files it takes longer than JSON.
-            with open(os.path.join(folder, name), "rb") as stream:  # noqa: PTH118, PTH123
+            with open(os.path.join(folder, name), "rb", buffering=0) as stream:  # noqa: PTH118, PTH123
                 peaks = peaks_from_json(json.loads(stream.read()))
             check_rank(peaks)
         except (OSError, ValueError, AttributeError, RecursionError) as error:

@@ -19,6 +19,8 @@ RunState = Literal[
 FAILED_STATES: frozenset[RunState] = frozenset({"failed", "out_of_memory", "interrupted", "killed"})
 
 
+MAX_RANK_ROWS = 16
+MAX_FAILED_ROWS = 3
 STEP_PHASES = frozenset({"forward", "loss", "backward", "step"})
 
 
@@ -329,3 +331,16 @@ class RunReport:
                 if size is not None and (row.phase not in found or size > found[row.phase][0]):
                     found[row.phase] = size, rank
         return {phase: rank for phase, (_, rank) in found.items()}
+
+
+def select_ranks(report: RunReport) -> tuple[RankReport, ...]:
+    """Return the ranks to show: all, or the fullest, median, emptiest and first failed ones."""
+    if len(report.ranks) <= MAX_RANK_ROWS:
+        return report.ranks
+    numbers: set[int] = set()
+    if report.balance is not None:
+        balance = report.balance
+        numbers |= {balance.fullest_rank, balance.median_rank, balance.emptiest_rank}
+    failed = [rank.rank for rank in report.ranks if rank.state not in ("finished", "running")]
+    numbers |= set(failed[:MAX_FAILED_ROWS])
+    return tuple(rank for rank in report.ranks if rank.rank in numbers)

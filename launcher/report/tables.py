@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from launcher.report.run_report import Comparison, RankReport, RunReport
+from launcher.report.run_report import (
+    MAX_RANK_ROWS,
+    Comparison,
+    RankReport,
+    RunReport,
+    select_ranks,
+)
 from launcher.report.text import (
     NOTHING,
     error_note,
@@ -16,10 +22,8 @@ from launcher.report.text import (
 )
 from launcher.units import GIB, KIB, MIB, format_count, format_seconds
 
-MAX_RANK_ROWS = 16
 MAX_NODE_ROWS = 16
 RANKS_PER_PAGE = 256
-MAX_FAILED_ROWS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,19 +91,6 @@ def detail_table(report: RunReport) -> Table:
             num_text_columns=2,
         )
     )  # fmt: skip
-
-
-def select_ranks(report: RunReport) -> tuple[RankReport, ...]:
-    """Return the ranks to show: all, or the fullest, median, emptiest and first failed ones."""
-    if len(report.ranks) <= MAX_RANK_ROWS:
-        return report.ranks
-    numbers: set[int] = set()
-    if report.balance is not None:
-        balance = report.balance
-        numbers |= {balance.fullest_rank, balance.median_rank, balance.emptiest_rank}
-    failed = [rank.rank for rank in report.ranks if rank.state not in ("finished", "running")]
-    numbers |= set(failed[:MAX_FAILED_ROWS])
-    return tuple(rank for rank in report.ranks if rank.rank in numbers)
 
 
 def _phase_table(report: RunReport) -> Table:

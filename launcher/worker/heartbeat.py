@@ -59,7 +59,7 @@ class Heartbeat:
             state="running",
             steps_done=0,
         )
-        """What was written of this rank last."""
+        """What is known of this rank, written within ``WRITE_INTERVAL_SECONDS``."""
         self.folder = folder
         self._path = run_dir.rank_file(folder, rank)
         self._patience = patience
@@ -130,19 +130,20 @@ class Heartbeat:
             if beats != self._beats:
                 beats, idle_seconds = self._beats, 0.0
             limit_seconds = self._patience.limit_seconds(self._phase, steps_done=self._steps_done)
-            if not limit_seconds:
-                continue
-            if idle_seconds > limit_seconds:
-                self._end_rank(limit_seconds)
-            # Needs no interpreter lock: shows the stack also when a library never gives it back.
-            faulthandler.dump_traceback_later(limit_seconds + _BACKUP_SECONDS)
+            if limit_seconds:
+                if idle_seconds > limit_seconds:
+                    self._end_rank(limit_seconds)
+                # Needs no interpreter lock: shows the stack also when a library keeps it.
+                faulthandler.dump_traceback_later(limit_seconds + _BACKUP_SECONDS)
             self._write_if_due(now)
 
     def _write_if_due(self, now: float) -> None:
         is_news = self._beats != self._written_beats
         if is_news and now - self._written > WRITE_INTERVAL_SECONDS and self._lock.acquire(False):  # noqa: FBT003
             try:
-                with contextlib.suppress(OSError):  # the main thread meets it, too, and says so
+                with contextlib.suppress(
+                    OSError
+                ):  # a full disk: what was measured ends no training
                     self._write(self.known)
             finally:
                 self._lock.release()

@@ -16,7 +16,7 @@ from launcher.peaks import PhasePeaks, RankFailure, RankPeaks, RankState
 from launcher.predict.memory import PHASES, Phase
 from launcher.redact import redacted
 from launcher.worker.failures import failure_kind
-from launcher.worker.heartbeat import WRITE_INTERVAL_SECONDS, Heartbeat
+from launcher.worker.heartbeat import Heartbeat
 from launcher.worker.memory_samples import MemorySampler
 from launcher.worker.running_peak import AllocatorPeaks, RunningPeak, StepTimes
 from launcher.worker.storage_tracker import StorageTracker
@@ -24,6 +24,7 @@ from launcher.worker.storage_tracker import StorageTracker
 TRACKED_STEPS = 3
 """Optimizer steps during which tensors are counted on CPU: Adam's states appear in the first,
 the second is the first complete one; counting every operation for longer only costs time."""
+TELL_INTERVAL_SECONDS = 2.0
 _PHASES_OF_A_STEP: frozenset[Phase] = frozenset({"forward", "loss", "backward", "step"})
 
 
@@ -36,7 +37,7 @@ class PeakRecorder:
 
     Call :meth:`start` before the model is made and :meth:`finish`, :meth:`fail` or
     :meth:`interrupt` at the end. The file is written when a phase begins for the first time,
-    and otherwise at most every ``WRITE_INTERVAL_SECONDS``.
+    and otherwise by the heartbeat's thread, some seconds behind.
     """
 
     def __init__(self, heartbeat: Heartbeat, *, device: torch.device) -> None:
@@ -48,7 +49,7 @@ class PeakRecorder:
         self._phase: Phase | None = None
         self._phase_started = 0.0
         self._last_phase: Phase | None = None
-        self._written = 0.0
+        self._told = 0.0
         self._steps = StepTimes()
         self._step_border: float | None = None
         self._outside_step_seconds = 0.0
@@ -114,10 +115,12 @@ class PeakRecorder:
             self._last_phase = phase
             self._phase_started = time.perf_counter()
             self._reset_counters()
-        is_due = time.monotonic() - self._written > WRITE_INTERVAL_SECONDS
-        # The first time each phase begins, too: it is the likeliest moment of a kill.
-        if is_due or (phase is not None and phase not in self._peaks):
-            self.write()
+        if phase is not None and phase not in self._peaks:
+            self.write()  # the likeliest moment of a kill
+        elif time.monotonic() - self._told > TELL_INTERVAL_SECONDS:
+            # The heartbeat's thread writes it: training does not wait for a disk.
+            self._heartbeat.known = self.snapshot()
+            self._told = time.monotonic()
         if phase is not None and self.on_phase is not None:
             self.on_phase(phase, self.earlier_steps + self.steps_done)
 
@@ -251,7 +254,7 @@ class PeakRecorder:
     def write(self) -> None:
         """Replace this rank's file with what is known now."""
         self._heartbeat.write(self.snapshot())
-        self._written = time.monotonic()
+        self._told = time.monotonic()
 
     def snapshot(self) -> RankPeaks:
         """Return what is known now; a phase counts when it ends."""

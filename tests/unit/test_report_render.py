@@ -22,8 +22,8 @@ from launcher.report.as_terminal import render_terminal
 from launcher.report.build import build_report
 from launcher.report.chart_findings import chart_findings
 from launcher.report.plots import draw_charts
-from launcher.report.run_report import RunFiles, RunReport
-from launcher.report.tables import detail_table, select_ranks
+from launcher.report.run_report import RunFiles, RunReport, select_ranks
+from launcher.report.tables import detail_table
 from launcher.report.text import describe_run, format_percent, format_ranks, printable
 from launcher.report.text_plot import draw_curve
 
