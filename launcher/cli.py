@@ -31,6 +31,7 @@ _COMMANDS = {
     "export": "launcher.commands.export",
     "trace": "launcher.commands.trace",
     "bench": "launcher.commands.bench",
+    "calibrate": "launcher.commands.calibrate",
     "doctor": "launcher.commands.doctor",
     "hostfile": "launcher.commands.hostfile",
     "demo": "launcher.commands.train",

@@ -46,6 +46,17 @@ class GpuSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SiteConstants:
+    """Physical constants that ``zerofit calibrate`` fitted to a site's own runs on one GPU."""
+
+    values: tuple[tuple[str, float], ...]
+    """By name; ``launcher.predict.site_constants`` says which there are."""
+    num_runs: int
+    fitted_at: str
+    """Date, ISO 8601."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
     """Equal nodes of equal GPUs; host memory and links are per node."""
 
@@ -60,6 +71,8 @@ class ClusterSpec:
     nvme_bytes_per_s: float
     free_memory_bytes: int | None = None
     """Device memory that is free on the fullest GPU of a probed machine."""
+    site: SiteConstants | None = None
+    """What takes the place of the constants that were fitted elsewhere."""
 
     @property
     def world_size(self) -> int:

@@ -21,12 +21,14 @@ from launcher.model_spec import spec_from_config
 from launcher.planning.ceiling import NO_CEILING, Ceiling
 from launcher.planning.plan import Plan
 from launcher.planning.planner import can_fit, make_plan
+from launcher.predict.site_constants import with_site_constants
 from launcher.predict.step_time import run_estimate, speedup_over_one_node
 from launcher.recipe import parse_recipe
 from launcher.recipe_paths import with_absolute_paths
 from launcher.recipe_sections import ClusterSection, Recipe, StrategySection
 from launcher.resolve import resolve_workload
 from launcher.run_dir import read_text
+from launcher.site_file import read_constants, site_path
 from launcher.units import GIB
 from launcher.workload import Workload
 
@@ -191,6 +193,8 @@ def resolve_cluster(section: ClusterSection) -> ClusterSpec:
     if section.measured is not None:
         rates = rates_from_json(read_text(Path(section.measured)), source=section.measured)
         cluster = with_measured_rates(cluster, rates)
+    if (site := read_constants(site_path(), cluster.gpu.name)) is not None:
+        cluster = with_site_constants(cluster, site)
     if section.inter_node_gbit_per_s is not None:
         cluster = replace(cluster, inter_node_bytes_per_s=section.inter_node_gbit_per_s * 1e9 / 8)
     return cluster

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from launcher.errors import RunDirError
-from launcher.hardware import ClusterSpec
+from launcher.hardware import ClusterSpec, SiteConstants
 from launcher.predict.memory import MemoryEstimate
 from launcher.predict.step_time import RunEstimate, TimeEstimate
 from launcher.strategy import (
@@ -131,6 +131,15 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "run": None if plan.run is None else asdict(plan.run),
         "price_per_gpu_hour": plan.price_per_gpu_hour,
         "speedup_over_one_node": plan.speedup_over_one_node,
+        "calibrated": None if cluster.site is None else _site_to_json(cluster.site),
+    }
+
+
+def _site_to_json(site: SiteConstants) -> dict[str, Any]:
+    return {
+        "num_runs": site.num_runs,
+        "fitted_at": site.fitted_at,
+        "constants": dict(site.values),
     }
 
 

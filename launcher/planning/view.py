@@ -9,8 +9,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from launcher.hardware import SiteConstants
 from launcher.planning.plan import Plan
 from launcher.planning.wording import METHOD_NAME, changes, fit_words, label, plain_part, short_size
+from launcher.predict.site_constants import constant_words
 from launcher.strategy import Method
 from launcher.units import GIB, format_count, format_seconds
 from launcher.workload import Workload
@@ -83,6 +85,8 @@ def _headline(plan: Plan) -> RenderableType:
     if plan.workload.model.traced is not None:
         kind = plan.workload.model.model_type
         notes = [Text(f"{kind} has no formulas here: its layers were built and traced instead")]
+    if cluster.site is not None:
+        notes.append(Text(_calibrated_words(cluster.site)))
     verdict = f"fits: {chosen}" if plan.fits else f"DOES NOT FIT; closest: {chosen}"
     return Group(
         Text(f"{describe(plan.workload)}, on {where}"),
@@ -90,6 +94,11 @@ def _headline(plan: Plan) -> RenderableType:
         Text(verdict, style="bold green" if plan.fits else "bold red"),
         Text(),
     )
+
+
+def _calibrated_words(site: SiteConstants) -> str:
+    names = ", ".join(f"{name} {constant_words(name, value)}" for name, value in site.values)
+    return f"calibrated at this site, by {site.num_runs} runs ({site.fitted_at}): {names}"
 
 
 def _title(text: str) -> RenderableType:

@@ -10,11 +10,11 @@ from typing import Literal, get_args
 from launcher.hardware import ClusterSpec
 from launcher.predict.activations import timeline
 from launcher.predict.allocator import outside_bytes, reserved_bytes, workspace_bytes
-from launcher.predict.calibration import CALIBRATION
 from launcher.predict.components import INPUTS, WORKSPACE, Candidate
 from launcher.predict.host_memory import checkpoint_bytes, host_components, nvme_bytes
 from launcher.predict.micro_step import MicroStep
 from launcher.predict.run_phases import RunPhases
+from launcher.predict.site_constants import memory_constants
 from launcher.predict.zero_runtime import zero_runtime
 from launcher.strategy import Strategy
 from launcher.workload import Workload
@@ -86,7 +86,7 @@ def estimate_memory(workload: Workload, strategy: Strategy, cluster: ClusterSpec
         The modules that it adds up: ``activations``, ``zero_runtime``, ``micro_step``,
         ``run_phases``, ``allocator``, ``host_memory``; constants in ``calibration``.
     """
-    gpu, calibration = cluster.gpu, CALIBRATION
+    gpu, calibration = cluster.gpu, memory_constants(cluster)
     is_cuda = gpu.device_type == "cuda"
     zero = zero_runtime(workload, strategy, world_size=cluster.world_size)
     adapter_bytes = zero.trained_width if not zero.is_full else zero.width

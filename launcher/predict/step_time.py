@@ -13,11 +13,10 @@ from launcher.predict.compute_cost import (
     micro_step_work,
     weight_totals,
 )
+from launcher.predict.site_constants import time_constants
 from launcher.predict.time_calibration import TimeCalibration
 from launcher.strategy import Checkpointing, Method, Offload, Optimizer, Strategy
 from launcher.workload import Workload
-
-_DEFAULT_CALIBRATION = TimeCalibration()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +75,7 @@ def estimate_time(
     strategy: Strategy,
     cluster: ClusterSpec,
     *,
-    calibration: TimeCalibration = _DEFAULT_CALIBRATION,
+    calibration: TimeCalibration | None = None,
 ) -> TimeEstimate:
     """Predict one optimizer step.
 
@@ -89,11 +88,12 @@ def estimate_time(
         workload: model, method and sequence length; every sample counts as full length.
         strategy: fixes the micro-batch, accumulation and everything that ZeRO does.
         cluster: rates of the GPUs and of the links between them.
-        calibration: physical constants; the defaults were fitted on one H100 host.
+        calibration: physical constants; by default the site's, else those fitted on one H100.
 
     Returns:
         Seconds, tokens (padding included) per second per GPU, MFU (0-1), and the bottleneck.
     """
+    calibration = calibration or time_constants(cluster)
     gpu, totals = cluster.gpu, weight_totals(workload)
     work = micro_step_work(
         workload, strategy, calibration, has_flash_kernel=gpu.has_flash_attention_2
@@ -157,7 +157,7 @@ def speedup_over_one_node(
     strategy: Strategy,
     cluster: ClusterSpec,
     *,
-    calibration: TimeCalibration = _DEFAULT_CALIBRATION,
+    calibration: TimeCalibration | None = None,
 ) -> float:
     """Return how much faster the cluster is than one of its nodes, at equal global batch.
 

@@ -196,7 +196,8 @@ def test_what_is_text_stays_as_it_was_typed() -> None:
     assert (recipe.model.revision, recipe.slurm.time) == ("1.0", "1:00:00")
     assert recipe.optim.learning_rate == 1e-3
     assert parse_recipe(text, source="r.yaml", overrides=["slurm.time=null"]).slurm.time is None
-    assert parse_site("slurm: {time: 1:30:00}", source="site.yaml").time == "1:30:00"
+    site = parse_site("slurm: {time: 1:30:00}", source="site.yaml")
+    assert site.slurm.time == "1:30:00"
     (case,) = parse_sweep(f"defaults: {{{text.splitlines()[1]}}}\ncases: [{{name: a, model: "
                           "{name_or_path: x, revision: 12.10}}]", source="s.yaml")  # fmt: skip
     assert (case.recipe.model.revision, case.recipe.slurm.time) == ("12.10", "12:30:00")

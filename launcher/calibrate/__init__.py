@@ -1,0 +1,1 @@
+"""Fit the predictor's physical constants to a site's own runs."""
