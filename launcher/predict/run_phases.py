@@ -19,9 +19,7 @@ from launcher.predict.components import (
     NORM,
     OPTIMIZER,
     OWNED,
-    PARAMETERS,
     PASSING,
-    QUANTIZED,
     TEMPORARIES,
     Candidate,
     Components,
@@ -50,10 +48,9 @@ class RunPhases:
         found = zero.model_bytes()
         found.pop(ADAPTERS, None)
         if counts.quantized:
-            # Loaded whole by each rank before ZeRO-3 could partition it.
-            found[QUANTIZED] = counts.quantized_bytes + counts.quantization_state_bytes
-            found[PARAMETERS] = float(zero.width * counts.frozen)
             whole = {"weight before quantization": float(zero.width * counts.largest_in_layers)}
+            if zero.stage == 3:
+                whole["whole tensor before it is partitioned"] = counts.largest_in_bytes
             yield "output matrix on the device", {**found, **self._untied_head()}
         elif zero.stage == 3:
             whole = {"whole tensor before it is partitioned": counts.largest_in_bytes}
@@ -77,10 +74,10 @@ class RunPhases:
         zero, counts = self.zero, self.zero.counts
         if not counts.is_head_tied or zero.has_offloaded_params:
             return {}
-        is_born_partitioned = zero.stage == 3 and not counts.quantized
-        if not is_born_partitioned and not zero.has_random_weights:
+        is_born_tied = zero.stage != 3 or counts.quantized
+        if is_born_tied and not zero.has_random_weights:
             return {}
-        ranks = zero.world_size if is_born_partitioned else 1
+        ranks = zero.world_size if zero.stage == 3 else 1
         return {"output matrix before it was tied": zero.width * counts.output / ranks}
 
     def _whole_adapter_bytes(self) -> float:
@@ -100,13 +97,6 @@ class RunPhases:
         if not zero.is_full:
             # Whole on every rank until the engine takes them.
             start = {**model, ADAPTERS: self._whole_adapter_bytes()}
-            if zero.stage == 3 and zero.counts.quantized:
-                # Not born partitioned (zero.Init): the engine cuts one tensor after another.
-                counts = zero.counts
-                start[PARAMETERS] = float(zero.width * counts.frozen)
-                start[QUANTIZED] = counts.quantized_bytes + counts.quantization_state_bytes
-                cut = counts.largest_in_bytes / zero.world_size
-                start["partition beside its whole tensor"] = cut
             yield "engine start", start
         if zero.stage == 0:
             yield from self._stage_0_init(model, trained)
@@ -127,8 +117,7 @@ class RunPhases:
 
     def _stage_3_init(self, model: Components) -> Iterator[Candidate]:
         zero, part = self.zero, self.zero.partition
-        if not zero.counts.quantized:
-            model = {**model, **self._untied_head()}
+        model = {**model, **self._untied_head()}
         bucket = float(zero.width * zero.bucket)
         if zero.has_offloaded_optimizer:
             # A copy on its way to the host comes on top of a gathered tensor.

@@ -179,6 +179,10 @@ def _pretrained_model(
     if not is_deepspeed_zero3_enabled():
         options["device_map"] = {"": device}
         reading = contextlib.nullcontext()
+    elif quantization is not None:
+        from launcher.worker.partitioned_4bit import partitioned_while_loading
+
+        reading = partitioned_while_loading()
     try:
         with reading:
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -213,7 +217,14 @@ def _random_model(
 
     logger.warning("random weights: good for measuring memory and speed, never for results")
     if quantization is not None:
-        return quantized_model_with_random_weights(config, quantization, dtype=dtype, device=device)
+        partition = None
+        if strategy.zero_stage == 3:
+            from launcher.worker.partitioned_4bit import partitioner
+
+            partition = partitioner()
+        return quantized_model_with_random_weights(
+            config, quantization, dtype=dtype, device=device, partition=partition
+        )
     options = {"dtype": dtype, "attn_implementation": strategy.attention.value}
     if strategy.zero_stage == 3:
         # transformers opens deepspeed.zero.Init itself, on the right device.

@@ -6,18 +6,25 @@ from typing import Any
 
 import torch
 
+from launcher.worker.partitioned_4bit import Partition
+
 # Standard deviation of transformers' own initialisation (``initializer_range`` of Llama).
 _STANDARD_DEVIATION = 0.02
 
 
 def quantized_model_with_random_weights(
-    config: Any, quantization: Any, *, dtype: torch.dtype, device: torch.device
+    config: Any,
+    quantization: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    partition: Partition | None = None,
 ) -> Any:
     """Return a bitsandbytes model whose weights are random, one matrix at a time on ``device``.
 
     transformers can only quantize weights that it reads from files. This builds the model
     without storage, lets transformers swap the linear layers, and then fills in each weight,
-    so that the full-precision model never exists.
+    so that the full-precision model never exists; ``partition`` makes it ZeRO-3's at once.
     """
     from transformers import AutoModelForCausalLM
     from transformers.quantizers import AutoHfQuantizer
@@ -29,6 +36,8 @@ def quantized_model_with_random_weights(
     quantizer.preprocess_model(model=model, device_map={"": device})
     for module in list(model.modules()):
         _fill_parameters(module, dtype=dtype, device=device)
+        if partition is not None:
+            partition(module.parameters(recurse=False))
     _fill_buffers(model, config, device=device)
     model.tie_weights()
     quantizer.postprocess_model(model)
