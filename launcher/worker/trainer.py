@@ -214,6 +214,14 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
         chosen.defaults = base.defaults
         return super().create_scheduler(num_training_steps, chosen)
 
+    def _run_epoch(self, **options: Any) -> None:
+        """Train for an epoch; transformers 5.23 makes a step too many after the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            # A run that was stopped between its last step and its end goes on here.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**options)
+
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Evaluate on the held-out set, as a phase of its own; nothing if it was cut short."""
         metrics: dict[str, float] = {}

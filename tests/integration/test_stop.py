@@ -6,17 +6,26 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from worker_runs import environment, make_model, write_chats
+from worker_runs import (
+    Nursery,
+    environment,
+    make_model,
+    small_buckets,
+    write_chats,
+    write_run,
+)
 
 from launcher import run_dir as rd
 from launcher.dispatch import process_group
-from launcher.errors import JobFailedError
+from launcher.errors import JobFailedError, RunDirError
+from launcher.run_checkpoints import UNFINISHED
 from launcher.stop_file import STOP_FILE
 from launcher.worker.checkpoints import find_newest
 
@@ -32,7 +41,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stop")
     make_model(folder / "model")
     write_chats(folder / "train.jsonl", 32)
-    write_chats(folder / "eval.jsonl", 400)
     (folder / "recipe.yaml").write_text(
         f"model: {{name_or_path: {folder / 'model'}}}\nmax_seq_len: 64\n"
         "data: {path: train.jsonl}\ncluster: {gpus_per_node: 2}\n"
@@ -94,7 +102,7 @@ def start(folder: Path) -> Iterator[Callable[..., Started]]:
 def newest_step(run: Path) -> int | None:
     newest, skipped = find_newest(run / rd.CHECKPOINTS)
     assert skipped == []
-    assert not (run / rd.CHECKPOINTS / ".unfinished").exists()
+    assert not (run / rd.CHECKPOINTS / UNFINISHED).exists()
     return newest.step if newest else None
 
 
@@ -126,3 +134,77 @@ def test_sigterm_saves_the_step_that_was_reached_and_the_run_goes_on_from_there(
     steps = second.entries("loss")
     assert steps == list(range(1, steps[-1] + 1))
     assert newest_step(second.run) == steps[-1] > last_step
+
+
+def ask_when(is_reached: Callable[[], bool], folder: Path) -> threading.Thread:
+    """Make the stop file as soon as something has come true."""
+
+    def ask() -> None:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not is_reached() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        (folder / STOP_FILE).touch()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    return thread
+
+
+def phase_of(folder: Path) -> str | None:
+    try:
+        return rd.read_rank(rd.rank_file(folder, 0)).phase
+    except RunDirError:
+        return None
+
+
+@pytest.fixture
+def evaluated(nursery: Nursery, folder: Path, tmp_path: Path) -> Path:
+    """Return a run directory whose run evaluates every second step, for long, and saves then."""
+    write_chats(tmp_path / "eval.jsonl", 200)
+    recipe = f"""
+model: {{name_or_path: {folder / "model"}, precision: fp32}}
+max_seq_len: 64
+data: {{path: {folder / "train.jsonl"}, eval_path: {tmp_path / "eval.jsonl"}}}
+optim: {{global_batch_size: 4, max_steps: 6, eval_steps: 2, save_steps: 3, save_total_limit: null}}
+"""
+    strategy = small_buckets(zero_stage=2, micro_batch_size_per_gpu=2)
+    written = write_run(tmp_path / "run", recipe, strategy, world_size=2)
+    nursery.tokenize(written)
+    return written
+
+
+def test_a_request_is_met_in_every_phase_and_each_time_the_run_goes_on(
+    nursery: Nursery, evaluated: Path
+) -> None:
+    checkpoints = evaluated / rd.CHECKPOINTS
+    log = evaluated / rd.TRAINER_LOG
+
+    def steps(key: str) -> list[int]:
+        lines = log.read_text().splitlines() if log.is_file() else []
+        return [entry["step"] for line in lines if key in (entry := json.loads(line))]
+
+    def attempt(is_reached: Callable[[], bool], *, says: str) -> None:
+        asking = ask_when(is_reached, evaluated)
+        outcome = nursery.train(evaluated)
+        asking.join()
+        assert outcome.returncode == 0, outcome.stderr
+        found = rd.read_status(evaluated)
+        assert (found.state, found.reason) == ("interrupted", f"a file named stop: {says}")
+        assert not (evaluated / STOP_FILE).exists()
+
+    # While the ranks are starting, and in the evaluation before the first step.
+    attempt(lambda: True, says="before its first step")
+    attempt(lambda: phase_of(evaluated) == "eval", says="before its first step")
+    assert newest_step(evaluated) is None
+    # In an evaluation, which follows the line in the log and is made again after the restart.
+    attempt(lambda: steps("loss") == [1, 2], says="saved after step 2")
+    assert (newest_step(evaluated), steps("eval_loss")) == (2, [0])
+    # While a checkpoint is saved: that one is enough.
+    saving = checkpoints / UNFINISHED / "checkpoint-3"
+    attempt(saving.exists, says="saved after step 3")
+    assert (newest_step(evaluated), steps("eval_loss")) == (3, [0, 2])
+    # In the evaluation after the last step.
+    attempt(lambda: steps("loss")[-1] == 6, says="saved after step 6")
+    assert nursery.train(evaluated).returncode == 0
+    assert rd.read_status(evaluated).state == "finished"
+    assert (steps("loss"), steps("eval_loss")[:4]) == ([1, 2, 3, 4, 5, 6], [0, 2, 4, 6])
