@@ -27,6 +27,7 @@ WORKER_MODULE = "launcher.worker.train"
 DATA_MODULE = "launcher.worker.data"
 DATA_SUMMARY = "data/summary.json"
 """Exists when the data module has done its work."""
+BY_HAND_MODULE = "launcher.by_hand"
 
 # What DeepSpeed's JIT reads (0.19.8 ops/op_builder/builder.py, compute_capability_args): it
 # calls int() on both sides of the dot, so torch's '9.0a', 'native' or 'Hopper' stop the build.
@@ -233,7 +234,7 @@ def _render_script(job: DeepSpeedJob, env: Mapping[str, str]) -> str:
         "# deepspeed, and the ninja that its kernels are built with.",
         _path_line(job),
     ]
-    lines += ["", f"cd -- {shlex.quote(str(job.run_dir))}"]
+    lines += ["", f"cd -- {shlex.quote(str(job.run_dir))}", *_by_hand_lines(job)]
     if inherited := env.get("TORCH_CUDA_ARCH_LIST"):
         lines.append(f"# Fixed: DeepSpeed's JIT cannot read values like {inherited}a.")
     exports = dict(env)
@@ -254,6 +255,19 @@ def _render_script(job: DeepSpeedJob, env: Mapping[str, str]) -> str:
         ]
     lines += ["", f"exec {' '.join(_quoted_lines(deepspeed_argv(job)))}"]
     return "\n".join(lines) + "\n"
+
+
+def _by_hand_lines(job: DeepSpeedJob) -> list[str]:
+    """Return the part of job.sh that has it watched, as `zerofit train` does."""
+    program = [job.python.name, "-m", BY_HAND_MODULE, "--run-dir", str(job.run_dir)]
+    program += ["--run-id", job.run_id, "--master-port", str(job.master_port)]
+    program += ["--on-hosts"] if job.hosts else []
+    return [
+        "# Started by hand: watched from here on, so that it is not started twice, and that it",
+        "# saves a checkpoint when it is told to stop.",
+        f'[[ -n "${{{RUN_ID_VARIABLE}:-}}" ]] || exec {shlex.join(program)}',
+        "",
+    ]
 
 
 def _path_line(job: DeepSpeedJob) -> str:

@@ -27,8 +27,7 @@ ATTEMPTS = "attempts"
 SIGN_OF_LIFE_SECONDS = 60.0
 """Ranks rewrite their files every 5 s (launcher/worker/peak_memory.py) while they train."""
 
-# What may change without making it another training.
-_CHANGEABLE = (
+CHANGEABLE = (
     "cluster.",
     "strategy.",
     "slurm.",
@@ -40,6 +39,9 @@ _CHANGEABLE = (
     "optim.logging_steps",
     "optim.eval_steps",
 )
+"""What may change without making it another training."""
+# Without these a run cannot be started; a new attempt replaces them without taking them away.
+_NEEDED = (rd.STATUS, rd.RECIPE, rd.PLAN)
 # Written anew by each attempt; the log of steps, the data and the checkpoints stay.
 _OF_ONE_ATTEMPT = (
     rd.RECIPE, rd.PLAN, rd.DS_CONFIG, rd.ENVIRONMENT, rd.JOB_SCRIPT, rd.JOB_SBATCH,
@@ -61,7 +63,7 @@ def prepare_resume(run_dir: Path, overrides: Sequence[str]) -> Prepared:
     wrong = [
         f"{item.partition('=')[0]} cannot change in mid-training"
         for item in overrides
-        if not item.startswith(_CHANGEABLE)
+        if not item.startswith(CHANGEABLE)
     ]
     if wrong:
         raise RecipeError(
@@ -149,17 +151,24 @@ def resume_run(
     return run_dir
 
 
-def set_aside(run_dir: Path) -> Path:
-    """Move what the last attempt wrote about itself into a new folder; return it."""
+def set_aside(run_dir: Path, *, kept: Sequence[str] = _NEEDED) -> Path:
+    """Move what the last attempt wrote about itself into a new folder; return it.
+
+    Files that are ``kept`` are copied: a command that is killed right now can be given again.
+    """
     parent = run_dir / ATTEMPTS
     parent.mkdir(exist_ok=True)
     number = 1 + max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
     target = parent / str(number)
     target.mkdir()
     for name in _OF_ONE_ATTEMPT:
-        if (run_dir / name).exists():
+        if not (run_dir / name).exists():
+            continue
+        if name in kept:
+            shutil.copy2(run_dir / name, target / name)
+        else:
             (run_dir / name).rename(target / name)
     for name in (rd.RANKS, rd.LOGS):
-        (run_dir / name).mkdir()
+        (run_dir / name).mkdir(exist_ok=True)
     rd.write_status(run_dir, "created")
     return target

@@ -106,12 +106,21 @@ def demo(*, output_dir: Path | None) -> None:
 def _train(
     args: tuple[str, ...], output_dir: Path | None, *, anyway: bool = False, as_json: bool = False
 ) -> Path:
-    from launcher.recovery.supervise import train_to_end
+    from launcher.again import find_earlier_run, has_finished
+    from launcher.recovery.supervise import resume_to_end, train_to_end
+    from launcher.resume import prepare_resume
     from launcher.submit import goes_to_slurm, train_on_slurm
 
     # With --json, stdout is for the result alone.
     show, stream = (say_aside, sys.stderr) if as_json else (say, sys.stdout)
     prepared = prepare_from(args) if anyway else fitting(args, as_json=as_json)
+    earlier = find_earlier_run(prepared, output_dir)
+    if earlier is not None:
+        if has_finished(earlier):
+            show(f"{earlier}: this run has finished already")
+            return earlier
+        show(f"{earlier}: going on with the run that is there")
+        return resume_to_end(earlier, prepare_resume(earlier, ()), say=show, console=stream.buffer)
     if not prepared.plan.fits:
         from launcher.planning.wording import label
 

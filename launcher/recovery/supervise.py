@@ -6,18 +6,20 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from launcher.backends import choose_backend
 from launcher.dispatch.base import run_to_end
+from launcher.dispatch.run_lock import hold
 from launcher.errors import JobFailedError
 from launcher.launch import check_can_start, create_run, prepare_data
 from launcher.prepare import Prepared
 from launcher.recovery.judge import judge
 from launcher.recovery.record import FailedAttempt
-from launcher.resume import resume_run
+from launcher.resume import check_has_stopped, resume_run
 
 # Under Slurm the job script does it, without waiting in the queue again.
 _SUPERVISED_HERE = ("local", "deepspeed")
@@ -40,13 +42,14 @@ def train_to_end(
     """
     check_can_start(prepared)
     run_dir, backend, request = create_run(prepared, output_dir)
-    say(f"run directory: {run_dir}")
-    prepare_data(run_dir, request, say=say)
-    first = partial(run_to_end, backend, request, run_dir=run_dir, console=console)
-    if backend.name in _SUPERVISED_HERE:
-        _supervise(run_dir, prepared, first, say=say, console=console)
-    else:
-        first()
+    with hold(run_dir):
+        say(f"run directory: {run_dir}")
+        prepare_data(run_dir, request, say=say)
+        first = partial(run_to_end, backend, request, run_dir=run_dir, console=console)
+        if backend.name in _SUPERVISED_HERE:
+            _supervise(run_dir, prepared, first, say=say, console=console)
+        else:
+            first()
     return run_dir
 
 
@@ -66,10 +69,14 @@ def resume_to_end(
     """
     run_dir = run_dir.absolute()
     first = partial(resume_run, run_dir, prepared, say=say, console=console)
-    if choose_backend(prepared.recipe).name in _SUPERVISED_HERE:
-        _supervise(run_dir, prepared, first, say=say, console=console)
-    else:
-        first()
+    backend = choose_backend(prepared.recipe).name
+    # A job of its own in Slurm holds the run itself, on its first node.
+    with nullcontext() if backend == "slurm" else hold(run_dir):
+        check_has_stopped(run_dir)  # once more: it may have gone on since it was planned
+        if backend in _SUPERVISED_HERE:
+            _supervise(run_dir, prepared, first, say=say, console=console)
+        else:
+            first()
     return run_dir
 
 

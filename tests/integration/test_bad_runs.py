@@ -163,25 +163,49 @@ def test_broken_data_is_named_by_its_line_and_leaves_no_run_directory(folder: Pa
     assert not (folder / "runs").exists()
 
 
-def test_a_rendered_job_runs_by_itself_and_its_result_is_exported_without_noise(
+def test_of_two_scripts_by_hand_one_runs_and_the_other_names_it_and_nothing_runs_twice(
     folder: Path,
 ) -> None:
+    """``render``, ``bash job.sh`` twice at once, then every command again, and ``export``."""
     assert zerofit(folder, "render", "recipe.yaml", "--output-dir", "run").returncode == 0
-    done = subprocess.run(
+    both = [
+        subprocess.Popen(
+            ["bash", "run/job.sh"],
+            cwd=folder,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    printed = {started.pid: started.communicate(timeout=300) for started in both}
+    assert sorted(started.returncode for started in both) == [0, 2], printed
+    winner, loser = sorted(both, key=lambda started: started.returncode)
+    assert f"this run is held by process {winner.pid} on " in printed[loser.pid][1]
+    assert printed[loser.pid][1].count("error:") == 1
+    assert rd.read_status(folder / "run").state == "finished"
+    again = subprocess.run(
         ["bash", "run/job.sh"],
         cwd=folder,
         env=environment(),
         capture_output=True,
         text=True,
         check=False,
-        timeout=180,
+        timeout=60,
     )
-    assert done.returncode == 0, done.stderr
-    assert rd.read_status(folder / "run").state == "finished"
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "this run has finished" in again.stdout
+    same = zerofit(folder, "train", "recipe.yaml", "--output-dir", "run")
+    assert same.returncode == 0
+    assert "this run has finished already" in same.stdout
+    other = zerofit(folder, "train", "recipe.yaml", "optim.seed=7", "--output-dir", "run")
+    assert other.returncode == 2
+    assert "optim.seed is 42 there and 7 here" in other.stderr
     exported = zerofit(folder, "export", "run", "--json")
     assert exported.returncode == 0
     assert exported.stderr == ""
     assert Path(json.loads(exported.stdout)["out"]) == folder / "run/export/adapter"
-    again = zerofit(folder, "export", "run")
-    assert again.returncode == 2
-    assert again.stderr.count("error:") == 1
+    again_exported = zerofit(folder, "export", "run")
+    assert again_exported.returncode == 2
+    assert again_exported.stderr.count("error:") == 1

@@ -124,7 +124,7 @@ def test_sigterm_saves_the_step_that_was_reached_and_the_run_goes_on_from_there(
     assert "zerofit resume" in printed
     assert "Traceback" not in printed
 
-    second = start("resume", "one", run="one")
+    second = start("train", "recipe.yaml", "--output-dir", "one", run="one")
     second.until(lambda: len(second.entries("loss")) >= last_step + 3)
     run_id = json.loads((second.run / rd.JOB).read_text())["run_id"]
     for process in [psutil.Process(second.process.pid), *process_group.find_processes(run_id)]:

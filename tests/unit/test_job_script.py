@@ -61,7 +61,11 @@ def test_hostile_names_reach_the_launcher_as_they_are(
     script = run_dir / "job.sh"
     script.write_text(render_job(job, files={}).files["job.sh"])
     done = subprocess.run(
-        ["bash", str(script)], capture_output=True, check=True, env=dict(os.environ), cwd="/"
+        ["bash", str(script)],
+        capture_output=True,
+        check=True,
+        env={**os.environ, "ZEROFIT_RUN_ID": "watched"},
+        cwd="/",
     )
     words = done.stdout.decode().split("\0")[:-1]
     assert words[:3] == [str(run_dir), "0123abcd", name]
@@ -157,6 +161,7 @@ def test_hosts_get_what_is_on_the_list_by_a_file_that_only_its_owner_reads(
     (tmp_path / "job.sh").write_text(render_job(job, files={}).files["job.sh"])
     outside = {
         "PATH": os.environ["PATH"],
+        "ZEROFIT_RUN_ID": "watched",
         "HF_TOKEN": hostile,
         "MINE_1": "one",
         "THEIRS": "no",
