@@ -17,6 +17,7 @@ from launcher.job_script import (
 )
 from launcher.recipe_sections import SlurmSection
 from launcher.sbatch_directives import directive, directives, looks_at_nodes
+from launcher.stop_file import STOP_FILE
 
 JOB_SBATCH = "job.sbatch"
 LOG = "logs/launcher.log"
@@ -53,27 +54,80 @@ _RENDEZVOUS = (
     "export MASTER_ADDR MASTER_PORT",
     'echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, rendezvous $MASTER_ADDR:$MASTER_PORT"',
 )
-_SIGNAL = (
-    "# Shortly before the time limit Slurm sends USR1; the ranks save a checkpoint and end.",
-    "srun_pid=",
-    "stop() {",
-    '  echo "time is nearly up: asking the ranks to save a checkpoint"',
-    '  [[ -z $srun_pid ]] || kill -USR1 "$srun_pid" || true',
-    "}",
-    "trap stop USR1",
+_ONLY_ONCE = (
+    ': "${SLURM_JOB_ID:?not inside a Slurm job}"',
+    'if grep -qs \'"state": "finished"\' status.json; then',
+    '  echo "this run has finished: there is nothing to do"',
+    "  exit 0",
+    "fi",
+    f"if [[ -z ${{{IN_ALLOCATION_VARIABLE}:-}} ]]; then",
+    "  # One job at a time: Slurm says whether the one that holds `lock` still runs; any other",
+    "  # holder shows signs of life.",
+    """  me=$(printf '{"host": "%s", "pid": %d, "slurm_job": "%s", "since": "%s"}' \\""",
+    '    "$HOSTNAME" $$ "$SLURM_JOB_ID" "$(date -u +%FT%TZ)")',
+    f'  until (set -o noclobber; echo "$me" > {LOCK}) 2> /dev/null; do',
+    rf"""    other=$(sed -n 's/.*"slurm_job": "\([0-9_]*\)".*/\1/p' {LOCK})""",
+    '    state=$(squeue -h -j "${other:-0}" -o %T 2>&1) || true',
+    f"    if [[ -z $other && -z $(find {LOCK} -mmin +2) ]] ||",
+    '      [[ -n $other && $other != "$SLURM_JOB_ID" && -n $state && $state != PENDING &&',
+    "        $state != *Invalid* ]]; then",
+    f'      echo "error: this run is held by $(< {LOCK})" >&2',
+    "      exit 1",
+    "    fi",
+    f"    rm -f {LOCK}",
+    "  done",
+    f"  trap 'rm -f {LOCK}' EXIT",
+    "fi",
+    f"rm -f {STOP_FILE} {REQUEUE_MARKER}",
+    "",
 )
-_ENDING = (
-    'code=0; wait "$srun_pid" || code=$?',
-    "# The signal ends the wait, not the ranks.",
-    'while ((code > 128)) && kill -0 "$srun_pid" 2> /dev/null; do',
-    '  code=0; wait "$srun_pid" || code=$?',
-    "done",
+_STEPS = (
+    "# A signal ends a wait, not the step.",
+    "step=",
+    "run() {",
+    '  "$@" < /dev/null &',
+    "  step=$!",
+    '  code=0; wait "$step" || code=$?',
+    '  while ((code > 128)) && kill -0 "$step" 2> /dev/null; do',
+    '    code=0; wait "$step" || code=$?',
+    "  done",
+    "  step=",
+    "}",
+    "",
+)
+_NEXT_JOB = (
+    "# The next job of the chain goes on from the newest checkpoint. Three jobs in a row that come",
+    "# to no new one end the chain.",
+    "newest() { ls -dv checkpoints/checkpoint-* 2> /dev/null | tail -n 1 || true; }",
+    "before=$(newest)",
+    "next_job() {",
+    f"  [[ -z ${{{IN_ALLOCATION_VARIABLE}:-}} ]] || return 0",
+    "  # What has made progress starts the count anew.",
+    '  [[ $(newest) == "$before" ]] || rm -f idle-jobs',
+    '  [[ $(newest) != "$before" ]] || echo "$SLURM_JOB_ID" >> idle-jobs',
+    "  if [[ -e idle-jobs ]] && (($(wc -l < idle-jobs) >= 3)); then",
+    '    echo "error: three jobs in a row have come to no new checkpoint" >&2',
+    "    return 1",
+    "  fi",
 )
 _REQUEUE = (
-    f"if [[ -e {REQUEUE_MARKER} && -z ${{{IN_ALLOCATION_VARIABLE}:-}} ]]; then",
-    '  echo "saved; asking Slurm to start job $SLURM_JOB_ID again"',
+    '  echo "asking Slurm to start job $SLURM_JOB_ID again"',
     '  scontrol requeue "$SLURM_JOB_ID"',
-    "fi",
+    "}",
+)
+_RESUBMIT = (
+    "  # singleton: when this one has ended, whatever it does until then.",
+    f'  new=$(sbatch --parsable --dependency=singleton --job-name="$SLURM_JOB_NAME" {JOB_SBATCH})',
+    """  sed -i 's/"job_id": "[0-9_]*"/"job_id": "'${new%%;*}'"/' job.json""",
+    '  echo "the chain goes on as job $new"',
+    "}",
+)
+RESTART_SECONDS = 45
+"""Kept free before the time limit for Slurm to take the next job, with a controller that is busy:
+``slurm_commands`` gives it 30 s for an answer."""
+_ENDING = (
+    f"[[ ! -e {REQUEUE_MARKER} ]] || next_job || code=1",
+    'exit "$code"',
 )
 
 
@@ -192,19 +246,41 @@ def _body(job: SlurmJob) -> list[str]:
             f"module load {shlex.join(job.settings.modules)} || exit",
         ]
     lines += ["set -euo pipefail", f"cd -- {shlex.quote(str(job.ranks.run_dir))}", ""]
+    lines += [*_ONLY_ONCE, *_STEPS, *_NEXT_JOB]
+    lines += [*(_RESUBMIT if job.settings.requeue is False else _REQUEUE), *_signal(job)]
     lines += [*_environment(job), "", *_RENDEZVOUS, "", *_preflight(job)]
     if job.ranks.has_data:
         tokenise = shlex.join(_program(job, DATA_MODULE))
         where = _node_list(job, "$MASTER_ADDR") + _container_options(job)
         lines += [
             "# Tokenise the data that recipe.yaml names, once and not in every rank.",
-            f"test -e {DATA_SUMMARY} ||",
-            f"  srun --nodes=1 --ntasks=1 --ntasks-per-node=1{where} \\",
+            f"if [[ ! -e {DATA_SUMMARY} && ! -e {STOP_FILE} ]]; then",
+            f"  run srun --nodes=1 --ntasks=1 --ntasks-per-node=1{where} \\",
             f"    {tokenise} > /dev/null",
+            f'  ((code == 0)) || [[ -e {STOP_FILE} ]] || exit "$code"',
+            "fi",
             "",
         ]
-    requeue = _REQUEUE if job.settings.requeue is not False else ()
-    return [*lines, *_SIGNAL, "", *_ranks(job), *_ENDING, *requeue, 'exit "$code"']
+    return [*lines, *_ranks(job), *_ENDING]
+
+
+def _signal(job: SlurmJob) -> list[str]:
+    """Return what the script does when its time is nearly up."""
+    grace = max(15, (job.settings.signal_seconds or job.signal_seconds) - RESTART_SECONDS)
+    # Nothing is lost with a tokenisation, and no rank looks for the file meanwhile.
+    end_data = f'  [[ -e {DATA_SUMMARY} || -z $step ]] || kill "$step" || true'
+    return [
+        "# Before the time limit, or a preemption, Slurm sends USR1. The ranks look for `stop`;",
+        "# should they not get to save in time, the newest checkpoint has to do.",
+        "stop() {",
+        '  echo "Slurm says stop: asking the ranks to save a checkpoint"',
+        f'  echo "Slurm\'s signal" > {STOP_FILE}',
+        *([end_data] if job.ranks.has_data else []),
+        f"  (read -rt {grace} <> <(:) || next_job) &",
+        "}",
+        "trap stop USR1",
+        "",
+    ]
 
 
 def _preflight(job: SlurmJob) -> list[str]:
@@ -214,9 +290,12 @@ def _preflight(job: SlurmJob) -> list[str]:
     look += ["--num-nodes", str(job.num_nodes), "--ranks-per-node", str(job.ranks.ranks_per_node)]
     return [
         "# A bad node is named now, and not by a time-out in half an hour (slurm.preflight).",
-        f"{shlex.join(look)} < /dev/null",
-        f"nodes=$(<{NODES})",
-        "MASTER_ADDR=${nodes%%,*}",
+        f"run {shlex.join(look)}",
+        f"if [[ ! -e {STOP_FILE} ]]; then",
+        '  ((code == 0)) || exit "$code"',
+        f"  nodes=$(<{NODES})",
+        "  MASTER_ADDR=${nodes%%,*}",
+        "fi",
         "",
     ]
 
@@ -254,12 +333,14 @@ def _ranks(job: SlurmJob) -> list[str]:
     shape += f" --ntasks-per-node={per_node}"
     name = shlex.quote(step_name(job.ranks.run_id))
     return [
-        "# One task per GPU; when one fails, Slurm ends the others.",
-        f"rm -f {REQUEUE_MARKER}",
-        f"srun {shape}{_node_list(job, '$nodes')} --kill-on-bad-exit=1 --label \\",
-        f"  --job-name={name}{_container_options(job)} \\",
-        f"  {shlex.join(_program(job, job.ranks.worker_module))} < /dev/null &",
-        "srun_pid=$!",
+        f"if [[ ! -e {STOP_FILE} ]]; then",
+        "  # One task per GPU; when one fails, Slurm ends the others.",
+        f"  run srun {shape}{_node_list(job, '$nodes')} --kill-on-bad-exit=1 --label \\",
+        f"    --job-name={name}{_container_options(job)} \\",
+        f"    {shlex.join(_program(job, job.ranks.worker_module))}",
+        "else",
+        f"  code=0; touch {REQUEUE_MARKER}  # nothing has run",
+        "fi",
     ]
 
 

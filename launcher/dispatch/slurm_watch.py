@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from launcher import run_dir as rd
 from launcher.dispatch import slurm_commands as slurm
-from launcher.dispatch.base import InterruptionError, JobHandle, JobInterruptedError
+from launcher.dispatch.base import InterruptionError, JobHandle, JobInterruptedError, read_handle
 from launcher.dispatch.failure import read_failures
 from launcher.dispatch.interruptions import Interruptions
 from launcher.dispatch.slurm_failure import (
@@ -109,12 +109,17 @@ def watch_job(handle: JobHandle, *, interruptions: Interruptions, console: Binar
         watch.ask(now)
         relay.copy_new()
         if watch.state is not None and watch.state.has_ended:
-            break
+            following = read_handle(handle.run_dir)
+            if following.job_id == watch.handle.job_id:
+                break
+            # The job was one of a chain.
+            _log.warning("job %s goes on as job %s", watch.handle.job_id, following.job_id)
+            watch = _Watch(handle=following, changed=time.monotonic())
         if _is_over_without_slurm(watch, now):
             break
         time.sleep(TICK_SECONDS)
     relay.copy_new()
-    conclude(handle, watch.state if watch.unreachable_since is None else None)
+    conclude(watch.handle, watch.state if watch.unreachable_since is None else None)
 
 
 def conclude(handle: JobHandle, state: slurm.SlurmJobState | None) -> None:

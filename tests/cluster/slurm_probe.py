@@ -1,8 +1,8 @@
 """A rank without torch, as the worker behaves towards Slurm: it starts in a moment.
 
 What it does is in PROBE: ``finish``, ``raise RANK``, ``kill RANK``, ``sleep``, ``deaf`` (sleeps
-through USR1 too), ``stop`` (sleeps; on USR1 leaves the marker that asks for another start, and
-finishes when started again).
+through a request to stop, too), ``stop`` (sleeps; when asked to stop, leaves a checkpoint and the
+marker that asks for another start, and finishes when started again).
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ def finish() -> None:
     sys.exit(0)
 
 
-def save_and_stop(_number: int, _frame: object) -> None:
+def save_and_stop() -> None:
     say(f"rank {rank} saves")
     if rank == 0:
+        (run_dir / "checkpoints" / "checkpoint-1").mkdir(parents=True)
         (run_dir / "requeue").touch()
         rd.write_status(run_dir, "interrupted", reason="its time was up")
     time.sleep(1)
     os._exit(0)
 
 
-signal.signal(signal.SIGUSR1, signal.SIG_IGN if what == "deaf" else save_and_stop)
 say(f"rank {rank} of {size} at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
 write("running")
 if rank == 0:
     rd.write_status(run_dir, "running")
-if what == "finish" or (what == "stop" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"):
+if what == "finish" or (what == "stop" and (run_dir / "checkpoints").is_dir()):
     finish()
 if who == str(rank):
     time.sleep(1)
@@ -74,4 +74,7 @@ if who == str(rank):
         write("failed", failure)
         say(f"[rank {rank}] ValueError: {error}")
         sys.exit(1)
-time.sleep(300)
+for _ in range(3000):
+    time.sleep(0.1)
+    if what != "deaf" and "stop" in os.listdir(run_dir):  # noqa: PTH208
+        save_and_stop()
