@@ -40,6 +40,7 @@ def main() -> int:
         master_port=0,
         omp_num_threads=1,
         worker_module="slurm_probe",
+        has_data="HAS_DATA" in os.environ,
         extra_env={"PROBE": os.environ.get("PROBE", "finish")},
     )
     job = SlurmJob(ranks=ranks, num_nodes=nodes, settings=settings, signal_seconds=120)

@@ -35,7 +35,7 @@ class SlurmRuns:
         return {"PYTHONPATH": f"{ROOT}:{HERE}", "XDG_CONFIG_HOME": str(self.folder), **more}
 
     def submit(self, name: str, probe: str = "finish", **settings: Any) -> Path:
-        """Submit a probe and return its run directory."""
+        """Submit a probe and return its run directory; capitals are variables, not settings."""
         done = self._driver(self.cluster.run, name, probe, "submit", settings)
         assert done.returncode == 0, done.stderr
         return self.folder / name
@@ -94,5 +94,7 @@ class SlurmRuns:
         self, how: Callable[..., Any], name: str, probe: str, verb: str, settings: Any
     ) -> Any:
         argv = [sys.executable, HERE / "slurm_driver.py", self.folder / name]
-        env = self.environment(PROBE=probe)
+        env = {name: value for name, value in settings.items() if name.isupper()}
+        settings = {name: value for name, value in settings.items() if name not in env}
+        env = self.environment(PROBE=probe, **env)
         return how("head", [*argv, json.dumps(settings), verb], cwd=self.folder, env=env)

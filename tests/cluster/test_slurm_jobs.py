@@ -12,6 +12,7 @@ from slurm_runs import TINY, SlurmRuns
 from virtual_hosts import ROOT, VirtualCluster
 
 from launcher import run_dir as rd
+from launcher.sbatch_script import LOCK
 
 pytestmark = pytest.mark.cluster
 sys.path.insert(0, str(ROOT / "tests" / "golden"))
@@ -71,6 +72,37 @@ def test_a_job_that_must_stop_saves_and_is_started_again(
     assert "asking the ranks to save a checkpoint" in log
     assert "1: rank 1 saves" in log
     assert log.count("0: rank 0 of 2") == 2
+    # Once more by hand: there is nothing to do.
+    runs.until(lambda: not (run_dir / LOCK).exists())
+    cluster.run("head", ["sbatch", run_dir / rd.JOB_SBATCH], cwd=run_dir, check=True)
+    runs.until(lambda: "this run has finished" in (run_dir / rd.LAUNCHER_LOG).read_text())
+
+
+def test_a_job_that_slurm_may_not_start_again_is_followed_by_another_one(
+    runs: SlurmRuns, cluster: VirtualCluster
+) -> None:
+    """And what comes while data is tokenised is no end of the run."""
+    watching = runs.start("chain", "stop", requeue=False)
+    run_dir = runs.folder / "chain"
+    first = runs.job_id(run_dir)
+    cluster.run("head", ["scancel", "--signal=USR1", "--batch", first], check=True)
+    assert watching.wait(timeout=60) == 0, watching.output
+    second = runs.job_id(run_dir)
+    assert second != first
+    assert f"job {first} goes on as job {second}" in watching.output
+    assert rd.read_status(run_dir).state == "finished"
+    data = runs.submit("data", "stop", HAS_DATA="1", requeue=False)
+    log = data / rd.LAUNCHER_LOG
+    runs.until(lambda: "rendezvous" in log.read_text())
+    cluster.run("head", ["scancel", "--signal=USR1", "--batch", runs.job_id(data)], check=True)
+    # The next job finds the data, trains, is told to stop, and is followed by a third one.
+    (data / "data").mkdir()
+    (data / "data" / "summary.json").touch()
+    runs.until(lambda: "rank 0 of 2" in log.read_text())
+    assert log.read_text().count("the chain goes on as job") == 1
+    cluster.run("head", ["scancel", "--signal=USR1", "--batch", runs.job_id(data)], check=True)
+    runs.until(lambda: rd.read_status(data).state == "finished")
+    assert log.read_text().count("the chain goes on as job") == 2
 
 
 def test_a_running_job_is_followed_and_cancelled_with_all_its_processes(
@@ -82,6 +114,12 @@ def test_a_running_job_is_followed_and_cancelled_with_all_its_processes(
     assert runs.status(run_dir)["host"] == "node[1-2]"
     argv = [sys.executable, "-m", "launcher.cli", "logs", "-f", run_dir]
     follower = cluster.start("head", argv, env=runs.environment())
+    # A second job of the same run leaves at once, and says which one it found.
+    cluster.run("head", ["sbatch", run_dir / rd.JOB_SBATCH], cwd=run_dir, check=True)
+    log = run_dir / rd.LAUNCHER_LOG
+    runs.until(lambda: "error: this run is held by" in log.read_text())
+    assert f'"slurm_job": "{runs.job_id(run_dir)}"' in log.read_text()
+    assert runs.status(run_dir)["state"] == "running"
     assert runs.zerofit("cancel", run_dir).stdout.startswith("killed: ")
     assert follower.wait(timeout=20) == 0
     assert "rank 1 of 2" in follower.output
