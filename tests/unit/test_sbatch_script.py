@@ -69,7 +69,7 @@ def test_data_is_tokenised_once_before_the_ranks_start() -> None:
     ranks = next(i for i, line in enumerate(lines) if "launcher.worker.train" in line)
     assert tokenise < ranks
     assert "--ntasks=1" in lines[tokenise - 1]
-    assert lines[tokenise - 2] == "if [[ ! -e data/summary.json ]]; then"
+    assert lines[tokenise - 2] == "if [[ ! -e data/summary.json && ! -e stop ]]; then"
 
 
 def test_a_job_on_the_processor_asks_for_no_gpus() -> None:
