@@ -213,6 +213,7 @@ def _output_layer(workload: Workload, choices: _Choices, tokens: float) -> Outpu
         is_head_trained=workload.method is Method.full,
         keeps_hidden=workload.method is Method.full or choices.has_zero3_linear,
         has_softcap=model.logit_softcap is not None,
+        adds_gradients_in_place=choices.has_zero3_linear,
     )
 
 

@@ -15,10 +15,10 @@ def attention_kernel(workload: Workload, strategy: Strategy, gpu: GpuSpec) -> At
     """Return the kernel that runs: torch's SDPA picks by mask and compute capability.
 
     Source: torch 2.13 ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``: a mask, fp32 or
-    compute capability below 8.0 rule out FlashAttention, and grouped key/value heads then the
-    memory-efficient kernel too (H100, Llama-3.2-1B in fp32: torch's math). transformers 5.17
-    ``masking_utils.py:_ignore_causal_mask_sdpa``: a sliding window needs a mask once the
-    sequence fills it.
+    compute capability below 8.0 rule out FlashAttention, and the memory-efficient kernel knows no
+    grouped key/value heads: the worker has transformers copy them (``worker/attention.py``).
+    transformers 5.17 ``masking_utils.py:_ignore_causal_mask_sdpa``: a sliding window needs a mask
+    once the sequence fills it.
     """
     model = workload.model
     if strategy.attention is Attention.eager or (
@@ -35,8 +35,7 @@ def attention_kernel(workload: Workload, strategy: Strategy, gpu: GpuSpec) -> At
         return "efficient_masked"
     if gpu.has_flash_attention_2 and workload.precision is not Precision.fp32:
         return "flash"
-    is_grouped = model.num_key_value_heads != model.num_attention_heads
-    return "math" if is_grouped and gpu.device_type == "cuda" else "efficient"
+    return "efficient"
 
 
 def has_cudnn_attention(gpu: GpuSpec) -> bool:

@@ -96,10 +96,12 @@ class AttentionParts(LayerParts):
         model, heads = self.model, self.model.num_attention_heads
         whole = self.per_token(heads * model.head_dim)
         is_masked = self.setting.attention == "efficient_masked"
-        if is_masked:
+        # The processor's kernel knows groups; CUDA's memory-efficient one does not.
+        is_copied = is_masked or (self.setting.is_cuda and self.setting.attention == "efficient")
+        if is_copied:
             key, repeated = self._repeat(key), self._repeat(content)
             kept, content = (kept if repeated == content else (repeated,)), repeated
-        is_grouped = model.num_key_value_heads != heads and not is_masked
+        is_grouped = model.num_key_value_heads != heads and not is_copied
         backward = NOTHING
         if self.setting.is_cuda:
             # flash_api.cpp:mha_bwd: dq in fp32, row sums, and dk, dv for every query head.

@@ -40,6 +40,10 @@ class OutputLayer:
     keeps_hidden: bool
     """The output matrix keeps its input: it is trained, or DeepSpeed's ZeRO-3 linear runs it."""
     has_softcap: bool
+    adds_gradients_in_place: bool = False
+    """The sum of two chunks' gradients of the matrix takes the first one's place: DeepSpeed's
+    linear of ZeRO-3 gives a tensor of its own, torch's a view, whose sum is a third tensor (H100,
+    Gemma 3 1B, and two H200, Llama-3-8B: one whole matrix less than under ZeRO-2)."""
 
     @property
     def _hidden_bytes(self) -> float:
@@ -124,7 +128,7 @@ class OutputLayer:
                 name="sum of the chunks' output layer gradients",
                 logits_bytes=0,
                 hidden_bytes=named + gradient + hidden / chunks,
-                head_gradients=3 * pending,
+                head_gradients=(2 if self.adds_gradients_in_place else 3) * pending,
             ),
             # A slice's gradient is a tensor of zeros for the whole, then added.
             LossMoment(

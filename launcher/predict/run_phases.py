@@ -118,12 +118,14 @@ class RunPhases:
     def _stage_3_init(self, model: Components) -> Iterator[Candidate]:
         zero, part = self.zero, self.zero.partition
         model = {**model, **self._untied_head()}
-        bucket = float(zero.width * zero.bucket)
+        # Each trained tensor is brought together once, to link it with its master weights.
+        is_linked = zero.is_full and zero.gathers
+        whole = zero.counts.largest_in_bytes if is_linked else 0.0
+        found = {**model, BUCKETS: float(zero.width * zero.bucket), "gathered tensor": whole}
         if zero.has_offloaded_optimizer:
-            # A copy on its way to the host comes on top of a gathered tensor.
-            copies = 2 if zero.has_offloaded_params else 1
-            whole = copies * zero.counts.largest_in_bytes if zero.is_full and zero.gathers else 0.0
-            yield "buckets", {**model, BUCKETS: bucket, "gathered tensor": whole}
+            # The rank's own part comes from the host first.
+            parts = 1 / zero.world_size if zero.has_offloaded_params else 0.0
+            yield "buckets", {**found, "gathered tensor": (1 + parts) * whole}
             return
         group = min(part, zero.strategy.zero.sub_group_size)
         yield (
@@ -131,10 +133,7 @@ class RunPhases:
             {**model, MASTER: 4 * part, "fp32 copy of a sub-group": 4 * group},
         )
         partitions = zero.accumulation_width * part
-        yield (
-            "buckets",
-            {**model, MASTER: 4 * part, BUCKETS: bucket, "gradient partitions": partitions},
-        )
+        yield "buckets", {**found, MASTER: 4 * part, "gradient partitions": partitions}
 
     def _stage_0_init(self, model: Components, trained: float) -> Iterator[Candidate]:
         zero, count = self.zero, self.zero.counts.trainable

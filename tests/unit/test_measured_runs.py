@@ -16,8 +16,9 @@ import pytest
 from generators import ROOT, script
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))
-# The worker held gathered 4-bit weights until the step was over when these were made.
-OUTDATED = {"7b-qlora-z3-2048-gc", "8b-qlora-z3-4096-gc-liger"}
+# When these were made, the worker held gathered 4-bit weights until the step was over, and did
+# not yet copy grouped heads where FlashAttention does not run.
+OUTDATED = {"7b-qlora-z3-2048-gc", "8b-qlora-z3-4096-gc-liger", "1b-full-z2-1024-fp32"}
 WORST_ALLOCATED, MEAN_ALLOCATED, MEAN_RESERVED = 0.06, 0.02, 0.04
 
 
