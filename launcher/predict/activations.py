@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -92,6 +93,7 @@ def timeline(
         workload,
         _Choices(
             kernel=attention_kernel(workload, strategy, gpu),
+            kernel_without_window=attention_kernel(workload, strategy, gpu, has_window=False),
             checkpointing=strategy.gradient_checkpointing,
             loss=strategy.loss,
             micro_batch_size=strategy.micro_batch_size_per_gpu,
@@ -109,6 +111,7 @@ class _Choices(NamedTuple):
     """What activations depend on besides the workload."""
 
     kernel: AttentionKernel
+    kernel_without_window: AttentionKernel
     checkpointing: Checkpointing
     loss: Loss
     micro_batch_size: int
@@ -126,15 +129,8 @@ def _timeline(workload: Workload, choices: _Choices) -> ActivationTimeline:
     tokens = choices.micro_batch_size * length / choices.sequence_parallel_size
     # Ulysses gives each rank all tokens of a share of the heads during attention.
     scores = tokens * length
-    kinds = [
-        (count, layer_profile(_layer_setting(workload, choices, is_moe=is_moe)))
-        for count, is_moe in (
-            (model.num_hidden_layers - model.num_moe_layers, False),
-            (model.num_moe_layers, True),
-        )
-        if count
-    ]
-    # Layers of two kinds: the one that keeps more stands where the peak is.
+    kinds = list(_layer_kinds(workload, choices))
+    # Layers of several kinds: the one that keeps most stands where the peak is.
     kinds.sort(key=lambda kind: kind[1].saved.at(tokens, scores))
     profile = kinds[-1][1]
     is_recomputed = choices.checkpointing is not Checkpointing.none
@@ -179,7 +175,31 @@ def _timeline(workload: Workload, choices: _Choices) -> ActivationTimeline:
     )
 
 
-def _layer_setting(workload: Workload, choices: _Choices, *, is_moe: bool) -> LayerSetting:
+def _layer_kinds(workload: Workload, choices: _Choices) -> Iterator[tuple[int, LayerProfile]]:
+    """Yield how many layers are of each kind: with experts or without, with a window or without.
+
+    No model of the catalogue mixes both.
+    """
+    model = workload.model
+    count, windows, experts = (
+        model.num_hidden_layers,
+        model.num_sliding_layers,
+        model.num_moe_layers,
+    )
+    parts = (
+        (windows or count, choices.kernel, bool(experts)),
+        (count - windows if windows else 0, choices.kernel_without_window, bool(experts)),
+    )
+    if 0 < experts < count:
+        parts = ((count - experts, choices.kernel, False), (experts, choices.kernel, True))
+    for number, kernel, is_moe in parts:
+        if number:
+            yield number, layer_profile(_layer_setting(workload, choices, kernel, is_moe=is_moe))
+
+
+def _layer_setting(
+    workload: Workload, choices: _Choices, kernel: AttentionKernel, *, is_moe: bool
+) -> LayerSetting:
     """Return what decides a layer's activations."""
     is_frozen = workload.method is not Method.full
     is_fp16_kernel = choices.is_cuda and workload.precision is Precision.fp16
@@ -195,7 +215,7 @@ def _layer_setting(workload: Workload, choices: _Choices, *, is_moe: bool) -> La
         is_frozen=is_frozen,
         has_zero3_linear=choices.has_zero3_linear,
         quantization=workload.quantization.kind if workload.method is Method.qlora else None,
-        attention=choices.kernel,
+        attention=kernel,
         has_fp32_softmax_input=workload.precision is not Precision.fp32 and not is_fp16_kernel,
         has_liger=choices.has_liger,
         is_cuda=choices.is_cuda,

@@ -11,8 +11,16 @@ from launcher.workload import Workload
 _CUDNN_ATTENTION = (9, 0)
 
 
-def attention_kernel(workload: Workload, strategy: Strategy, gpu: GpuSpec) -> AttentionKernel:
+def attention_kernel(
+    workload: Workload, strategy: Strategy, gpu: GpuSpec, *, has_window: bool = True
+) -> AttentionKernel:
     """Return the kernel that runs: torch's SDPA picks by mask and compute capability.
+
+    Args:
+        workload: model, length, precision and padding.
+        strategy: the attention that was chosen.
+        gpu: its compute capability decides.
+        has_window: in the layers with a sliding window, if the model has any; else in the others.
 
     Source: torch 2.13 ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``: a mask, fp32 or
     compute capability below 8.0 rule out FlashAttention, and the memory-efficient kernel knows no
@@ -30,7 +38,7 @@ def attention_kernel(workload: Workload, strategy: Strategy, gpu: GpuSpec) -> At
     if model.model_type == "falcon":
         # Falcon builds its mask always; with one key/value head only torch's math remains.
         return "math" if model.num_key_value_heads == 1 else "efficient_masked"
-    window = model.sliding_window if model.num_sliding_layers else None
+    window = model.sliding_window if has_window and model.num_sliding_layers else None
     if workload.has_padding or (window is not None and workload.max_seq_len >= window):
         return "efficient_masked"
     if gpu.has_flash_attention_2 and workload.precision is not Precision.fp32:

@@ -84,11 +84,12 @@ class LayerParts:
                 weight=Weight(gradient_elements=2 * weight),
             )  # fmt: skip
         if self.setting.has_liger:
-            # liger_kernel/ops/rms_norm.py: saves X and RSTD; dX is written over dY.
+            # liger_kernel/ops/rms_norm.py: saves X and RSTD; dX is written over dY, but not in
+            # Gemma 2 and 3 (transformers/rms_norm.py: in_place=False), whose residual needs dY.
             return self.tape.record(
                 "RMS norm", (value,), self.per_token(elements), saves=(value,),
                 extra=Extra(saved=Size(token=4 * rows)), weight=Weight(gradient_elements=weight),
-                gradient="shared",
+                gradient="new" if self.model.model_type.startswith("gemma") else "shared",
             )  # fmt: skip
         return self._rms_norm(value, elements, rows, weight)
 

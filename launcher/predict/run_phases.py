@@ -158,6 +158,10 @@ class RunPhases:
         elif zero.stage == 0:
             yield from self._stage_0_step(found)
         elif zero.stage == 3:
+            if zero.precision is Precision.fp16:
+                # stage3.py:has_overflow: isinf is an absolute copy and its comparison.
+                checked = (zero.accumulation_width + 1) * zero.partition
+                yield "overflow check", {**found, "copies to find infinities": checked}
             # stage3.py:get_grad_norm_direct makes a whole gradient fp64.
             norm = 8 * zero.counts.largest_trainable / zero.world_size
             yield "gradient norm", {**found, NORM: norm}

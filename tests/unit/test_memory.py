@@ -216,6 +216,19 @@ def test_fp32_accumulation_is_cheaper_at_the_step_under_zero_2_and_ruinous_under
     assert training_peak(ruinous) == pytest.approx(11.5 * model("llama2-7b").num_params, rel=0.01)
 
 
+def test_zero_3_in_fp16_copies_all_gradients_to_look_for_infinities() -> None:
+    # torch.isinf: an absolute copy, 2 B, and its comparison, 1 B; bf16 looks at norms instead.
+    strategy = Strategy(zero_stage=3, zero=replace(AUTO, sub_group_size=100_000_000))
+    (half, brain) = (
+        estimate_memory(workload(precision=kind), strategy, processors(8)).phase("step")
+        for kind in (Precision.fp16, Precision.bf16)
+    )
+    assert half.moment == "overflow check"
+    partition = model("llama2-7b").num_params / 8
+    assert half.components["copies to find infinities"] == pytest.approx(3 * partition)
+    assert half.allocated_bytes > brain.allocated_bytes
+
+
 @pytest.mark.parametrize(
     ("optimizer", "engine_gb"),
     [(Optimizer.adamw_foreach, 32.08), (Optimizer.adamw_single, 35.45)],
