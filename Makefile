@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-unit test-slow test-cluster test-cluster-all fuzz check format golden clean help
+.PHONY: demo test test-unit test-slow test-cluster test-cluster-all fuzz test-faults check format golden clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,13 @@ test-cluster-all: $(VENV)/dev.stamp  ## the same and those that take minutes
 
 fuzz: $(VENV)/dev.stamp  ## 10,000 broken files and outputs of programs: no traceback, no hang
 	ZEROFIT_FUZZ_EACH=500 $(BIN)/pytest -n 2 tests/unit/test_fuzz.py
+
+test-faults: $(VENV)/dev.stamp  ## harm real runs in every way and write the table of docs/reliability.md
+	if [[ $$(id -u) == 0 ]]; then tests/cluster/install.sh; fi
+	rm -f benchmarks/results/faults.jsonl
+	ZEROFIT_FAULT_ROWS=$(CURDIR)/benchmarks/results/faults.jsonl \
+	  $(BIN)/pytest -m faults tests/integration tests/cluster
+	$(BIN)/python benchmarks/make_fault_table.py
 
 check: $(VENV)/dev.stamp  ## format, lint, types, layers
 	$(BIN)/ruff format --check .

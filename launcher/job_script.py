@@ -298,6 +298,7 @@ def _host_environment_lines(job: DeepSpeedJob, exports: Mapping[str, str]) -> li
         f"echo {shlex.quote(_path_line(job))} >> {HOST_ENVIRONMENT}",
         "for name in $(compgen -e); do",
         '  case "$name" in',
+        f"    {RUN_ID_VARIABLE}) ;;  # stands there; this process has another one",
         "    " + " \\\n    ".join(textwrap.wrap(" | ".join(patterns), 90)) + ")",
         f'      printf \'export %s=%q\\n\' "$name" "${{!name}}" >> {HOST_ENVIRONMENT} ;;',
         "  esac",

@@ -86,7 +86,7 @@ def read_failures(run_dir: Path) -> tuple[RankPeaks, ...]:
             order, progress = 0, (False, 0)
             if is_consequence(peaks):
                 order = 2
-            elif peaks.failure.kind is FailureKind.hang:
+            elif _is_hang(peaks):
                 waits = bool(_COLLECTIVE.search(peaks.failure.traceback))
                 order, progress = 1, (waits, peaks.beats)
             found.append((order, progress, written, peaks))
@@ -97,6 +97,10 @@ def is_consequence(peaks: RankPeaks) -> bool:
     """Return whether a rank that failed only noticed that another one was gone."""
     assert peaks.failure is not None
     return bool(_CONSEQUENCE.search(f"{peaks.failure.type}: {peaks.failure.message}"))
+
+
+def _is_hang(peaks: RankPeaks) -> bool:
+    return peaks.failure is not None and peaks.failure.kind is FailureKind.hang
 
 
 def describe_failure(
@@ -121,7 +125,7 @@ def describe_failure(
     told_to_stop = (-signal.SIGTERM, 128 + signal.SIGTERM)
     dead_ranks = sorted(dead_ranks, key=lambda dead: dead.exit_status in told_to_stop)
     failures = read_failures(run_dir)
-    if failures and not is_consequence(failures[0]):
+    if failures and not is_consequence(failures[0]) and not (lost_hosts and _is_hang(failures[0])):
         return _reported(failures, log, where=str(log_file), silent=_silent_ranks(run_dir))
     if lost_hosts:
         more = [host.host for host in lost_hosts[1:9]]
@@ -133,8 +137,11 @@ def describe_failure(
             fix=first.fix,
             hosts=tuple(host.host for host in lost_hosts),
         )
+    # What is left of the failures are those of ranks that noticed another one's end.
+    noticing = {peaks.rank for peaks in failures}
+    dead_ranks = [dead for dead in dead_ranks if dead.rank not in noticing]
     if failures and _first_killed(dead_ranks) is None:
-        return _reported(failures, log, where=str(log_file))
+        return _noticed(failures, log, run_dir)
     by_signal = _first_killed(dead_ranks)
     if by_signal is None and exit_code is not None:
         by_signal = _killed_by_exit_code(exit_code)
@@ -183,6 +190,21 @@ def _silent_ranks(run_dir: Path) -> list[str]:
     return sorted(silent)
 
 
+def _noticed(failures: tuple[RankPeaks, ...], log: list[str], run_dir: Path) -> JobFailedError:
+    """Return the error where ranks only noticed that another one was gone."""
+    where = str(run_dir / rd.LAUNCHER_LOG)
+    silent = _silent_ranks(run_dir)
+    if not silent:
+        return _reported(failures, log, where=where)
+    # Whoever watches was not woken before the rank's parent took note of its end.
+    return JobFailedError(
+        f"{silent[0]} was gone without a word, and the others noticed",
+        where=where,
+        fix=_SIGNAL_FIXES[signal.SIGKILL.value],
+        kind=FailureKind.killed,
+    )
+
+
 def _reported(
     failures: tuple[RankPeaks, ...], log: list[str], *, where: str, silent: Sequence[str] = ()
 ) -> JobFailedError:
@@ -198,9 +220,9 @@ def _reported(
     last = (message.splitlines() or lines or [""])[-1]
     if not own_fix and not any(line.endswith(last) for line in log):
         problem += "\n" + "\n".join(f"    {line}" for line in lines)
-    if failure.kind is FailureKind.hang and silent:
+    if _is_hang(first) and silent:
         # Its own watchdog did not run either.
-        problem += f"\n  it may wait for {', '.join(silent[:8])}: stopped, or on a host that hangs"
+        problem += f"; it may wait for {', '.join(silent[:8])}: stopped, or on a host that hangs"
     others = [str(peaks.rank) for peaks in failures[1:9]]
     if others:
         more = f" and {len(failures) - 9} more" if len(failures) > 9 else ""

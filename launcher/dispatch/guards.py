@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.dispatch.failure import DeadRank, LostHost
+from launcher.dispatch.failure import DeadRank, HostLostError, LostHost
 from launcher.dispatch.host_guard import ALIVE_SECONDS
 from launcher.dispatch.process_group import KILL_GRACE_SECONDS, TERM_GRACE_SECONDS
 from launcher.dispatch.ssh import CONNECT_SECONDS, explain, python_argv, ssh_argv
@@ -71,7 +71,7 @@ class Guards:
 
         Raises:
             JobFailedError: names each host that cannot take part and why; all connections are
-                closed then.
+                closed then. A HostLostError where they cannot be reached.
         """
         _allow_open_files(2 * len(self.hosts) + _SPARE_FILES)
         for host in self.hosts:
@@ -85,11 +85,12 @@ class Guards:
         if problems:
             self.end(at_once=True)
             self.close()
-            raise JobFailedError(
-                list_problems(f"{name}: {problem}" for name, problem, _ in problems),
-                where="hosts",
-                fix=problems[0][2],
-            )
+            text = list_problems(f"{name}: {problem}" for name, problem, _ in problems)
+            fix = problems[0][2]
+            if any(guard.problem for guard in self._guards):
+                raise JobFailedError(text, where="hosts", fix=fix)
+            hosts = tuple(name for name, *_ in problems)
+            raise HostLostError(text, where="hosts", fix=fix, hosts=hosts)
 
     @property
     def has_failure(self) -> bool:

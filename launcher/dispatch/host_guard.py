@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import sys
@@ -98,7 +97,7 @@ def _stand_by(run_id: str, *, lost_after: float) -> bool:
             if time.monotonic() - alive >= ALIVE_SECONDS:
                 alive = time.monotonic()
                 _tell(event="alive")
-            if select.select([0], [], [], POLL_SECONDS)[0]:
+            if ranks.wait_for_input(POLL_SECONDS, descriptor=0):
                 heard = time.monotonic()
                 commands = os.read(0, 4096).split()
                 if not commands or b"kill" in commands:

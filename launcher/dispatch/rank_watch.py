@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -82,14 +81,17 @@ class RankWatch:
 
     def wait(self, seconds: float) -> None:
         """Sleep, but wake up when a rank ends."""
-        if not self._descriptors:
-            time.sleep(seconds)
-            return
+        self.wait_for_input(seconds, descriptor=None)
+
+    def wait_for_input(self, seconds: float, *, descriptor: int | None) -> bool:
+        """Sleep, but wake up when a rank ends or something can be read; return the latter."""
         poll = select.poll()
-        for descriptor in self._descriptors.values():
-            poll.register(descriptor, select.POLLIN)
-        if poll.poll(seconds * 1000):
+        for watched in (*self._descriptors.values(), *([] if descriptor is None else [descriptor])):
+            poll.register(watched, select.POLLIN)
+        ready = {number for number, _ in poll.poll(seconds * 1000)}
+        if ready - {descriptor}:
             self._look_for_dead()
+        return descriptor in ready
 
     def end(self, *, at_once: bool) -> bool:
         """End every process of the run on this machine; return whether all are gone."""

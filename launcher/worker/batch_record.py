@@ -15,7 +15,7 @@ FOLDER = "batches"
 
 
 class BatchRecord(TrainerCallback):  # type: ignore[misc]
-    """Appends a line for each step that this rank has done: its number and rows of the data.
+    """Appends a line for each step that this rank has done: number, ranks, rows of the data.
 
     Steps that were lost and done again stand there twice.
     """
@@ -25,8 +25,8 @@ class BatchRecord(TrainerCallback):  # type: ignore[misc]
         self._path = folder / FOLDER / f"{rank:05d}.jsonl"
         self._path.parent.mkdir(exist_ok=True)
 
-    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
         """Write the step's line."""
-        line = {"step": state.global_step, "rows": self._batch()}
+        line = {"step": state.global_step, "ranks": args.world_size, "rows": self._batch()}
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")

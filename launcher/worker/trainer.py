@@ -184,8 +184,10 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
         try:
             loss: torch.Tensor = super().training_step(*arguments, **options)
         except Exception as error:
-            step = self.state.global_step + 1
-            raise (self._numbers.collapse_of(error, step=step) or error) from error
+            collapse = self._numbers.collapse_of(error, step=self.state.global_step + 1)
+            if collapse is None:
+                raise
+            raise collapse from error
         return self._numbers.add_loss(loss)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from launcher import run_dir as rd
 from launcher.recovery.record import FailedAttempt, read_failed_attempts
@@ -76,15 +77,16 @@ def rows_of_steps(run_dir: Path) -> dict[int, list[int]]:
 
     Of a step that was lost and done again, what it took the last time.
     """
+    by_rank: list[dict[int, dict[str, Any]]] = []
+    for path in sorted((run_dir / "batches").glob("*.jsonl")):
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        by_rank.append({entry["step"]: entry for entry in entries})
     taken: dict[int, list[int]] = {}
-    for path in (run_dir / "batches").glob("*.jsonl"):
-        last: dict[int, list[list[int]]] = {}
-        for line in path.read_text().splitlines():
-            entry = json.loads(line)
-            last[entry["step"]] = entry["rows"]
-        for step, micro_batches in last.items():
-            taken.setdefault(step, []).extend(row for batch in micro_batches for row in batch)
-    return {step: sorted(rows) for step, rows in taken.items()}
+    for step, first in by_rank[0].items():
+        # Further ranks may have done it in an earlier attempt.
+        batches = [batch for rank in by_rank[: first["ranks"]] for batch in rank[step]["rows"]]
+        taken[step] = sorted(row for batch in batches for row in batch)
+    return taken
 
 
 def losses_of_steps(run_dir: Path) -> Mapping[int, float]:

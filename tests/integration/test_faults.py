@@ -6,6 +6,7 @@ Each test keeps rows of the fault table in docs/reliability.md (``make test-faul
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -15,11 +16,13 @@ from pathlib import Path
 import psutil
 import pytest
 from fault_rows import add_row, failed_attempts, losses_of_steps, rows_of_steps, steps_lost
-from worker_runs import Nursery, environment, make_model, write_chats
+from worker_runs import Nursery, environment, make_model, make_model_with_nan, write_chats
 
 from launcher import run_dir as rd
 from launcher.dispatch import process_group
+from launcher.errors import JobFailedError
 from launcher.failure_kind import FailureKind
+from launcher.run_checkpoints import newest_checkpoint
 from launcher.strategy import ZeroStage
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
@@ -50,17 +53,24 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Run:
-    """A ``zerofit train`` that runs in its own session, with faults."""
+    """A run that ``zerofit`` sees to its end, with faults."""
 
     def __init__(self, place: Path, name: str, *changes: str, faults: str = "") -> None:
         self.folder = place / name
-        variables = {"ZEROFIT_RECORD_BATCHES": "1", "ZEROFIT_FAULT": faults}
         self.log = place / f"{name}.log"
-        with self.log.open("wb") as log:
+        self._variables = {"ZEROFIT_RECORD_BATCHES": "1", "ZEROFIT_FAULT": faults}
+        self._command("train", "recipe.yaml", *changes, "--output-dir", name)
+
+    def resume(self) -> None:
+        """Go on with the run."""
+        self._command("resume", self.folder.name)
+
+    def _command(self, *arguments: str) -> None:
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*ZEROFIT, "train", "recipe.yaml", *changes, "--output-dir", name],
-                cwd=place,
-                env=environment() | variables,
+                [*ZEROFIT, *arguments],
+                cwd=self.log.parent,
+                env=environment() | self._variables,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -168,3 +178,85 @@ def test_a_run_with_three_faults_ends_with_the_losses_of_one_without(
             steps_lost=steps_lost(attempt),
             result=result,
         )
+
+
+def last_step(run: Path) -> int:
+    return max(losses_of_steps(run))
+
+
+def newest_checkpoint_step(run: Path) -> int:
+    newest = newest_checkpoint(run)
+    return int(newest.name.rpartition("-")[2]) if newest else 0
+
+
+@pytest.mark.slow
+def test_a_run_outlives_a_second_starter_a_frozen_rank_and_signals(
+    start: Callable[..., Run], place: Path
+) -> None:
+    endless = ("optim.max_steps=100000", "optim.save_steps=25", "strategy.zero_stage=2")
+    run = start("signals", *endless)
+
+    run.until_step(3)
+    began = time.time()
+    second = subprocess.run(
+        [*ZEROFIT, "resume", "signals"], cwd=place, env=environment(), capture_output=True,
+        text=True, check=False, timeout=WAIT_SECONDS,
+    )  # fmt: skip
+    assert second.returncode == 2
+    assert "this run is in progress" in second.stderr
+    add_row(
+        fault="a second starter", backend="local", zero_stage=2, steps_lost=0,
+        noticed_seconds=time.time() - began, result="refused, and told who runs it",
+    )  # fmt: skip
+
+    step = last_step(run.folder) + 30
+    run.until_step(step)
+    frozen = psutil.Process(rd.read_rank(rd.rank_file(run.folder, 1)).pid)
+    frozen.suspend()
+    struck_at = time.time()
+    run.until_step(step + 100)
+    ((attempt, seconds),) = failed_attempts(run.folder, [struck_at])
+    assert attempt.kind is FailureKind.hang
+    failure = run.log.read_text()
+    assert "it may wait for rank 1 on" in failure
+    add_row(
+        fault="a rank is frozen (SIGSTOP; watchdog at 5 s)", backend="local", zero_stage=2,
+        noticed_seconds=seconds, steps_lost=steps_lost(attempt), result="named, and resumed",
+    )  # fmt: skip
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        run.process.send_signal(number)
+        struck_at = time.time()
+        assert run.end() == JobFailedError.exit_code, run.log.read_text()
+        steps = last_step(run.folder)
+        assert newest_checkpoint_step(run.folder) == steps
+        add_row(
+            fault=f"{number.name} to zerofit", backend="local", zero_stage=2, steps_lost=0,
+            noticed_seconds=time.time() - struck_at, result="saved and ended; resumed when asked",
+        )  # fmt: skip
+        if number is signal.SIGTERM:
+            run.resume()
+            run.until_step(steps + 3)
+    assert sorted(losses_of_steps(run.folder)) == list(range(1, steps + 1))
+
+
+@pytest.mark.slow
+def test_a_nan_ends_the_run_with_its_reason_and_no_further_attempt(
+    start: Callable[..., Run], place: Path
+) -> None:
+    make_model_with_nan(place / "model-nan", "Z")
+    texts = [f"number {index}" + "Z" * (index == NUM_EXAMPLES - 1) for index in range(NUM_EXAMPLES)]
+    (place / "nan.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    data = ("data.path=nan.jsonl", f"model.name_or_path={place / 'model-nan'}")
+    run = start("nan", *data, "strategy.zero_stage=2", "method=lora")
+    assert run.end() == JobFailedError.exit_code
+    record = run.folder / "bad_batches"
+    ((attempt, seconds),) = failed_attempts(
+        run.folder, [min(path.stat().st_mtime for path in record.iterdir())]
+    )
+    assert (attempt.kind, attempt.action) == (FailureKind.nan, "stop")
+    assert "the loss of rows" in attempt.problem
+    add_row(
+        fault=NAMES[FailureKind.nan], backend="local", zero_stage=2, noticed_seconds=seconds,
+        steps_lost=0, result="ended; the batch is recorded, the weights are unharmed",
+    )  # fmt: skip

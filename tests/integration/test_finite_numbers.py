@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from worker_runs import Nursery, Outcome, make_model, small_buckets, write_run
+from worker_runs import Nursery, Outcome, make_model_with_nan, small_buckets, write_run
 
 from launcher.strategy import ZeroStage
 from launcher.worker.finite import MAX_SKIPPED_IN_A_ROW, LossScaleError, NumberCheck
@@ -23,15 +23,8 @@ STEPS_PER_EPOCH = 2
 @pytest.fixture(scope="module")
 def bad_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose embedding of the letter Z is NaN, and one example of 16 with that letter."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     root = tmp_path_factory.mktemp("bad")
-    folder = make_model(root / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    token = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("Z")
-    with torch.no_grad():
-        model.get_input_embeddings().weight[token] = math.nan
-    model.save_pretrained(folder)
+    make_model_with_nan(root / "model", "Z")
     texts = [f"number {index}" + "Z" * (index == BAD_ROW) for index in range(NUM_EXAMPLES)]
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
     (root / "train.jsonl").write_text("".join(lines))

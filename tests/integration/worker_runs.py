@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -67,6 +68,20 @@ def make_model(folder: Path, **changes: Any) -> Path:
     model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
     model.save_pretrained(folder)
     make_tokenizer(folder)
+    return folder
+
+
+def make_model_with_nan(folder: Path, letter: str) -> Path:
+    """Write the same model, with an embedding of one letter that is NaN."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    make_model(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    token = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(letter)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = math.nan
+    model.save_pretrained(folder)
     return folder
 
 

@@ -100,6 +100,32 @@ def test_a_rank_whose_watchdog_did_not_run_either_is_named(run_dir: Path) -> Non
     assert "it may wait for rank 3 on node1: stopped, or on a host that hangs" in problem
 
 
+def test_a_rank_that_was_killed_is_the_reason_though_others_ended_before_it_was_known(
+    run_dir: Path,
+) -> None:
+    write_rank(run_dir, 0, type_name="RuntimeError", message="Connection closed by peer")
+    dead = [DeadRank(rank=0, exit_status=1), DeadRank(rank=1, exit_status=-9, host="node2")]
+    error = describe_failure(run_dir, exit_code=1, dead_ranks=dead)
+    assert "rank 1 on node2 was killed by signal 9" in error.problem
+    assert error.kind is FailureKind.killed
+
+
+def test_ranks_that_hang_because_a_host_is_lost_are_not_the_reason(run_dir: Path) -> None:
+    write_rank(run_dir, 0, kind=FailureKind.hang, message="hangs")
+    lost = [LostHost(host="node2", problem="it is silent", fix="look")]
+    assert describe_failure(run_dir, exit_code=84, lost_hosts=lost).kind is FailureKind.lost_host
+
+
+def test_a_rank_that_nobody_saw_die_is_the_reason_why_the_others_lost_their_connections(
+    run_dir: Path,
+) -> None:
+    write_rank(run_dir, 0, type_name="RuntimeError", message="Connection closed by peer")
+    write_rank(run_dir, 1, state="running")
+    error = describe_failure(run_dir, exit_code=1)
+    assert "rank 1 on node1 was gone without a word" in error.problem
+    assert error.kind is FailureKind.killed
+
+
 def test_lost_hosts_are_named_for_whoever_looks_for_others(run_dir: Path) -> None:
     lost = [LostHost(host=name, problem="it is silent", fix="look") for name in ("node2", "node3")]
     error = describe_failure(run_dir, exit_code=None, lost_hosts=lost)

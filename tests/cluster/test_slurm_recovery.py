@@ -1,0 +1,123 @@
+"""A Slurm job that is told to stop, then loses a node, and still ends.
+
+Keeps rows of the fault table in docs/reliability.md (``make test-faults``).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from slurm_daemons import Slurm
+from slurm_runs import SlurmRuns
+from virtual_hosts import ROOT, HostProcess, VirtualCluster
+
+sys.path.insert(0, str(ROOT / "tests" / "integration"))
+from fault_rows import add_row
+from worker_runs import make_model, write_chats
+
+from launcher import run_dir as rd
+from launcher.run_checkpoints import newest_checkpoint
+
+pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.slow]
+
+NUM_STEPS = 120
+RECIPE = """\
+model: {{name_or_path: {folder}/model, precision: fp32}}
+method: lora
+max_seq_len: 64
+data: {{path: {folder}/chats.jsonl}}
+optim: {{global_batch_size: 4, max_steps: {steps}, save_steps: 20}}
+strategy: {{zero_stage: 2}}
+cluster: {{backend: slurm, num_nodes: 2, gpus_per_node: 1}}
+"""
+
+
+class Job:
+    """``zerofit train`` on the login node, which watches a job of two nodes."""
+
+    def __init__(self, runs: SlurmRuns) -> None:
+        folder = runs.folder
+        make_model(folder / "model")
+        write_chats(folder / "chats.jsonl", 16)
+        (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, steps=NUM_STEPS))
+        argv = [sys.executable, "-m", "launcher.cli", "train", "recipe.yaml"]
+        self.runs = runs
+        self.run = folder / "run"
+        self.process: HostProcess = runs.cluster.start(
+            "head", [*argv, "--output-dir", "run"], cwd=folder, env=runs.environment()
+        )
+
+    def until(self, text: str, *, path: Path | None = None, times: int = 1) -> float:
+        """Wait until the log, or what the command says, has a text; return the time."""
+        deadline = time.monotonic() + 300
+        while (path.read_text() if path and path.exists() else self.process.output).count(
+            text
+        ) < times:
+            assert self.process.entering.poll() is None, self.process.output
+            assert time.monotonic() < deadline, self.process.output
+            time.sleep(0.1)
+        return time.time()
+
+    def until_step(self, step: int) -> None:
+        self.until(f'"step": {step},', path=self.run / rd.TRAINER_LOG)
+
+    def start_now(self) -> None:
+        """Spare the job the two minutes that Slurm lets a job wait that was put back."""
+        time.sleep(2)  # sooner, the nodes still refuse it
+        job_id = self.runs.job_id(self.run)
+        release = ["scontrol", "update", f"JobId={job_id}", "StartTime=now"]
+        self.runs.cluster.run("head", release, check=True)
+
+    @property
+    def last_step(self) -> int:
+        return int(json.loads((self.run / rd.TRAINER_LOG).read_text().splitlines()[-1])["step"])
+
+    @property
+    def saved_step(self) -> int:
+        newest = newest_checkpoint(self.run)
+        assert newest is not None
+        return int(newest.name.rpartition("-")[2])
+
+
+def test_a_job_that_is_told_to_stop_and_then_loses_a_node_ends(
+    slurm: Slurm,
+    cluster: VirtualCluster,
+    shared_folder: Path,
+) -> None:
+    job = Job(SlurmRuns(cluster=cluster, folder=shared_folder))
+    again = "has been put back into the queue"
+
+    job.until_step(25)
+    signalled = time.time()
+    signal = ["scancel", "--signal=USR1", "--batch", job.runs.job_id(job.run)]
+    cluster.run("head", signal, check=True)
+    noticed = job.until(again)
+    assert job.saved_step == job.last_step > 25
+    add_row(
+        fault="USR1 from Slurm, as before a time limit", backend="slurm", zero_stage=2,
+        noticed_seconds=noticed - signalled, steps_lost=0, result="saved, requeued and resumed",
+    )  # fmt: skip
+    job.start_now()
+
+    step = job.last_step + 30
+    job.until_step(step)
+    cluster.will_need_reboot("node2")
+    killed = time.time()
+    cluster.run("node2", ["sh", "-c", 'kill -9 "$(cat /run/slurm/slurmd.pid)"'], check=True)
+    noticed = job.until(again, times=2)
+    lost = job.last_step - job.saved_step
+    add_row(
+        fault="a node's slurmd is killed (SlurmdTimeout 15 s)", backend="slurm", zero_stage=2,
+        noticed_seconds=noticed - killed, steps_lost=lost, result="requeued by Slurm, and resumed",
+    )  # fmt: skip
+    job.start_now()
+
+    assert job.process.wait(timeout=400) == 0, job.process.output
+    assert rd.read_status(job.run).state == "finished"
+    entries = [json.loads(line) for line in (job.run / rd.TRAINER_LOG).read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, NUM_STEPS + 1))
+    assert "node2" not in {peaks.host for peaks in rd.read_ranks(job.run)}
