@@ -36,8 +36,8 @@ fuzz: $(VENV)/dev.stamp  ## 10,000 broken files and outputs of programs: no trac
 
 test-faults: $(VENV)/dev.stamp  ## harm real runs in every way and write the table of docs/reliability.md
 	if [[ $$(id -u) == 0 ]]; then tests/cluster/install.sh; fi
-	rm -f benchmarks/results/faults.jsonl
-	ZEROFIT_FAULT_ROWS=$(CURDIR)/benchmarks/results/faults.jsonl \
+	rm -f benchmarks/faults.jsonl
+	ZEROFIT_FAULT_ROWS=$(CURDIR)/benchmarks/faults.jsonl \
 	  $(BIN)/pytest -m faults tests/integration tests/cluster
 	$(BIN)/python benchmarks/make_fault_table.py
 

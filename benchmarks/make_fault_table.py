@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = ROOT / "benchmarks" / "results" / "faults.jsonl"
+ROWS = ROOT / "benchmarks" / "faults.jsonl"
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN = "<!-- begin: benchmarks/make_fault_table.py -->\n"
 END = "<!-- end -->\n"

@@ -128,15 +128,7 @@ def describe_failure(
     if failures and not is_consequence(failures[0]) and not (lost_hosts and _is_hang(failures[0])):
         return _reported(failures, log, where=str(log_file), silent=_silent_ranks(run_dir))
     if lost_hosts:
-        more = [host.host for host in lost_hosts[1:9]]
-        also = f"\n  then lost too: {', '.join(more)}" if more else ""
-        first = lost_hosts[0]
-        return HostLostError(
-            f"{first.host} was lost: {first.problem}{also}",
-            where=str(run_dir),
-            fix=first.fix,
-            hosts=tuple(host.host for host in lost_hosts),
-        )
+        return _lost(lost_hosts, where=str(run_dir))
     # What is left of the failures are those of ranks that noticed another one's end.
     noticing = {peaks.rank for peaks in failures}
     dead_ranks = [dead for dead in dead_ranks if dead.rank not in noticing]
@@ -232,6 +224,18 @@ def _reported(
         fix = "`zerofit report` shows which phase was fuller than predicted; use a smaller micro "
         fix += "batch, a higher zero_stage, or offload"
     return JobFailedError(problem, where=where, fix=fix, kind=failure.kind)
+
+
+def _lost(lost_hosts: Sequence[LostHost], *, where: str) -> HostLostError:
+    more = [host.host for host in lost_hosts[1:9]]
+    also = f"\n  then lost too: {', '.join(more)}" if more else ""
+    first = lost_hosts[0]
+    return HostLostError(
+        f"{first.host} was lost: {first.problem}{also}",
+        where=where,
+        fix=first.fix,
+        hosts=tuple(host.host for host in lost_hosts),
+    )
 
 
 def _killed(who: str, number: int, *, where: str) -> JobFailedError:

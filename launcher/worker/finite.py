@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,8 @@ MAX_SKIPPED_IN_A_ROW = 20
 """fp16: from 2^12, where we start, 12 halvings and a hysteresis of 2 reach the least scale, 1
 (DeepSpeed 0.19.8 ``fp16/loss_scaler.py``); a later scale may have doubled a few times.
 Skipping on request: what spoils so many steps in a row is not one batch."""
+# The rank whose loss was not finite shall be the first to say so; the others only see the norm.
+_OTHERS_FIRST_SECONDS = 2.0
 _AT_LEAST_SCALE = "Current loss scale already at minimum"
 
 
@@ -101,6 +104,8 @@ class NumberCheck:
         path = self._record(losses, grad_norm, step=step, batch=batch)
         error = self._describe(losses, grad_norm, step=step, batch=batch, path=path)
         if self._on_nan == "stop" or self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            if losses_are_finite:
+                time.sleep(_OTHERS_FIRST_SECONDS)
             raise error
         logger.warning("skipped: %s", error.problem)
 
