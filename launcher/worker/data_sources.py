@@ -13,6 +13,7 @@ from launcher.errors import DataError, LauncherError
 from launcher.recipe_paths import DATA_ENDINGS, is_hub_id
 from launcher.recipe_sections import DataSection, DataSource
 from launcher.worker.data_files import read_records, without_nested_nulls
+from launcher.worker.unreadable import access_fix
 
 _ROWS = 256
 _SAVED_SPLITS, _SAVED_STATE = "dataset_dict.json", "state.json"
@@ -187,9 +188,8 @@ def _load_from_hub(source: DataSource, key: str) -> Any:
     except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
         if isinstance(error, ValueError) and "split" in str(error).lower():
             raise _refused(source, error, fix="correct data.split") from None
-        fix = (
-            f"correct {key}; without a network, copy the data here and name the file or "
-            "folder; if it is gated, log in with `hf auth login`"
+        fix = access_fix(f"datasets/{source.path}", error) or (
+            f"correct {key}; without a network, copy the data here and name the file or folder"
         )
         raise _refused(source, error, fix=fix) from None
 

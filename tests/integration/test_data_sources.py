@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_hub import fake_hub
 from worker_runs import environment, make_model, make_tokenizer, write_chats
 
 from launcher.data_cache import SUMMARY, TRAIN, DataSummary, load_summary
@@ -20,7 +21,7 @@ from launcher.recipe import parse_recipe, render_recipe
 from launcher.recipe_sections import DataSource, Recipe
 from launcher.worker.chat_templates import load_tokenizer
 from launcher.worker.data import prepare_data
-from launcher.worker.data_sources import open_source
+from launcher.worker.data_sources import OpenSource, open_source
 from launcher.worker.data_writer import read_rows
 
 pytestmark = pytest.mark.integration
@@ -128,6 +129,59 @@ def test_a_hub_id_without_a_network_says_what_to_do() -> None:
         open_source("data.path", DataSource(path="owner/no-such-set"))
     assert caught.value.where == "owner/no-such-set"
     assert "without a network, copy the data here" in caught.value.fix
+
+
+OPEN_SOURCES = """
+import json
+from launcher.errors import LauncherError
+from launcher.model_source import find_config
+from launcher.recipe_sections import DataSource
+from launcher.worker.data_sources import open_source
+
+for name in ("owner/chats", "owner/gated-chats", "owner/nothing", "model"):
+    try:
+        if name == "model":
+            find_config("owner/gated-model")
+        opened = open_source("data.path", DataSource(path=name))
+        print(json.dumps(list(opened.records())))
+    except LauncherError as error:
+        print(json.dumps([error.problem, error.where, error.fix]))
+"""
+
+
+def test_a_hub_id_is_read_and_what_is_gated_or_private_says_how_to_log_in(tmp_path: Path) -> None:
+    # A process of its own: huggingface_hub reads the hub's address when it is imported.
+    own = {key: value for key, value in environment().items() if key != "HF_HUB_OFFLINE"}
+    with fake_hub({"train.jsonl": b'{"text": "one"}\n{"text": "two"}\n'}) as address:
+        done = subprocess.run(
+            [sys.executable, "-c", OPEN_SOURCES],
+            env={**own, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_TOKEN": ""},
+            capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    chats, gated, nothing, model = found
+    assert chats == [["owner/chats row 1", {"text": "one"}], ["owner/chats row 2", {"text": "two"}]]
+    assert "'owner/gated-chats' is a gated dataset on the Hub" in gated[0]
+    login = "run `hf auth login` or set HF_TOKEN"
+    licence = "accept the licence at https://huggingface.co/"
+    page = "datasets/owner/gated-chats"
+    assert gated[1:] == ["owner/gated-chats", f"{licence}{page}, then {login}"]
+    assert nothing[1:] == ["owner/nothing", f"check the spelling; for a private one {login}"]
+    fix = f"{licence}owner/gated-model, then {login}"
+    assert model == ["its owner must grant you access", "hub model owner/gated-model", fix]
+
+
+def test_an_empty_split_of_a_hub_data_set_is_named() -> None:
+    from datasets import Dataset
+
+    source = DataSource(path="owner/chats", split="test")
+    opened = OpenSource(
+        source=source, key="data.eval_path", dataset=Dataset.from_dict({"text": []})
+    )
+    with pytest.raises(DataError, match="the split 'test' holds no records") as caught:
+        list(opened.records())
+    assert caught.value.where == "owner/chats"
 
 
 def test_system_texts_that_a_template_leaves_out_are_counted(tmp_path: Path, model: Path) -> None:
