@@ -18,7 +18,12 @@ from launcher.launch import check_can_start, disk_bytes, render_again
 from launcher.post_mortem import POST_MORTEM
 from launcher.prepare import Prepared, prepare
 from launcher.recipe import parse_recipe
-from launcher.run_checkpoints import UNFINISHED
+from launcher.run_checkpoints import (
+    MANIFEST,
+    UNFINISHED,
+    newest_checkpoint,
+    why_bound_to_layout,
+)
 from launcher.sbatch_script import NEEDS, NODES, PREFLIGHT
 from launcher.strategy import Precision
 
@@ -55,7 +60,8 @@ def prepare_resume(run_dir: Path, overrides: Sequence[str]) -> Prepared:
     """Read the recipe of a run that stopped, and plan it for what there is now.
 
     Raises:
-        RunDirError: this is no run, it has finished, or it is still in progress.
+        RunDirError: this is no run, it has finished, is still in progress, or its checkpoint can
+            be used by the ranks alone that saved it.
         RecipeError: an override would make it another training.
     """
     rd.check_is_run(run_dir)
@@ -78,7 +84,39 @@ def prepare_resume(run_dir: Path, overrides: Sequence[str]) -> Prepared:
         # Another GPU must not change the numbers' format in mid-training.
         precision = _planned_precision(run_dir / rd.PLAN)
         recipe = replace(recipe, model=replace(recipe.model, precision=precision))
-    return prepare(recipe, source=str(path))
+    prepared = prepare(recipe, source=str(path))
+    _check_layout(run_dir, prepared)
+    return prepared
+
+
+def _check_layout(run_dir: Path, prepared: Prepared) -> None:
+    """Raise RunDirError when the newest checkpoint cannot be used by the ranks now planned."""
+    newest = newest_checkpoint(run_dir)
+    if newest is None:
+        return
+    strategy = prepared.plan.strategy
+    now = {
+        "world_size": prepared.plan.cluster.world_size,
+        "zero_stage": strategy.zero_stage,
+        "optimizer": strategy.optimizer.value,
+        "offload_optimizer": strategy.offload_optimizer.value,
+    }
+    saved = rd.read_json(newest / MANIFEST).get("layout", {})
+    before = {key: saved.get(key) for key in now}
+    if before == now:
+        return
+    for layout in (before, now):
+        reason = why_bound_to_layout(
+            optimizer=str(layout["optimizer"]), offload_optimizer=str(layout["offload_optimizer"])
+        )
+        if reason is not None:
+            raise RunDirError(
+                f"this checkpoint cannot be used by other ranks or another ZeRO stage: {reason}",
+                where=str(newest),
+                fix=f"go on with {before['world_size']} ranks and strategy.zero_stage="
+                f"{before['zero_stage']} strategy.optimizer={before['optimizer']} "
+                f"strategy.offload_optimizer={before['offload_optimizer']}",
+            )
 
 
 def _planned_precision(plan: Path) -> Precision:

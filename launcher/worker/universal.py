@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import LauncherError, RunDirError
+from launcher.run_checkpoints import why_bound_to_layout
 from launcher.worker.checkpoints import Checkpoint, read_checkpoint
 from launcher.worker.program import begin_program
 from launcher.worker.weights_only import load_weights_only
@@ -79,11 +80,9 @@ def convert(checkpoint: Checkpoint, out: Path) -> Path:
 def check_convertible(checkpoint: Checkpoint) -> None:
     """Raise RunDirError for states that only the same ranks and stage can load."""
     layout = checkpoint.layout
-    reason = None
-    if "8bit" in layout.optimizer:
-        reason = f"{layout.optimizer} keeps its states in 8 bits, block by block of each rank"
-    if layout.offload_optimizer == "nvme":
-        reason = "its optimizer states were swapped to NVMe in DeepSpeed's own files"
+    reason = why_bound_to_layout(
+        optimizer=layout.optimizer, offload_optimizer=layout.offload_optimizer
+    )
     if reason is not None:
         raise RunDirError(
             f"this checkpoint cannot be used by other ranks or another ZeRO stage: {reason}",

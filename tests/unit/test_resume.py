@@ -15,6 +15,7 @@ from launcher.dispatch.base import JobHandle, write_handle
 from launcher.errors import RecipeError, RunDirError
 from launcher.job_script import RUN_ID_VARIABLE
 from launcher.resume import check_has_stopped, prepare_resume, set_aside
+from launcher.run_checkpoints import MANIFEST
 
 
 @pytest.fixture
@@ -91,6 +92,29 @@ def test_gpus_and_stage_may_change_and_the_precision_stays(run: Path) -> None:
     assert prepared.plan.strategy.zero_stage == 3
     # An A100 would else be given bf16.
     assert prepared.plan.workload.precision.value == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "place", "said"),
+    [
+        ("adamw_8bit", "none", "adamw_8bit keeps its states in 8 bits"),
+        ("adamw", "nvme", "swapped to NVMe"),
+    ],
+)
+def test_states_that_other_ranks_cannot_load_are_refused_before_the_job(
+    run: Path, optimizer: str, place: str, said: str
+) -> None:
+    checkpoint = run / rd.CHECKPOINTS / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    gpu = ["cluster.gpu=A100-40GB"]
+    layout = {"world_size": 4, "zero_stage": 2, "optimizer": optimizer, "offload_optimizer": place}
+    rd.write_json(checkpoint / MANIFEST, {"layout": layout})
+    with pytest.raises(RunDirError, match=said) as caught:
+        prepare_resume(run, [*gpu, "cluster.gpus_per_node=1", "strategy.zero_stage=3"])
+    assert "go on with 4 ranks and strategy.zero_stage=2" in caught.value.fix
+    same = {"world_size": 1, "zero_stage": 3, "optimizer": "adamw", "offload_optimizer": "none"}
+    rd.write_json(checkpoint / MANIFEST, {"layout": same | {"world_size": 2}})
+    prepare_resume(run, [*gpu, "cluster.gpus_per_node=1", "strategy.zero_stage=3"])
 
 
 def test_the_earlier_attempt_is_kept_and_the_log_goes_on(run: Path) -> None:
