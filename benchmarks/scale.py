@@ -98,9 +98,13 @@ def peaks_of(rank: int) -> RankPeaks:
         host_pinned_bytes=GIB,
         gpu_utilisation_fraction=0.9,
         power_watts=600.0,
+    )
+    in_step = replace(
+        phase,
         first_step=StepPeaks(allocated_bytes=30 * GIB, reserved_bytes=32 * GIB),
         steady_state=StepPeaks(allocated_bytes=29 * GIB, reserved_bytes=32 * GIB),
     )
+    outside, inside = ("load", "init"), ("forward", "loss", "backward", "step")
     return RankPeaks(
         rank=rank,
         local_rank=rank % GPUS,
@@ -111,7 +115,7 @@ def peaks_of(rank: int) -> RankPeaks:
         device_name="NVIDIA H100 80GB HBM3",
         state="finished",
         steps_done=10,
-        phases=dict.fromkeys(("load", "init", "forward", "loss", "backward", "step"), phase),
+        phases=dict.fromkeys(outside, phase) | dict.fromkeys(inside, in_step),
         step_seconds=(1.0,) * 10,
         first_step_at=1.7e9,
         tokens_per_step=4096,

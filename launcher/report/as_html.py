@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from html import escape
 
 from launcher.report.compare import RunsCompared
+from launcher.report.failure_tables import attempts_table
 from launcher.report.run_report import FAILED_STATES, Chart, RunReport
-from launcher.report.tables import Table, attempts_table, detail_table, rank_pages, summary_tables
+from launcher.report.table import Table
+from launcher.report.tables import detail_table, rank_pages, summary_tables
 from launcher.report.text import (
     describe_run,
     failure_lines,

@@ -75,6 +75,9 @@ def report_to_json(report: RunReport) -> dict[str, Any]:
         "throughput": [list(point) for point in report.throughput],
         "lengths": asdict(report.lengths) if report.lengths else None,
         "attempts": [asdict(attempt) for attempt in report.attempts],
+        "memory_at_failure": (
+            asdict(report.memory_at_failure) if report.memory_at_failure else None
+        ),
         "advice": list(report.advice),
         "clock_skews_seconds": dict(report.clock_skews_seconds),
     }
@@ -162,6 +165,7 @@ def _time(time: TimeReport) -> dict[str, Any]:
         "tokens_per_step_per_gpu": _compare(time.tokens_per_step_per_gpu),
         "tokens_per_second_per_gpu": _compare(time.tokens_per_second_per_gpu),
         "tokens_per_second": time.tokens_per_second,
+        "phase_fractions": dict(time.phase_fractions),
     }
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 from launcher.report.compare import RunsCompared
+from launcher.report.failure_tables import attempts_table
 from launcher.report.run_report import FAILED_STATES, RunReport
-from launcher.report.tables import Table, attempts_table, detail_table, summary_tables
+from launcher.report.table import Table
+from launcher.report.tables import detail_table, summary_tables
 from launcher.report.text import (
     describe_run,
     failure_lines,

@@ -17,6 +17,7 @@ from launcher.report.prediction import (
     read_text,
 )
 from launcher.report.run_report import (
+    STEP_PHASES,
     BalanceReport,
     Comparison,
     FailureReport,
@@ -78,6 +79,7 @@ def build_report(files: RunFiles) -> RunReport:
         timelines=files.timelines,
         lengths=files.lengths,
         attempts=files.attempts,
+        memory_at_failure=files.memory_at_failure,
         recipe=files.recipe,
         clock_skews_seconds=_clock_skews(peaks),
         failures=_failures(peaks),
@@ -233,7 +235,21 @@ def _time_report(peaks: Sequence[RankPeaks], prediction: Prediction) -> TimeRepo
             measured=total / len(stepping) if total else None,
         ),
         tokens_per_second=total,
+        phase_fractions=_phase_fractions(peaks),
     )
+
+
+def _phase_fractions(peaks: Sequence[RankPeaks]) -> dict[str, float]:
+    in_steps = sum(
+        fmean(rank.step_seconds) * rank.steps_done for rank in peaks if rank.step_seconds
+    )
+    totals: dict[str, float] = defaultdict(float)
+    for rank in peaks:
+        for name in STEP_PHASES & rank.phases.keys():
+            totals[name] += rank.phases[name].seconds if rank.step_seconds else 0.0
+    if not in_steps or sum(totals.values()) > 1.1 * in_steps:
+        return {}  # a step that was not ended has phases and no time of its own
+    return {name: totals[name] / in_steps for name in sorted(totals, key=_phase_order)}
 
 
 def _by_step(times: Sequence[tuple[float, ...]]) -> list[list[float]]:

@@ -10,7 +10,7 @@ from launcher.report.axes import bar_chart, plot
 from launcher.report.curves import running_mean
 from launcher.report.run_report import Chart, Comparison, RunReport
 from launcher.report.svg import NARROW, WIDE, LegendItem, Shape, fewer_points
-from launcher.report.tables import Table
+from launcher.report.table import Table
 from launcher.report.text import NOTHING, format_percent, format_rate, printable
 from launcher.units import GIB, MIB, format_bytes, format_seconds
 

@@ -1,4 +1,4 @@
-"""Read what surrounds a run's measurements: recipe, lengths of the data, timelines, attempts."""
+"""Read what surrounds a run's measurements: recipe, lengths of the data, memory over time."""
 
 from __future__ import annotations
 
@@ -10,19 +10,13 @@ from typing import Any
 import yaml
 
 from launcher import run_dir
-from launcher.peaks import RankPeaks, peaks_from_json
-from launcher.report.check_rank import check_rank
-from launcher.report.prediction import prediction_from_plan, read_int, read_text
-from launcher.report.run_report import Attempt, Lengths
+from launcher.peaks import RankPeaks
+from launcher.report.prediction import read_int
+from launcher.report.run_report import Lengths
 from launcher.timeline import Timeline, timeline_from_json
 
-ATTEMPTS = "attempts"
-RECOVERY_LOG = "recovery.jsonl"
 DATA_SUMMARY = "data/summary.json"
 _MAX_TIMELINES = 4
-_MAX_ATTEMPTS = 50
-_MAX_RANKS_OF_AN_ATTEMPT = 64
-"""So many rank files of an earlier attempt are read: enough to tell how it ended."""
 _LARGEST_RECIPE_BYTES = 2**20
 
 
@@ -106,88 +100,13 @@ def read_timelines(
 
 def _telling_ranks(ranks: Sequence[RankPeaks]) -> list[int]:
     """Return the fullest, then the emptiest and the median where there are more than a few."""
-    by_size = sorted(ranks, key=lambda rank: (-_peak_bytes(rank), rank.rank))
+    by_size = sorted(ranks, key=lambda rank: (-peak_bytes(rank), rank.rank))
     if len(by_size) <= _MAX_TIMELINES:
         return [rank.rank for rank in by_size]
     telling = (by_size[0], by_size[-1], by_size[len(by_size) // 2])
     return [rank.rank for rank in telling]
 
 
-def _peak_bytes(rank: RankPeaks) -> int:
+def peak_bytes(rank: RankPeaks) -> int:
+    """Return the highest allocated bytes of any phase."""
     return max((phase.peak_allocated_bytes for phase in rank.phases.values()), default=0)
-
-
-def read_attempts(directory: Path) -> tuple[Attempt, ...]:
-    """Return the earlier attempts, oldest first, with what was done about each."""
-    try:
-        folders = sorted(
-            (path for path in (directory / ATTEMPTS).iterdir() if path.name.isdecimal()),
-            key=lambda path: int(path.name),
-        )
-    except (OSError, ValueError):
-        return ()
-    reactions = _reactions(directory / RECOVERY_LOG)
-    # Records are written one for each failure that somebody reacted to, so the last belong to
-    # the last folders; an attempt that a person resumed by hand has a folder and no record.
-    known = dict(zip(reversed(folders), reversed(reactions), strict=False))
-    return tuple(_attempt(path, known.get(path)) for path in folders[-_MAX_ATTEMPTS:])
-
-
-def _reactions(path: Path) -> list[Mapping[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    found: list[Mapping[str, Any]] = []
-    for line in lines:
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict) and value.get("action") != "stop":
-            found.append(value)
-    return found
-
-
-def _attempt(folder: Path, record: Mapping[str, Any] | None) -> Attempt:
-    status = read_object(folder / run_dir.STATUS) or {}
-    ranks = list(_some_ranks(folder / run_dir.RANKS))
-    failed = next((rank for rank in ranks if rank.failure), None)
-    reason = read_text(status, "reason")
-    if reason is None and failed is not None and failed.failure is not None:
-        reason = f"rank {failed.rank}: {failed.failure.type}: {failed.failure.message}"
-    states = {rank.state for rank in ranks}
-    state = read_text(status, "state") or "unknown"
-    return Attempt(
-        number=int(folder.name),
-        state="out_of_memory" if "out_of_memory" in states else state,
-        reason=str(record["problem"]) if record and record.get("problem") else reason,
-        strategy=prediction_from_plan(read_object(folder / run_dir.PLAN)).strategy,
-        steps_done=max((rank.steps_done for rank in ranks), default=None),
-        peak_allocated_bytes=max(map(_peak_bytes, ranks), default=None),
-        reaction=None if record is None else _reaction(record),
-    )
-
-
-def _reaction(record: Mapping[str, Any]) -> str:
-    changes = record.get("changes")
-    parts = [str(record.get("reason") or record.get("action") or "")]
-    if isinstance(changes, Mapping):
-        for key, pair in list(changes.items())[:8]:
-            before, after = pair if isinstance(pair, list) and len(pair) == 2 else ("?", pair)
-            parts.append(f"{key}: {before} → {after}")
-    return "; ".join(part for part in parts if part)
-
-
-def _some_ranks(folder: Path) -> Iterator[RankPeaks]:
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.stem.isdecimal())
-    except OSError:
-        return
-    for path in paths[:_MAX_RANKS_OF_AN_ATTEMPT]:
-        try:
-            peaks = peaks_from_json(json.loads(path.read_bytes()))
-            check_rank(peaks)
-        except (OSError, ValueError, RecursionError, AttributeError):
-            continue
-        yield peaks

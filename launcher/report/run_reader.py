@@ -12,9 +12,9 @@ from typing import Any
 from launcher import run_dir
 from launcher.peaks import RankPeaks, peaks_from_json
 from launcher.planning import plan
+from launcher.report.attempts_reader import read_attempts, read_memory_at_failure
 from launcher.report.check_rank import check_rank
 from launcher.report.run_extras import (
-    read_attempts,
     read_lengths,
     read_recipe,
     read_timelines,
@@ -59,6 +59,7 @@ def load_run(directory: Path, *, observation: Observation | None = None) -> RunF
         timelines=read_timelines(directory, ranks, problems),
         lengths=read_lengths(directory),
         attempts=read_attempts(directory),
+        memory_at_failure=read_memory_at_failure(directory, ranks),
         recipe=read_recipe(directory / run_dir.RECIPE),
         observation=observation,
         problems=tuple(problems),

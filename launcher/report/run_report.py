@@ -60,6 +60,19 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryAtFailure:
+    """What a rank that ran out of memory found on its device, largest first."""
+
+    rank: int
+    phase: str
+    requested_bytes: int | None
+    device_free_bytes: int | None
+    predicted: Mapping[str, int]
+    """Bytes by component."""
+    measured: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
     """The content of a run directory as far as it could be read; the input of a report."""
 
@@ -73,6 +86,7 @@ class RunFiles:
     """Of a few telling ranks, the fullest first."""
     lengths: Lengths | None = None
     attempts: tuple[Attempt, ...] = ()
+    memory_at_failure: MemoryAtFailure | None = None
     recipe: Mapping[str, object] = field(default_factory=dict)
     """Values by dotted key, as the recipe's file has them."""
     observation: Observation | None = None
@@ -220,6 +234,9 @@ class TimeReport:
     """Padding included."""
     tokens_per_second: float | None
     """All reported ranks together."""
+    phase_fractions: Mapping[str, float] = field(default_factory=dict)
+    """Share of the steps' time that each phase took on the host's clock, mean of the ranks, 0-1;
+    what is left was spent between phases: with data, logging and saving's bookkeeping."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,6 +316,7 @@ class RunReport:
     lengths: Lengths | None = None
     attempts: tuple[Attempt, ...] = ()
     """Oldest first; the run's own, last attempt is not among them."""
+    memory_at_failure: MemoryAtFailure | None = None
     advice: tuple[str, ...] = ()
     """What to change, each computed by the planner."""
     recipe: Mapping[str, object] = field(default_factory=dict)

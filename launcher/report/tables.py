@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
+from launcher.report.failure_tables import failure_memory_table
 from launcher.report.run_report import (
     MAX_RANK_ROWS,
     Comparison,
@@ -12,6 +12,7 @@ from launcher.report.run_report import (
     RunReport,
     select_ranks,
 )
+from launcher.report.table import Table, Unit, unit_for, without_empty_columns
 from launcher.report.text import (
     NOTHING,
     error_note,
@@ -20,49 +21,25 @@ from launcher.report.text import (
     printable,
     shorten,
 )
-from launcher.units import GIB, KIB, MIB, format_count, format_seconds
+from launcher.units import format_count, format_seconds
 
 MAX_NODE_ROWS = 16
 RANKS_PER_PAGE = 256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """A titled table; every row has as many cells as the header."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-    num_text_columns: int = 1
-    """Leading columns that hold words; the others hold numbers and align right."""
-    has_sentences: bool = False
-    """The last two columns hold sentences, which may be broken into lines."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Unit:
-    """One unit for all sizes of a table, so that they can be compared at a glance."""
-
-    name: str
-    scale: int
-    decimals: int
-
-    def show(self, size: float | None) -> str:
-        """Return bytes in this unit, without its name."""
-        return NOTHING if size is None else f"{size / self.scale:.{self.decimals}f}"
-
-
 def summary_tables(report: RunReport) -> tuple[Table, ...]:
     """Return memory by phase, ranks, nodes and time; what has no rows is left out."""
-    makers = (_phase_table, _rank_table, _device_table, _load_table, _node_table, _time_table)
+    makers = (
+        failure_memory_table, _phase_table, _rank_table, _device_table, _load_table, _node_table,
+        _time_table,
+    )  # fmt: skip
     return tuple(table for make in makers if (table := make(report)).rows)
 
 
 def detail_table(report: RunReport) -> Table:
     """Return every phase of every rank, of a few telling ranks when there are many."""
     shown = select_ranks(report)
-    unit = _unit_for([*_peaks(report), *(rank.host_rss_bytes for rank in shown)])
+    unit = unit_for([*_peaks(report), *(rank.host_rss_bytes for rank in shown)])
     rows = [
         (
             str(rank.rank),
@@ -79,7 +56,7 @@ def detail_table(report: RunReport) -> Table:
         for rank in shown
         for phase in rank.phases
     ]
-    return _without_empty_columns(
+    return without_empty_columns(
         Table(
             title=f"Every rank and phase, in {unit.name}",
             header=(
@@ -94,7 +71,7 @@ def detail_table(report: RunReport) -> Table:
 
 
 def _phase_table(report: RunReport) -> Table:
-    unit = _unit_for(_peaks(report))
+    unit = unit_for(_peaks(report))
     rows = []
     for name in report.phase_names:
         rank, predicted = report.fullest_in(name), report.prediction.phase(name)
@@ -131,12 +108,12 @@ def _phase_table(report: RunReport) -> Table:
         rows=tuple(rows),
         note=error_note(report) if rows else "",
     )  # fmt: skip
-    return _without_empty_columns(table, names=("1st step", "steady"))
+    return without_empty_columns(table, names=("1st step", "steady"))
 
 
 def _rank_table(report: RunReport) -> Table:
     shown = select_ranks(report)
-    unit = _unit_for([*_peaks(report), *(rank.host_rss_bytes for rank in shown)])
+    unit = unit_for([*_peaks(report), *(rank.host_rss_bytes for rank in shown)])
     rows = [
         (
             _rank_cell(report, rank),
@@ -158,7 +135,7 @@ def _rank_table(report: RunReport) -> Table:
 
 def _device_table(report: RunReport) -> Table:
     shown = () if report.is_on_cpu else select_ranks(report)
-    unit = _unit_for(rank.device_used_bytes.measured for rank in shown)
+    unit = unit_for(rank.device_used_bytes.measured for rank in shown)
     rows = [
         (
             _rank_cell(report, rank),
@@ -185,7 +162,7 @@ def _device_table(report: RunReport) -> Table:
 
 def _load_table(report: RunReport) -> Table:
     shown = [rank for rank in select_ranks(report) if rank.power_watts or rank.host_pinned_bytes]
-    unit = _unit_for(rank.host_pinned_bytes for rank in shown)
+    unit = unit_for(rank.host_pinned_bytes for rank in shown)
     rows = [
         (
             _rank_cell(report, rank),
@@ -205,41 +182,18 @@ def _load_table(report: RunReport) -> Table:
     )
 
 
-def attempts_table(report: RunReport) -> Table:
-    """Return the earlier attempts at the run and what was changed after each."""
-    unit = _unit_for(attempt.peak_allocated_bytes for attempt in report.attempts)
-    rows = [
-        (
-            str(attempt.number),
-            attempt.state.replace("_", " "),
-            NOTHING if attempt.steps_done is None else str(attempt.steps_done),
-            unit.show(attempt.peak_allocated_bytes),
-            printable(shorten(attempt.reason or NOTHING, 200)),
-            printable(shorten(attempt.reaction or NOTHING, 300)),
-        )
-        for attempt in report.attempts
-    ]
-    return Table(
-        title="Earlier attempts",
-        header=("attempt", "ended", "steps", f"peak ({unit.name})", "because", "then"),
-        rows=tuple(rows),
-        num_text_columns=2,
-        has_sentences=True,
-    )
-
-
 def rank_pages(report: RunReport) -> tuple[Table, ...]:
     """Return every rank in pages of ``RANKS_PER_PAGE``; none where one table holds them all."""
     if len(report.ranks) <= MAX_RANK_ROWS:
         return ()
-    unit = _unit_for(_peaks(report))
+    unit = unit_for(_peaks(report))
     return tuple(
         _rank_page(report.ranks[start : start + RANKS_PER_PAGE], unit)
         for start in range(0, len(report.ranks), RANKS_PER_PAGE)
     )
 
 
-def _rank_page(ranks: Sequence[RankReport], unit: _Unit) -> Table:
+def _rank_page(ranks: Sequence[RankReport], unit: Unit) -> Table:
     return Table(
         title=f"Ranks {ranks[0].rank} to {ranks[-1].rank}, in {unit.name}",
         header=("rank", "host", "state", "peak", "error", "reserved", "host RSS"),
@@ -287,7 +241,7 @@ def _selection_note(report: RunReport, shown: Sequence[RankReport]) -> str:
 
 def _node_table(report: RunReport) -> Table:
     nodes = sorted(report.nodes, key=lambda node: -(node.host_bytes.measured or 0))
-    unit = _unit_for(node.host_bytes.measured for node in nodes)
+    unit = unit_for(node.host_bytes.measured for node in nodes)
     rows = [
         (
             shorten(printable(node.host), 40),
@@ -345,30 +299,3 @@ def _comparison_cells(comparison: Comparison, show: Callable[[float], str]) -> t
 
 def _peaks(report: RunReport) -> list[float | None]:
     return [report.prediction.peak_allocated_bytes, *(rank.measured_bytes for rank in report.ranks)]
-
-
-def _unit_for(sizes: Iterable[float | None]) -> _Unit:
-    """Return the unit in which the largest size has at most five digits before the point."""
-    largest = max((size for size in sizes if size is not None), default=0)
-    if largest >= 10 * GIB:
-        return _Unit(name="GiB", scale=GIB, decimals=2)
-    if largest >= 10 * MIB:
-        return _Unit(name="MiB", scale=MIB, decimals=1)
-    return _Unit(name="KiB", scale=KIB, decimals=1)
-
-
-def _without_empty_columns(table: Table, *, names: Sequence[str] = ()) -> Table:
-    """Drop columns, or of them those named, that say nothing in any row: device memory on CPU."""
-    may_go = names or table.header[table.num_text_columns :]
-    kept = [
-        index
-        for index, name in enumerate(table.header)
-        if name not in may_go or any(row[index] != NOTHING for row in table.rows)
-    ]
-    return Table(
-        title=table.title,
-        header=tuple(table.header[index] for index in kept),
-        rows=tuple(tuple(row[index] for index in kept) for row in table.rows),
-        note=table.note,
-        num_text_columns=table.num_text_columns,
-    )

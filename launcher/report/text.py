@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from launcher.report.run_report import Comparison, FailureReport, RunReport
+from launcher.report.run_report import Comparison, FailureReport, RunReport, select_ranks
 from launcher.units import format_bytes, format_count, format_seconds
 
 NOTHING = "-"
@@ -185,9 +185,25 @@ def _time_findings(report: RunReport) -> list[Finding]:
     if speed.measured is not None:
         per = "rank" if report.is_on_cpu else "GPU"
         found.append(Finding(label="Throughput", text=f"{compare(speed, format_rate)} per {per}"))
+    if time.phase_fractions:
+        found.append(Finding(label="Step went to", text=_shares(report)))
     if report.prediction.bound_by:
         found.append(Finding(label="Bound by", text=f"{report.prediction.bound_by} (predicted)"))
     return found
+
+
+def _shares(report: RunReport) -> str:
+    """Return what took the steps' time, the longest first, as the hosts' clocks saw it."""
+    shares = sorted(report.time.phase_fractions.items(), key=lambda item: -item[1])
+    parts = [f"{name} {100 * share:.0f} %" for name, share in shares]
+    between = 1 - sum(share for _, share in shares)
+    if between >= 0.005:
+        parts.append(f"data and the rest {100 * between:.0f} %")
+    busy = [rank.gpu_utilisation_fraction for rank in select_ranks(report)]
+    known = [share for share in busy if share is not None]
+    if known:
+        parts.append(f"GPUs busy {100 * sum(known) / len(known):.0f} % of it")
+    return ", ".join(parts)
 
 
 def held_out_sentence(report: RunReport) -> str | None:

@@ -103,6 +103,9 @@ def test_ctrl_c_in_mid_run_ends_all_ranks_within_10_seconds_and_says_how_to_go_o
         time.sleep(0.1)
     run_id = json.loads((run / rd.JOB).read_text())["run_id"]
     assert len(processes_of(run_id)) >= 2
+    during = zerofit(folder, "report", "run")
+    assert during.returncode == 0
+    assert "The run is going on; the numbers are so far." in during.stdout
     os.killpg(started.pid, signal.SIGINT)
     pressed = time.monotonic()
     _, stderr = started.communicate(timeout=30)

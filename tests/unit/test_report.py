@@ -6,7 +6,8 @@ import pytest
 from report_inputs import LOG, PLAN, RESULTS, failure, phase, rank
 
 from launcher.report.build import build_report
-from launcher.report.run_report import RunFiles, RunReport
+from launcher.report.run_report import Observation, RunFiles, RunReport
+from launcher.report.text import findings, warnings
 from launcher.units import GIB
 
 
@@ -199,3 +200,43 @@ def test_a_plan_of_any_shape_is_read_as_far_as_it_goes(broken: dict[str, object]
     report = report_of(plan=broken, ranks=(rank(0),))
     assert report.world_size == 2
     assert report.rank(0).allocated_bytes.error_fraction is None
+
+
+@pytest.mark.parametrize(
+    ("said", "seen", "state"),
+    [
+        ("running", "running", "running"),
+        ("running", "killed", "killed"),
+        ("running", "unknown", "running"),
+        ("created", "pending", "pending"),
+        ("finished", "finished", "finished"),
+        ("interrupted", "killed", "interrupted"),
+    ],
+)
+def test_whoever_runs_a_run_tells_whether_it_was_killed(said: str, seen: str, state: str) -> None:
+    ranks = (rank(0, state="running"),) if said == "running" else ()
+    report = report_of(
+        ranks=ranks, status={"state": said}, observation=Observation(state=seen, reason="why")
+    )
+    assert report.state == state
+    assert report.state_reason == "why"
+
+
+def test_hosts_whose_clock_differs_are_named() -> None:
+    ranks = (
+        rank(0, first_step_at=1000.0),
+        rank(1, first_step_at=1000.4, host="node2"),
+        rank(2, first_step_at=880.0, host="node3"),
+    )
+    report = report_of(ranks=ranks)
+    assert report.clock_skews_seconds == {"node3": -120.0}
+    assert "The clock of node3 is 2 min 00 s behind most others'" in " ".join(warnings(report))
+
+
+def test_the_time_of_a_step_is_divided_among_its_phases() -> None:
+    phases = {"forward": phase(4, seconds=3.0), "step": phase(2, seconds=6.0)}
+    report = report_of(ranks=(rank(0, phases=phases),))
+    # By hand: four steps of 9 + 1 + 3 + 2 = 15 s.
+    assert report.time.phase_fractions == {"forward": 0.2, "step": 0.4}
+    (share,) = [item.text for item in findings(report) if item.label == "Step went to"]
+    assert share == "step 40 %, forward 20 %, data and the rest 40 %"

@@ -26,7 +26,8 @@ from launcher.report.run_report import RunReport
 
 RUN = Path(__file__).parents[1] / "data" / "run"
 RECOVERY = {
-    "schema_version": 1, "attempt": 1, "action": "replan", "problem": "rank 1: out of memory",
+    "schema_version": 1, "attempt": 1, "action": "next_rung", "problem": "rank 1: out of memory",
+    "failed_at": "2026-11-22T10:01:00.000+00:00",
     "reason": "the next rung", "changes": {"strategy.zero_stage": [2, 3]},
 }  # fmt: skip
 # What may stand where a number, a text or an object belongs.
@@ -43,8 +44,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(RUN, folder)
     attempt = folder / "attempts" / "1"
     attempt.mkdir(parents=True)
-    for name in ("plan.json", "status.json"):
-        shutil.copy(RUN / name, attempt)
+    shutil.copy(RUN / "plan.json", attempt)
+    status = {"state": "failed", "changed_at": "2026-11-22T10:00:00.000+00:00"}
+    (attempt / "status.json").write_text(json.dumps(status))
     shutil.copytree(RUN / "ranks", attempt / "ranks")
     (folder / "recovery.jsonl").write_text(json.dumps(RECOVERY) + "\n")
     return folder
