@@ -14,6 +14,7 @@ from launcher.dispatch import slurm_commands as slurm
 from launcher.dispatch.base import InterruptionError, JobHandle, JobInterruptedError, read_handle
 from launcher.dispatch.failure import read_failures
 from launcher.dispatch.interruptions import Interruptions
+from launcher.dispatch.silent_hosts import SilentHosts
 from launcher.dispatch.slurm_failure import (
     BY_SLURM,
     describe_slurm_failure,
@@ -32,6 +33,10 @@ _LATER_AFTER_SECONDS = 60.0
 SECOND_CTRL_C_SECONDS = 2.0
 # When rank 0 has marked the run as finished, or ranks have failed, and Slurm cannot be asked.
 WITHOUT_SLURM_SECONDS = 10.0
+SILENT = (
+    "has fallen silent while other hosts are heard of: it may be lost, which Slurm says only after "
+    "its own time-out"
+)
 # Slurm can list a job some moments after it has taken it.
 _UNKNOWN_SECONDS = 10.0
 
@@ -47,6 +52,11 @@ class _Watch:
     unknown_since: float | None = None
     changed: float = 0.0
     asked: float = 0.0
+
+    @property
+    def is_running(self) -> bool:
+        """Whether Slurm said so when it was asked last."""
+        return self.state is not None and self.state.state == "RUNNING"
 
     def ask(self, now: float) -> None:
         """Ask Slurm, if it is time to, and say what has changed."""
@@ -102,11 +112,16 @@ def watch_job(handle: JobHandle, *, interruptions: Interruptions, console: Binar
     """
     relay = LogRelay(path=handle.run_dir / rd.LAUNCHER_LOG, console=console)
     watch = _Watch(handle=handle, changed=time.monotonic())
+    hosts, looked = SilentHosts(run_dir=handle.run_dir), 0.0
     while True:
         if interruptions.received:
             _leave(watch, interruptions)
         now = time.monotonic()
         watch.ask(now)
+        if watch.is_running and now - looked > ASK_SECONDS:
+            looked = now
+            for host in hosts.look():
+                _log.error("%s %s", host, SILENT)
         relay.copy_new()
         if watch.state is not None and watch.state.has_ended:
             following = read_handle(handle.run_dir)

@@ -69,6 +69,7 @@ class Heartbeat:
         self._steps_done = 0
         self._written_beats = -1
         self._written = 0.0
+        self._touched = 0.0
         self._lock = threading.Lock()
         self._is_over = False
         self._stopped = threading.Event()
@@ -127,6 +128,7 @@ class Heartbeat:
             # A longer pause means that this process, and not only its main thread, stood still.
             idle_seconds += min(now - last, 2 * TICK_SECONDS)
             last = now
+            self._touch_if_due(now)
             if beats != self._beats:
                 beats, idle_seconds = self._beats, 0.0
             limit_seconds = self._patience.limit_seconds(self._phase, steps_done=self._steps_done)
@@ -136,6 +138,13 @@ class Heartbeat:
                 # Needs no interpreter lock: shows the stack also when a library keeps it.
                 faulthandler.dump_traceback_later(limit_seconds + _BACKUP_SECONDS)
             self._write_if_due(now)
+
+    def _touch_if_due(self, now: float) -> None:
+        """Show that this host lives, also while its ranks wait for others and have no news."""
+        if self.known.local_rank == 0 and now - self._touched > WRITE_INTERVAL_SECONDS:
+            self._touched = now
+            with contextlib.suppress(OSError):
+                os.utime(self._path)
 
     def _write_if_due(self, now: float) -> None:
         is_news = self._beats != self._written_beats

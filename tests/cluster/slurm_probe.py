@@ -74,7 +74,9 @@ if who == str(rank):
         write("failed", failure)
         say(f"[rank {rank}] ValueError: {error}")
         sys.exit(1)
-for _ in range(3000):
+for tick in range(3000):
     time.sleep(0.1)
+    if tick % 50 == 0:
+        rd.rank_file(run_dir, rank).touch()  # as the worker's heartbeat does
     if what != "deaf" and "stop" in os.listdir(run_dir):  # noqa: PTH208
         save_and_stop()

@@ -24,13 +24,13 @@ _ports = itertools.count(21_000)
 
 
 class ProbeJob:
-    """A job of two probe ranks on node1 and node2, started from the head."""
+    """A job of two probe ranks on two hosts, started from the head."""
 
-    def __init__(self, cluster: VirtualCluster, folder: Path, what: str) -> None:
+    def __init__(self, cluster: VirtualCluster, folder: Path, what: str, hosts: str) -> None:
         self.cluster = cluster
         self.folder = folder
         self.port = next(_ports)
-        job = [sys.executable, HERE / "probe_job.py", folder, what, "node1,node2", str(self.port)]
+        job = [sys.executable, HERE / "probe_job.py", folder, what, hosts, str(self.port)]
         self.process: HostProcess = cluster.start(
             "head", job, env={"PYTHONPATH": f"{ROOT}:{HERE}", "MLFLOW_TRACKING_TOKEN": "hush-hush"}
         )
@@ -42,7 +42,9 @@ class ProbeJob:
             assert time.monotonic() < deadline, self.process.output
             time.sleep(0.1)
 
-    def fails(self, *expected: str, state: str = "failed") -> None:
+    def fails(
+        self, *expected: str, state: str = "failed", within: float = KNOWN_WITHIN_SECONDS
+    ) -> None:
         """Check that it ends in time, says so, says what is expected, and leaves nothing."""
         started = time.monotonic()
         status = self.process.wait(timeout=60)
@@ -53,25 +55,25 @@ class ProbeJob:
             assert text in output
         assert rd.read_status(self.folder).state == state
         assert not (self.folder / "environment.sh").exists()
-        assert took < KNOWN_WITHIN_SECONDS, f"{took:.0f} s\n{output}"
+        assert took < within, f"{took:.0f} s\n{output}"
+
+
+Job = Callable[..., ProbeJob]
+FIRST, SECOND = "node1,node2", "node3,node4"
 
 
 @pytest.fixture
-def job(cluster: VirtualCluster, tmp_path: Path) -> Callable[[str], ProbeJob]:
-    def start(what: str) -> ProbeJob:
-        return ProbeJob(cluster, tmp_path / "run", what)
+def job(cluster: VirtualCluster, tmp_path: Path) -> Job:
+    numbers = itertools.count()
+
+    def start(what: str, hosts: str = FIRST) -> ProbeJob:
+        return ProbeJob(cluster, tmp_path / f"run{next(numbers)}", what, hosts)
 
     return start
 
 
-def test_ranks_on_two_hosts_finish(cluster: VirtualCluster, job: Callable[[str], ProbeJob]) -> None:
-    running = job("finish")
-    assert running.process.wait(timeout=60) == 0, running.process.output
-    assert cluster.leftovers(within=3) == {}
-
-
 def test_a_host_without_sshd_is_named_before_anything_starts(
-    cluster: VirtualCluster, job: Callable[[str], ProbeJob]
+    cluster: VirtualCluster, job: Job
 ) -> None:
     cluster.stop_sshd("node2")
     job("wait").fails("node2: it refuses ssh connections", "start sshd on node2")
@@ -79,7 +81,7 @@ def test_a_host_without_sshd_is_named_before_anything_starts(
 
 
 def test_a_host_with_another_key_is_named_before_anything_starts(
-    cluster: VirtualCluster, job: Callable[[str], ProbeJob]
+    cluster: VirtualCluster, job: Job
 ) -> None:
     ssh = cluster.folder / "etc" / "ssh"
     known = (ssh / "known_hosts").read_text()
@@ -98,15 +100,13 @@ def test_a_host_with_another_key_is_named_before_anything_starts(
 
 
 def test_a_host_that_accepts_the_connection_and_hangs_is_named(
-    cluster: VirtualCluster, job: Callable[[str], ProbeJob]
+    cluster: VirtualCluster, job: Job
 ) -> None:
     cluster.freeze("node2")
     job("wait").fails("node2: it accepts connections and then says nothing")
 
 
-def test_a_port_that_is_taken_is_named_with_its_owner(
-    cluster: VirtualCluster, job: Callable[[str], ProbeJob]
-) -> None:
+def test_a_port_that_is_taken_is_named_with_its_owner(cluster: VirtualCluster, job: Job) -> None:
     port = next(_ports) + 1
     listen = (
         "import socket, time; s = socket.socket(); "
@@ -119,92 +119,83 @@ def test_a_port_that_is_taken_is_named_with_its_owner(
     running.fails(f"node1: port {port} is taken by process", "(python")
 
 
-@pytest.mark.parametrize(
-    ("hurt", "reason"),
-    [
-        ("crash", "node2 was lost: the connection broke"),
-        ("cut", "node2 was lost: it has not answered for"),
-        ("freeze", "node2 was lost: it has not answered for"),
-    ],
-)
-def test_a_host_that_is_lost_in_mid_run_is_named_and_all_others_are_cleared(
-    cluster: VirtualCluster, job: Callable[[str], ProbeJob], hurt: str, reason: str
+def test_a_host_that_crashes_in_mid_run_is_named_and_all_others_are_cleared(
+    cluster: VirtualCluster, job: Job
 ) -> None:
     running = job("wait")
     running.wait_for_ranks()
-    getattr(cluster, hurt)("node2")
-    running.fails(reason)
+    cluster.crash("node2")
+    running.fails("node2 was lost: the connection broke")
     left = cluster.leftovers(within=3)
-    if hurt == "cut":
-        # It cannot be told; it notices that nobody is there, and ends the run by itself.
-        deadline = time.monotonic() + 25
-        while any("probe_rank" in line for line in left.get("node2", [])):
-            assert time.monotonic() < deadline, left
-            left = cluster.leftovers(within=1)
-    left.pop("node2", None)  # sshd's session of a connection that is cut; all of a frozen host
+    left.pop("node2", None)
     assert left == {}
 
 
-def test_a_rank_that_raises_is_named_with_its_host(
-    cluster: VirtualCluster, job: Callable[[str], ProbeJob]
+def test_a_host_that_is_cut_off_or_frozen_in_mid_run_is_named_and_all_others_are_cleared(
+    cluster: VirtualCluster, job: Job
 ) -> None:
-    running = job("raise")
-    running.wait_for_ranks()
-    running.fails("rank 1 on node2 failed in phase forward: ValueError: deliberate")
+    on_cut, on_frozen = job("wait", FIRST), job("wait", SECOND)
+    on_cut.wait_for_ranks()
+    on_frozen.wait_for_ranks()
+    cluster.cut("node2")
+    cluster.freeze("node4")
+    on_cut.fails("node2 was lost: it has not answered for")
+    on_frozen.fails("node4 was lost: it has not answered for", within=5)
+    left = cluster.leftovers(within=3)
+    # It cannot be told; it notices that nobody is there, and ends the run by itself.
+    deadline = time.monotonic() + 25
+    while any("probe_rank" in line for line in left.get("node2", [])):
+        assert time.monotonic() < deadline, left
+        left = cluster.leftovers(within=1)
+    # sshd's session of a connection that is cut; all of a frozen host.
+    assert set(left) <= {"node2", "node4"}
+
+
+def test_ranks_that_raise_or_are_killed_are_named_with_their_host(
+    cluster: VirtualCluster, job: Job
+) -> None:
+    raising, killed = job("raise", FIRST), job("kill", SECOND)
+    raising.wait_for_ranks()
+    killed.wait_for_ranks()
+    raising.fails("rank 1 on node2 failed in phase forward: ValueError: deliberate")
+    killed.fails("rank 1 on node4 was killed by signal 9 (SIGKILL)", within=5)
     assert cluster.leftovers(within=3) == {}
 
 
-def test_a_rank_that_is_killed_is_named_with_its_host(
-    cluster: VirtualCluster, job: Callable[[str], ProbeJob]
-) -> None:
-    running = job("kill")
-    running.wait_for_ranks()
-    running.fails("rank 1 on node2 was killed by signal 9 (SIGKILL)")
-    assert cluster.leftovers(within=3) == {}
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_this_run_everywhere_and_no_other(
-    cluster: VirtualCluster, job: Callable[[str], ProbeJob], number: signal.Signals
+def test_a_signal_ends_this_run_everywhere_and_no_other_and_no_secret_is_seen(
+    cluster: VirtualCluster, job: Job
 ) -> None:
     # DeepSpeed's own launcher would run `pkill -f "python -u -m deepspeed.launcher.launch"`.
     other = "sleep 1000; echo python -u -m deepspeed.launcher.launch"
     cluster.start("node1", ["sh", "-c", other])
-    running = job("wait")
-    running.wait_for_ranks()
-    running.process.signal(number)
-    running.fails(f"stopped by {number.name}", state="interrupted")
-    assert cluster.leftovers() == {"node1": [f"sh -c {other}", "sleep 1000"]}
-
-
-def test_nothing_is_left_when_the_launcher_itself_is_killed(
-    cluster: VirtualCluster, job: Callable[[str], ProbeJob]
-) -> None:
-    running = job("wait")
-    running.wait_for_ranks()
-    running.process.signal(signal.SIGKILL)
-    running.process.wait(timeout=5)
+    first, second, third = job("wait"), job("wait"), job("wait", SECOND)
+    for running in (first, second, third):
+        running.wait_for_ranks()
+    seen = [line for lines in cluster.leftovers().values() for line in lines]
+    assert [line for line in seen if "probe_rank" in line]
+    assert not [line for line in seen if "hush-hush" in line]
+    secrets = first.folder / "environment.sh"
+    assert secrets.stat().st_mode & 0o777 == 0o600
+    assert "MLFLOW_TRACKING_TOKEN=hush-hush" in secrets.read_text()
+    first.process.signal(signal.SIGTERM)
+    first.fails("stopped by SIGTERM", state="interrupted")
+    # The other run on the same hosts has not noticed.
+    assert second.process.entering.poll() is None
+    assert sum("probe_rank" in line for line in cluster.leftovers().get("node1", [])) >= 1
+    second.process.signal(signal.SIGINT)
+    second.fails("stopped by SIGINT", state="interrupted")
     # pdsh and DeepSpeed's runner on this machine end when their ranks have.
-    assert cluster.leftovers(within=15) == {}
-
-
-def test_no_secret_is_on_a_command_line_of_any_host(
-    cluster: VirtualCluster, job: Callable[[str], ProbeJob]
-) -> None:
-    running = job("wait")
-    running.wait_for_ranks()
-    seen = cluster.leftovers()
-    assert {"head", "node1", "node2"} == set(seen)
-    assert not [line for lines in seen.values() for line in lines if "hush-hush" in line]
-    mode = (running.folder / "environment.sh").stat().st_mode
-    assert mode & 0o777 == 0o600
-    assert "MLFLOW_TRACKING_TOKEN=hush-hush" in (running.folder / "environment.sh").read_text()
-    running.process.signal(signal.SIGTERM)
-    running.process.wait(timeout=30)
+    third.process.signal(signal.SIGKILL)
+    third.process.wait(timeout=5)
+    still = {"node1": [f"sh -c {other}", "sleep 1000"]}
+    deadline = time.monotonic() + 20
+    while (left := cluster.leftovers()) != still:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
 
 
 def test_200_mb_of_output_end_in_the_log_and_on_the_terminal(
-    cluster: VirtualCluster, job: Callable[[str], ProbeJob]
+    cluster: VirtualCluster, job: Job
 ) -> None:
     running = job("flood")
     assert running.process.wait(timeout=120) == 0
@@ -213,3 +204,4 @@ def test_200_mb_of_output_end_in_the_log_and_on_the_terminal(
     assert running.process.log.stat().st_size >= log.stat().st_size
     log.unlink()
     running.process.log.unlink()
+    assert cluster.leftovers(within=3) == {}

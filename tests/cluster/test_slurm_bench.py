@@ -6,20 +6,26 @@ import json
 from pathlib import Path
 
 import pytest
-from slurm_daemons import Slurm
 from slurm_runs import SlurmRuns
-from virtual_hosts import VirtualCluster
+
+from launcher import run_dir as rd
 
 pytestmark = pytest.mark.cluster
 
 # A polynomial schedule cannot end (1e-7) above where it starts, which only the ranks find out.
+CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 300,
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 128,
+}  # fmt: skip
 SWEEP = """\
 defaults:
-  model: {name_or_path: smollm2-135m, random_weights: true, precision: fp32}
+  model: {name_or_path: model, random_weights: true, precision: fp32}
   method: lora
   max_seq_len: 32
   optim: {max_steps: 3, global_batch_size: 1}
   cluster: {num_nodes: 1, gpus_per_node: 1, backend: slurm}
+  slurm: {preflight: false}
 cases:
 - {name: works, strategy: {zero_stage: 2}}
 - {name: breaks, optim: {lr_scheduler_type: polynomial, learning_rate: 1.0e-8}}
@@ -27,21 +33,25 @@ cases:
 
 
 def test_a_sweep_goes_through_slurm_and_comes_back_with_predictions_and_measurements(
-    slurm: Slurm, cluster: VirtualCluster, shared_folder: Path
+    runs: SlurmRuns, shared_folder: Path
 ) -> None:
-    runs = SlurmRuns(cluster=cluster, folder=shared_folder)
+    (shared_folder / "model").mkdir()
+    (shared_folder / "model" / "config.json").write_text(json.dumps(CONFIG))
     (shared_folder / "sweep.yaml").write_text(SWEEP)
     command = ("bench", "sweep.yaml", "--array", "--out", "out")
     submitted = runs.zerofit(*command)
     assert submitted.returncode == 0, submitted.stderr
     assert "submitted job array" in submitted.stdout
     results_file = shared_folder / "out" / "sweep.jsonl"
-
-    def have_ended() -> bool:
-        runs.zerofit(*command)
-        return len(results_file.read_text().splitlines()) == 2
-
-    runs.until(have_ended, seconds=240)
+    states = ("finished", "failed")
+    runs.until(
+        lambda: all(
+            rd.read_status(path.parent).state in states
+            for path in (shared_folder / "out" / "runs").glob("*/*/status.json")
+        ),
+        seconds=240,
+    )
+    runs.until(lambda: runs.zerofit(*command) and len(results_file.read_text().splitlines()) == 2)
     lines = results_file.read_text().splitlines()
     results = {item["case"]: item for item in map(json.loads, lines)}
     assert {name: item["state"] for name, item in results.items()} == {

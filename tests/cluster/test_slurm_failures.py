@@ -180,6 +180,8 @@ def test_a_job_that_lost_its_node_waits_for_another_unless_told_not_to(
 ) -> None:
     watching = runs.start("crash", "sleep")
     cluster.crash("node2")
+    # Slurm knows after 15 s here, and after 300 s by default.
+    runs.until(lambda: "node2 has fallen silent" in watching.output, seconds=15)
     runs.until(lambda: "has been put back into the queue" in watching.output, seconds=40)
     assert runs.status(runs.folder / "crash")["state"] == "pending"
     runs.zerofit("cancel", runs.folder / "crash")

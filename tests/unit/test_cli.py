@@ -312,3 +312,10 @@ def test_a_dry_sweep_with_a_refused_case_leaves_with_2(zerofit: Zerofit, tmp_pat
     outcome = zerofit("bench", "sweep.yaml", "--dry-run")
     assert outcome.status == 2
     assert "1 of 2 cases are refused: long" in outcome.stderr
+
+
+@pytest.mark.parametrize("name", ["a b", "x;rm -rf y", "$(id)", "node1\nnode2", "nöde", "-oX=y"])
+def test_a_hostile_name_is_no_host(zerofit: Zerofit, name: str) -> None:
+    outcome = zerofit("hostfile", "--slots", "1", "--", name)
+    assert outcome.status == 2
+    assert "is not a host name" in outcome.stderr

@@ -100,3 +100,22 @@ def test_variables_of_another_job_do_not_reach_sbatch(
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
     program("sbatch", 'echo "${SLURM_NTASKS:-none}$SLURM_CONF"')
     assert slurm.submit(("sbatch",), env={}, cwd=tmp_path) == "none/etc/slurm.conf"
+
+
+def test_what_a_real_slurmdbd_says_of_ended_jobs_is_read(program: Program) -> None:
+    # Recorded from sacct 22.05.8 with slurmdbd and MariaDB: done, exit 3, scancel, an array.
+    program("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    program(
+        "sacct",
+        "cat <<'END'\n1|COMPLETED|node[1-2]|None\n2|FAILED|node1|None\n"
+        "3|CANCELLED by 0|node[1-2]|None\n4_0|COMPLETED|node1|None\n4_1|COMPLETED|node2|None\n"
+        "5|PENDING|None assigned|BeginTime\nEND",
+    )
+    seen = slurm.ask(["1", "2", "3", "4_0", "4_1", "5", "99"])
+    assert {number: job.state for number, job in seen.items()} == {
+        "1": "COMPLETED", "2": "FAILED", "3": "CANCELLED", "4_0": "COMPLETED",
+        "4_1": "COMPLETED", "5": "PENDING",
+    }  # fmt: skip
+    assert (seen["3"].reason, seen["3"].nodes) == ("by 0", "node[1-2]")
+    assert seen["5"].is_pending
+    assert seen["5"].nodes == ""
