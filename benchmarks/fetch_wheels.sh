@@ -22,7 +22,7 @@ for platform in manylinux_2_28_x86_64 manylinux_2_24_x86_64 manylinux_2_17_x86_6
   platforms+=(--platform "$platform")
 done
 for name in annotated-types bitsandbytes click datasets dill gguf hjson liger-kernel msgpack multiprocess \
-            omegaconf py-cpuinfo pydantic pydantic-core typing-inspection xxhash; do
+            omegaconf prometheus-client py-cpuinfo pydantic pydantic-core typing-inspection xxhash; do
   "$python" -m pip download -q --no-deps --only-binary=:all: --python-version "$python_version" \
     --implementation cp "${platforms[@]}" -d "$folder" "$(pinned "$name")"
 done

@@ -25,6 +25,7 @@ from typing import Any
 
 from launcher import run_dir as rd
 from launcher.errors import JobFailedError
+from launcher.recovery.record import RECOVERY_LOG
 
 SAVE_STEPS = 25
 # Adapters under ZeRO-2, and all weights under ZeRO-3.
@@ -41,6 +42,15 @@ RUNS = {
 SHARED = [
     "model.random_weights=true", "cluster.gpus_per_node=2", "optim.global_batch_size=4",
     "optim.max_steps=400", f"optim.save_steps={SAVE_STEPS}", "optim.save_total_limit=9",
+]  # fmt: skip
+TOO_LARGE = "too-large"
+# 65,536 tokens a rank: 214 GB, of which logits and loss are 84 (10 bytes each).
+TOO_LARGE_RECIPE = [
+    "model.name_or_path=llama3.2-1b", "model.random_weights=true", "method=lora",
+    "max_seq_len=8192", "strategy.zero_stage=2", "strategy.loss=full",
+    "strategy.gradient_checkpointing=none", "strategy.micro_batch_size_per_gpu=8",
+    "strategy.offload_optimizer=none",
+    "cluster.gpus_per_node=2", "optim.global_batch_size=16", "optim.max_steps=4",
 ]  # fmt: skip
 STEPS_AFTER_CHECKPOINT = 5
 RESUMED_STEPS = 5
@@ -127,6 +137,29 @@ def _resume(
     yield from stopped
 
 
+def out_of_memory(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Start what cannot fit, and expect the run to finish."""
+    run, log = folder / TOO_LARGE, folder / f"{TOO_LARGE}.log"
+    recipe = [*TOO_LARGE_RECIPE, *overrides]
+    train = _zerofit("train", "--anyway", *recipe, "--output-dir", str(run), log=log)
+    try:
+        status = train.wait(timeout=WAIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        train.kill()
+        return _line(TOO_LARGE, "oom-recovers", held=False, why=_tail(log))
+    record = run / RECOVERY_LOG
+    lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
+    attempts = [json.loads(line) for line in lines]
+    has_finished = status == 0 and rd.read_status(run).state == "finished"
+    if not (has_finished and attempts):
+        return _line(TOO_LARGE, "oom-recovers", held=False, why=f"{status}: {_tail(log)}")
+    tries = "; ".join(f"{item['kind']} in {item['phase']}: {item['changes']}" for item in attempts)
+    return _line(
+        TOO_LARGE, "oom-recovers", held=attempts[0]["kind"] == "gpu_oom",
+        why=f"finished {_losses(run)[-1][0]} steps after {tries}",
+    )  # fmt: skip
+
+
 def _zerofit(*argv: str, log: Path) -> subprocess.Popen[bytes]:
     with log.open("wb") as stream:
         return subprocess.Popen(
@@ -190,11 +223,16 @@ def main() -> int:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="zerofit-scenarios-"))
+    runs = {
+        name: scenarios(name, [*recipe, *SHARED, *options.overrides], folder)
+        for name, recipe in RUNS.items()
+    }
+    runs[TOO_LARGE] = (out_of_memory(folder, options.overrides) for _ in range(1))
     has_failed = False
-    for name, recipe in RUNS.items():
+    for name, founds in runs.items():
         if options.only not in name:
             continue
-        for found in scenarios(name, [*recipe, *SHARED, *options.overrides], folder):
+        for found in founds:
             with (options.out / "scenarios.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(found) + "\n")
             word = "held" if found["held"] else "DID NOT HOLD"

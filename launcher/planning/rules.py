@@ -30,6 +30,7 @@ LIGER_MODEL_TYPES = frozenset(
 _LARGEST_FLASH_HEAD_DIM = 256
 METHOD_NAME = {Method.full: "full fine-tuning", Method.lora: "LoRA", Method.qlora: "QLoRA"}
 _EIGHT_BIT = (Optimizer.adamw_8bit, Optimizer.paged_adamw_8bit)
+_MOST_8BIT_ELEMENTS = 2**31 - 1
 
 
 def default_attention(model: ModelSpec) -> Attention:
@@ -107,7 +108,7 @@ def why_offload_gains_nothing(offloaded_bytes: int, kept_bytes: int) -> str | No
 def _reasons(strategy: Strategy, workload: Workload, cluster: ClusterSpec) -> Iterator[str]:
     yield from _hardware_reasons(strategy, workload, cluster.gpu)
     yield from _kernel_reasons(strategy, workload, cluster.gpu)
-    yield from _optimizer_reasons(strategy, cluster.gpu)
+    yield from _optimizer_reasons(strategy, workload, cluster)
     yield from _offload_reasons(strategy, cluster)
     if workload.method is Method.qlora:
         yield from _qlora_reasons(strategy, workload)
@@ -148,9 +149,23 @@ def _kernel_reasons(strategy: Strategy, workload: Workload, gpu: GpuSpec) -> Ite
         yield f"Liger has no kernels for {model.model_type}: use the chunked loss"
 
 
-def _optimizer_reasons(strategy: Strategy, gpu: GpuSpec) -> Iterator[str]:
+def _optimizer_reasons(
+    strategy: Strategy, workload: Workload, cluster: ClusterSpec
+) -> Iterator[str]:
+    gpu = cluster.gpu
     if strategy.optimizer not in _EIGHT_BIT:
         return
+    partition = workload.num_trainable_params
+    if strategy.zero_stage > 0:
+        partition //= cluster.world_size
+    if strategy.zero_stage < 3 and partition > _MOST_8BIT_ELEMENTS:
+        # DeepSpeed makes one flat tensor of the partition, ZeRO-3 several of sub_group_size.
+        # bitsandbytes 0.50.2 backends/cuda/ops.py passes c_int32(g.numel()); H100, 3.2e9
+        # elements: SIGABRT in the first step.
+        yield (
+            f"bitsandbytes' 8-bit optimizers count to {_MOST_8BIT_ELEMENTS:,} elements, and each "
+            f"rank would have {partition:,} in one tensor: use ZeRO-3, more GPUs, or adamw"
+        )
     if strategy.offload_optimizer is not Offload.none:
         # accelerate 1.15 utils/deepspeed.py:map_pytorch_optim_to_deepspeed: offloaded states
         # belong to DeepSpeedCPUAdam, which keeps them in fp32.

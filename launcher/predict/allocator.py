@@ -14,6 +14,7 @@ from launcher.predict.components import (
     LEAVING,
     LOGITS,
     NORM,
+    OVERFLOW,
     REDUCTION,
     SAVED,
     TEMPORARIES,
@@ -114,13 +115,16 @@ def _shared_step_hole_bytes(phases: Mapping[str, Mapping[str, int]], zero: ZeroR
 
     Those that wait from earlier micro-steps leave as much again (two H200, ZeRO-1/2, 7B and 8B:
     reserved 6.7 to 9.0 GB above allocated for 6.7 to 8.0 GB of flat gradients, 13.4 with two
-    micro-steps). On one GPU the gradients of a whole model fit where its activations were (up to
-    2 GB above); adapters' do not, between the frozen layers' (H100, LoRA of 2.4 and 6.4 GB:
-    reserved 4.5 and 6.5 GB above allocated).
+    micro-steps). On one GPU the gradients of a whole model fit where its activations were, unless
+    those were checkpointed (H100, Qwen2.5-0.5B, 1.0 GB waiting: reserved 2.0 GB above allocated);
+    adapters' do not, between the frozen layers' (LoRA of 2.4 and 6.4 GB: 4.5 and 6.5 GB above).
     """
-    if zero.has_offloaded_optimizer or (zero.world_size == 1 and zero.is_full):
+    if zero.has_offloaded_optimizer:
         return 0
-    return phases["step"].get(FLAT_GRADIENTS, 0) + phases["backward"].get(CARRIED, 0)
+    carried = phases["backward"].get(CARRIED, 0)
+    if zero.world_size == 1 and zero.is_full:
+        return max(0, carried - phases["loss"].get(SAVED, 0))
+    return phases["step"].get(FLAT_GRADIENTS, 0) + carried
 
 
 def _activations_hole_bytes(phases: Mapping[str, Mapping[str, int]]) -> int:
@@ -143,11 +147,14 @@ def _stream_pools_bytes(
 
     Source: DeepSpeed 0.19.8 ``stage3.py:__reduce_and_partition_ipg_grads``.
     """
-    reducing = {REDUCTION, NORM, LEAVING} if strategy.zero.overlaps(3) else {REDUCTION}
+    reducing = {REDUCTION}
+    if strategy.zero.overlaps(3):
+        reducing |= {NORM, LEAVING, OVERFLOW}
     compute = gathered = reduced = 0
     for name, parts in phases.items():
         # The optimizer takes its norms on the main stream.
-        aside = {part for part in parts if part in reducing and name != "step"}
+        apart = reducing if name != "step" else reducing & {OVERFLOW}
+        aside = apart & parts.keys()
         gathered = max(gathered, parts.get(GATHERED, 0))
         reduced = max(reduced, sum(parts[part] for part in aside))
         rest = (size for part, size in parts.items() if part not in {*aside, GATHERED})

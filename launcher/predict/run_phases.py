@@ -18,6 +18,7 @@ from launcher.predict.components import (
     MASTER,
     NORM,
     OPTIMIZER,
+    OVERFLOW,
     OWNED,
     PASSING,
     TEMPORARIES,
@@ -117,7 +118,9 @@ class RunPhases:
 
     def _stage_3_init(self, model: Components) -> Iterator[Candidate]:
         zero, part = self.zero, self.zero.partition
-        model = {**model, **self._untied_head()}
+        if zero.is_full:
+            # Adapters are added in between, and the head is tied by then.
+            model = {**model, **self._untied_head()}
         # Each trained tensor is brought together once, to link it with its master weights.
         is_linked = zero.is_full and zero.gathers
         whole = zero.counts.largest_in_bytes if is_linked else 0.0
@@ -161,7 +164,7 @@ class RunPhases:
             if zero.precision is Precision.fp16:
                 # stage3.py:has_overflow: isinf is an absolute copy and its comparison.
                 checked = (zero.accumulation_width + 1) * zero.partition
-                yield "overflow check", {**found, "copies to find infinities": checked}
+                yield "overflow check", {**found, OVERFLOW: checked}
             # stage3.py:get_grad_norm_direct makes a whole gradient fp64.
             norm = 8 * zero.counts.largest_trainable / zero.world_size
             yield "gradient norm", {**found, NORM: norm}

@@ -18,7 +18,10 @@ from generators import ROOT, script
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))
 # When these were made, the worker held gathered 4-bit weights until the step was over, and did
 # not yet copy grouped heads where FlashAttention does not run.
-OUTDATED = {"7b-qlora-z3-2048-gc", "8b-qlora-z3-4096-gc-liger", "1b-full-z2-1024-fp32"}
+OUTDATED = {
+    ("h200x2", "7b-qlora-z3-2048-gc"), ("h200x2", "8b-qlora-z3-4096-gc-liger"),
+    ("h100", "1b-full-z2-1024-fp32"),
+}  # fmt: skip
 WORST_ALLOCATED, MEAN_ALLOCATED, MEAN_RESERVED = 0.06, 0.02, 0.04
 
 
@@ -26,7 +29,8 @@ WORST_ALLOCATED, MEAN_ALLOCATED, MEAN_RESERVED = 0.06, 0.02, 0.04
 def rows(path: Path) -> tuple[Any, ...]:
     script("load_replay")  # published.py imports it from its own folder
     script("published")  # and accuracy.py that from its own folder
-    return tuple(row for row in script("accuracy").read_rows([path]) if row.case not in OUTDATED)
+    found = script("accuracy").read_rows([path])
+    return tuple(row for row in found if (path.stem, row.case) not in OUTDATED)
 
 
 def errors(path: Path, quantity: str, *, held_out_only: bool = False) -> list[float]:
@@ -59,7 +63,7 @@ def test_the_mean_error_of_reserved_bytes_is_at_most_4_percent(
     assert statistics.mean(found) <= MEAN_RESERVED
 
 
-def test_every_phase_of_every_run_is_within_6_percent() -> None:
+def test_every_phase_of_every_run_is_within_6_percent_or_20_mb() -> None:
     """Init with an offloaded optimizer is left out: DeepSpeed reset the counter in its middle.
 
     0.19.8 ``runtime/utils.py:empty_cache`` did so in these runs; what was measured is the rest.
@@ -71,7 +75,7 @@ def test_every_phase_of_every_run_is_within_6_percent() -> None:
         for path in RESULTS
         for row in rows(path)
         for phase, (predicted, measured) in row.phases.items()
-        if abs(predicted / measured - 1) > WORST_ALLOCATED
+        if abs(predicted / measured - 1) > WORST_ALLOCATED and abs(predicted - measured) > 20e6
     }
     reset = {("1b-full-z2-1024-off", "init"), ("1b-full-z1-1024-off", "init")}
     arriving = {("7b-lora-z3-2048-gc-offload-param", "forward")}

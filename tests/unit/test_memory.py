@@ -10,6 +10,7 @@ import pytest
 from launcher.hardware import ClusterSpec, cpu_spec, default_cluster, find_gpu
 from launcher.model_source import load_catalogue_entry
 from launcher.model_spec import ModelSpec, WeightSpec, spec_from_config
+from launcher.predict.components import OVERFLOW
 from launcher.predict.memory import PHASES, MemoryEstimate, estimate_memory
 from launcher.predict.zero_runtime import zero_runtime
 from launcher.strategy import (
@@ -225,7 +226,7 @@ def test_zero_3_in_fp16_copies_all_gradients_to_look_for_infinities() -> None:
     )
     assert half.moment == "overflow check"
     partition = model("llama2-7b").num_params / 8
-    assert half.components["copies to find infinities"] == pytest.approx(3 * partition)
+    assert half.components[OVERFLOW] == pytest.approx(3 * partition)
     assert half.allocated_bytes > brain.allocated_bytes
 
 

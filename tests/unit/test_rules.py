@@ -160,6 +160,20 @@ def test_paged_states_need_a_gpu() -> None:
     assert "CUDA memory" in reason(strategy, workload("smollm2-135m", place=place), place)
 
 
+@pytest.mark.parametrize(
+    ("stage", "gpus", "is_refused"),
+    # 3.2e9 parameters; an H100 with ZeRO-1 aborted.
+    [(1, 1, True), (2, 1, True), (0, 2, True), (1, 2, False), (3, 1, False)],
+)
+def test_an_8_bit_optimizer_has_no_tensor_of_more_elements_than_bitsandbytes_counts(
+    stage: ZeroStage, gpus: int, is_refused: bool
+) -> None:
+    place = cluster("H100-80GB", gpus=gpus)
+    work = workload("llama3.2-3b", place=place, method=Method.full)
+    strategy = Strategy(zero_stage=stage, optimizer=Optimizer.adamw_8bit)
+    assert ("count to 2,147,483,647" in reason(strategy, work, place)) == is_refused
+
+
 def test_zero_1_with_fp32_accumulation_is_refused() -> None:
     full = workload(method=Method.full)
     strategy = Strategy(zero_stage=1, grad_accum_dtype=Precision.fp32)
