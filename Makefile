@@ -54,6 +54,7 @@ format: $(VENV)/dev.stamp  ## rewrite the sources as ruff formats them
 golden: $(VENV)/dev.stamp  ## rewrite recipes/, ds_configs/ and the generated pages; review the diff
 	$(BIN)/python benchmarks/make_recipes.py
 	$(BIN)/python benchmarks/make_figure4.py
+	$(BIN)/python benchmarks/make_study.py
 	$(BIN)/python tests/golden/sbatch_cases.py
 	$(BIN)/python benchmarks/accuracy.py --markdown > benchmarks/accuracy.md
 
