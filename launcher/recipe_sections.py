@@ -200,6 +200,9 @@ class RecoverySection:
     min_nodes: int | None = None
     """A run that loses hosts of its hostfile goes on with the rest, if so many are left;
     ``None``: only while spare hosts take their places (more in the hostfile than num_nodes)."""
+    save_grace_seconds: float | None = None
+    """How long ranks that were told to stop may take to save; ``None``: four times the predicted
+    time of the step and the checkpoint, a minute at least."""
     on_nan: Literal["stop", "skip"] = "stop"
     """Losses or gradients that are not finite end the run, or their step is left out."""
 

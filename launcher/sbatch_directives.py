@@ -53,6 +53,23 @@ def looks_at_nodes(settings: SlurmSection) -> bool:
     return settings.preflight is not False and settings.container is None
 
 
+def minutes_of(time: str) -> float | None:
+    """Return a time limit of sbatch and sinfo in minutes; ``None`` when there is none.
+
+    Source: sbatch(1), ``--time``: minutes, minutes:seconds, hours:minutes:seconds, days-hours,
+    days-hours:minutes, days-hours:minutes:seconds.
+    """
+    if not _TIME.fullmatch(time) or time.lower() in ("infinite", "unlimited"):
+        return None
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    else:
+        hours, minutes, seconds = [(0, *parts, 0), (0, *parts), tuple(parts)][len(parts) - 1]
+    return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
+
+
 def directive(name: str, value: str | int | None = None) -> str:
     """Return one #SBATCH line; the value is quoted, and no shell reads it.
 

@@ -69,6 +69,7 @@ def submit_run(
     """
     backend = slurm_backend(prepared.recipe)
     _check(prepared, backend, tokenize=tokenize)
+    backend = backend.in_partition()
     run_dir, _, _ = create_run(prepared, output_dir, backend=backend)
     with _removed_if_not_submitted(run_dir, say):
         check_accepted(run_dir)
@@ -82,7 +83,15 @@ def submit_run(
         limit = f"time limit {backend.settings.time}"
     elif minutes is not None:
         limit = f"time limit {minutes} minutes, from the predicted run time"
+        if minutes == backend.partition_minutes:
+            limit = f"time limit {minutes} minutes, all that the partition allows"
     say(f"submitted job {handle.job_id} ({limit})")
+    num_jobs = backend.num_jobs(prepared.plan)
+    if num_jobs > 1:
+        say(
+            f"the run is predicted to need {num_jobs} jobs of that length: each saves before its "
+            "end, and the next one goes on"
+        )
     return handle
 
 
@@ -100,7 +109,7 @@ def submit_array(
         RecipeError: the runs need different nodes, so they cannot be one array.
         LauncherError: as :func:`submit_run`.
     """
-    backends = [slurm_backend(item.recipe) for item in prepared]
+    backends = [slurm_backend(item.recipe).in_partition() for item in prepared]
     _check_same_shape(prepared, backends)
     for item, backend in zip(prepared, backends, strict=True):
         _check(item, backend, tokenize=tokenize)

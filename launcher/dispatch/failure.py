@@ -140,10 +140,10 @@ def describe_failure(
     if by_signal is not None:
         return _killed(*by_signal, where=str(log_file))
     died = next((dead for dead in dead_ranks if dead.exit_status), None)
-    if rd.free_bytes(run_dir) < rd.PROBE_BYTES:
+    if problem := _storage_problem(run_dir):
         # Neither the rank's file nor the log could be written any more.
         return JobFailedError(
-            "the disk is full, and the run has ended",
+            f"{problem}, and the run has ended",
             where=str(run_dir),
             fix="free some space, or start it again in a folder on a larger disk",
             kind=FailureKind.storage,
@@ -195,6 +195,13 @@ def _noticed(failures: tuple[RankPeaks, ...], log: list[str], run_dir: Path) -> 
         fix=_SIGNAL_FIXES[signal.SIGKILL.value],
         kind=FailureKind.killed,
     )
+
+
+def _storage_problem(run_dir: Path) -> str | None:
+    try:
+        return "the disk is full" if rd.free_bytes(run_dir) < rd.PROBE_BYTES else None
+    except OSError as error:
+        return f"the run directory has vanished ({error.strerror})"
 
 
 def _reported(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import socket
 import sys
 from collections.abc import Mapping
@@ -18,10 +20,18 @@ from launcher.errors import RunDirError, SetupError
 from launcher.job_script import WORKER_MODULE, DeepSpeedJob, JobRequest
 from launcher.planning.plan import Plan
 from launcher.recipe_sections import SlurmSection
-from launcher.sbatch_directives import suggest_signal_seconds, suggest_time_limit_minutes
+from launcher.sbatch_directives import (
+    minutes_of,
+    suggest_signal_seconds,
+    suggest_time_limit_minutes,
+)
 from launcher.sbatch_script import JOB_SBATCH, SlurmJob, render_slurm_job
 
+_log = logging.getLogger(__name__)
+
 NAME = "slurm"
+USUAL_START_SECONDS = 60.0
+"""Before the first step, where nothing is known: ranks on the tests' processors start in 20 s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +42,8 @@ class SlurmBackend:
     """Of the recipe and the site file together."""
     num_steps: int | None = None
     """Optimizer steps of the run, from which its time limit follows; ``None`` if unknown."""
+    partition_minutes: float | None = None
+    """Longest time of a job in the partition; a run that needs more is a chain of jobs."""
     has_data: bool = False
     python: str = sys.executable
     run_id: str = field(default_factory=new_run_id)
@@ -59,14 +71,46 @@ class SlurmBackend:
             worker_module=self.worker_module,
             has_data=self.has_data,
         )
-        limit = self.num_steps and suggest_time_limit_minutes(self.num_steps, step_seconds)
+        limit = self._limit_minutes(step_seconds)
+        signal_seconds = suggest_signal_seconds(plan.memory.checkpoint_bytes, step_seconds)
+        if limit is not None:
+            # Else there is no time to train in.
+            signal_seconds = min(signal_seconds, int(limit * 60 / 2))
         return SlurmJob(
             ranks=ranks,
             num_nodes=plan.cluster.num_nodes,
             settings=self.settings,
-            signal_seconds=suggest_signal_seconds(plan.memory.checkpoint_bytes, step_seconds),
-            time_limit_minutes=limit or None,
+            signal_seconds=signal_seconds,
+            time_limit_minutes=None if limit is None else max(1, int(limit)),
         )
+
+    def num_jobs(self, plan: Plan) -> int:
+        """Return how many jobs in a row the run needs; 1 where that is not known."""
+        limit = self._limit_minutes(plan.time.step_seconds)
+        if self.num_steps is None or limit is None:
+            return 1
+        job = self.job(plan, Path("/"))
+        lead = self.settings.signal_seconds or job.signal_seconds
+        usable_seconds = max(60.0, limit * 60 - lead - USUAL_START_SECONDS)
+        return math.ceil(self.num_steps * plan.time.step_seconds / usable_seconds)
+
+    def _limit_minutes(self, step_seconds: float) -> float | None:
+        """Return the time limit of one job; ``None`` leaves it to the partition, unseen."""
+        if self.settings.time is not None:
+            return minutes_of(self.settings.time)
+        if self.num_steps is None:
+            return None
+        suggested = suggest_time_limit_minutes(self.num_steps, step_seconds)
+        return min(suggested, self.partition_minutes or suggested)
+
+    def in_partition(self) -> SlurmBackend:
+        """Return the same backend, knowing how long its partition lets a job run."""
+        try:
+            minutes = slurm.partition_minutes(self.settings.partition)
+        except slurm.ControllerError as error:
+            _log.warning("the partition's time limit is not known: %s", error.problem)
+            return self
+        return replace(self, partition_minutes=minutes)
 
     def with_steps(self, num_steps: int) -> SlurmBackend:
         """Return the same backend for a run whose number of steps is known by now."""

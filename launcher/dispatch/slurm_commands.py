@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import JobFailedError, LauncherError, SetupError
+from launcher.sbatch_directives import minutes_of
 
 # squeue tries for some 4 s when the controller is down, sbatch for 8 s (Slurm 22.05, measured).
 ASK_TIMEOUT_SECONDS = 12.0
@@ -156,6 +157,24 @@ def parse_failed_nodes(shown: str) -> str:
             why = f", {reason}" if reason not in ("", "none") else ""
             bad.append(f"{name} ({state.rstrip('*')}{why})")
     return ", ".join(bad)
+
+
+def partition_minutes(partition: str | None) -> float | None:
+    """Return how long a job may take in a partition, or in the default one.
+
+    Returns:
+        Minutes; of several partitions, of the strictest. ``None`` when there is no limit.
+
+    Raises:
+        ControllerError: Slurm does not answer.
+    """
+    which = ["--partition", partition] if partition else []
+    shown = _run(["sinfo", "--noheader", "--format", "%P|%l", *which])
+    lines = [line.strip().rpartition("|") for line in shown.splitlines()]
+    limits = [
+        minutes_of(limit) for name, _, limit in lines if partition is not None or name[-1:] == "*"
+    ]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _ask_controller(job_ids: Sequence[str]) -> dict[str, SlurmJobState]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from launcher import run_dir as rd
 from launcher.checkpoint_time import save_seconds
 from launcher.dispatch.interruptions import Interruptions
-from launcher.errors import RunDirError
+from launcher.errors import LauncherError, RunDirError
+from launcher.recipe import parse_recipe
 from launcher.stop_file import ask_to_stop
 
 _log = logging.getLogger(__name__)
@@ -83,12 +84,18 @@ def has_trained(run_dir: Path, *, since: float) -> bool:
 
 
 def grace_seconds(run_dir: Path) -> float:
-    """Return how long ranks may take to end their step and save, from the run's plan."""
+    """Return how long ranks may take to end their step and save, by the recipe or the plan."""
+    path = run_dir / rd.RECIPE
     try:
+        set_seconds = parse_recipe(rd.read_text(path), source=str(path)).recovery.save_grace_seconds
+        if set_seconds is not None:
+            return set_seconds
         plan = rd.read_json(run_dir / rd.PLAN)
         predicted = save_seconds(
             plan["memory"]["checkpoint_bytes"], step_seconds=plan["time"]["step_seconds"]
         )
-    except (RunDirError, KeyError, TypeError):
-        return SHORTEST_GRACE_SECONDS  # the worker's own tests write no such plan
+    except (LauncherError, KeyError, TypeError) as error:
+        # Now is not the time to refuse a file: the ranks have read theirs.
+        _log.warning("the time to save is not known (%s): %.0f s", error, SHORTEST_GRACE_SECONDS)
+        return SHORTEST_GRACE_SECONDS
     return max(SHORTEST_GRACE_SECONDS, GRACE_FACTOR * predicted)

@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from launcher.checkpoint_time import save_seconds
 from launcher.hardware import SiteConstants
 from launcher.planning.plan import Plan
 from launcher.planning.wording import METHOD_NAME, changes, fit_words, label, plain_part, short_size
@@ -149,7 +150,10 @@ def _total_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     )
     if memory.nvme_bytes_per_node:
         host += f", {short_size(memory.nvme_bytes_per_node)} on its NVMe drive"
-    yield "host", f"{host}; {short_size(memory.checkpoint_bytes)} of disk per checkpoint"
+    # No step belongs to the writing itself.
+    written = format_seconds(save_seconds(memory.checkpoint_bytes, step_seconds=0.0))
+    disk = f"{short_size(memory.checkpoint_bytes)} of disk and about {written} per checkpoint"
+    yield "host", f"{host}; {disk}"
     tokens = time.tokens_per_second_per_gpu * cluster.world_size
     speed = f"{format_seconds(time.step_seconds)} per optimizer step, {tokens:,.0f} tokens/s in all"
     if is_gpu:

@@ -210,28 +210,70 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return found
 
 
-def save_failure(error: BaseException, checkpoints: Path) -> SaveFailedError:
-    """Return what to tell the user when a checkpoint could not be written.
+_FIX_FULL = "free some disk space or lower optim.save_total_limit"
+_REASONS = {
+    errno.EDQUOT: ("the disk quota is used up", _FIX_FULL),
+    errno.ENOSPC: ("the disk is full", _FIX_FULL),
+    errno.EROFS: ("the file system is read-only", "have it mounted for writing again"),
+    errno.ENOENT: ("the folder has vanished", "bring it back, or mount its file system again"),
+    errno.ESTALE: ("the file server has lost the folder", "mount its file system again"),
+    errno.EIO: ("the disk or its server failed", "look at the system's log"),
+}
+
+
+def save_failure(
+    error: BaseException, checkpoints: Path, *, last: Path | None = None
+) -> SaveFailedError:
+    """Return what to tell the user when a checkpoint, or another file of a run, was not written.
 
     Args:
         error: what a writer raised: an OSError, or torch's and safetensors' own words for one.
         checkpoints: the folder of all checkpoints.
+        last: the newest complete checkpoint that is known; it may not be in sight now.
     """
-    free_bytes = run_dir.free_bytes(checkpoints)
     number = error.errno if isinstance(error, OSError) else None
     # torch says where in its file it was, safetensors what the system said.
     reason = (error.strerror or str(error)) if isinstance(error, OSError) else "a write failed"
-    if number == errno.EDQUOT:
-        reason = "the disk quota is used up"
-    elif number == errno.ENOSPC or free_bytes < run_dir.PROBE_BYTES:
-        reason = "the disk is full"
-    last = newest_checkpoint(checkpoints.parent)
+    fix = "look at the file system"
+    free = ""
+    with contextlib.suppress(OSError):  # the folder may have vanished
+        free_bytes = run_dir.free_bytes(checkpoints)
+        free = f" ({format_bytes(free_bytes)} free)"
+        if number is None and free_bytes < run_dir.PROBE_BYTES:
+            number = errno.ENOSPC
+    if number in _REASONS:
+        reason, fix = _REASONS[number]
+    last = newest_checkpoint(checkpoints.parent) or last
     kept = f"nothing is lost up to {last}" if last else "no earlier checkpoint was complete"
     return SaveFailedError(
-        f"the checkpoint could not be saved: {reason} ({format_bytes(free_bytes)} free); {kept}",
+        f"the run could not be saved: {reason}{free}; {kept}",
         where=str(checkpoints),
-        fix="free some disk space or lower optim.save_total_limit, then `zerofit resume` the run",
+        fix=f"{fix}, then `zerofit resume` the run",
     )
+
+
+def check_is_same_folder(checkpoints: Path, inode: int) -> None:
+    """Raise OSError when another folder has taken the place of one: an unmounted disk's, say.
+
+    Whoever writes a checkpoint makes missing folders, and would fill the disk below.
+    """
+    if checkpoints.stat().st_ino != inode:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(checkpoints))
+
+
+def storage_failure(error: BaseException, folder: Path) -> SaveFailedError | None:
+    """Return the error for a file of the run that could not be written; ``None`` for any other.
+
+    Args:
+        error: what ended a rank.
+        folder: the run directory.
+    """
+    if not isinstance(error, OSError) or error.errno not in _REASONS:
+        return None
+    is_below = error.filename is not None and str(folder) in str(error.filename)
+    if error.errno == errno.ENOENT and not (is_below and not (folder / run_dir.RECIPE).exists()):
+        return None  # some other file is missing
+    return save_failure(error, folder / run_dir.CHECKPOINTS)
 
 
 def is_write_failure(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ from launcher.errors import LauncherError
 from launcher.failure_kind import FailureKind
 from launcher.redact import redacted
 from launcher.stop_file import clear_stop
+from launcher.worker.checkpoints import storage_failure
 from launcher.worker.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def report_failure(
         recorder: what it measured; ``None`` when it had not begun.
         folder: the run directory.
     """
+    error = storage_failure(error, folder) or error
     kind = error.kind if isinstance(error, LauncherError) else FailureKind.other
     # The others may be told to end now; they must not take it for the request to save.
     with contextlib.suppress(OSError):

@@ -130,6 +130,9 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
         self._numbers = numbers
         self._batches: RankBatches | None = None
         self._is_staging = False
+        self._last_saved = resumption.path if resumption and not resumption.is_converted else None
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        self._folder_inode = Path(self.args.output_dir).stat().st_ino
         if batch_record.VARIABLE in os.environ:
             folder = Path(self.args.output_dir).parent
             rank = self.args.process_index
@@ -264,7 +267,9 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
         with self._recorder.during("save"), self._saving() as staging:
             super()._save_checkpoint(*arguments, **options)
-            self._publish(staging / f"checkpoint-{self.state.global_step}")
+            name = f"checkpoint-{self.state.global_step}"
+            self._publish(staging / name)
+            self._last_saved = staging.parent / name
             if self.args.should_save:
                 checkpoints.prune(staging.parent, keep=self._save_total_limit)
 
@@ -274,11 +279,12 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
         folder = Path(self.args.output_dir)
         self._is_staging = True
         try:
+            checkpoints.check_is_same_folder(folder, self._folder_inode)
             yield checkpoints.staging_folder(folder)
         except Exception as error:
             if not checkpoints.is_write_failure(error):
                 raise
-            failure = checkpoints.save_failure(error, folder)
+            failure = checkpoints.save_failure(error, folder, last=self._last_saved)
             # Room for the files that say why the run ended.
             checkpoints.clear_unfinished(folder)
             raise failure from error

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 from virtual_hosts import ROOT, VirtualCluster
+
+from launcher import run_dir as rd
+from launcher.worker.checkpoints import find_newest
 
 sys.path.insert(0, str(ROOT / "tests" / "integration"))
 from worker_runs import make_model, write_chats
@@ -100,3 +105,24 @@ def test_a_hostfile_s_hosts_train_together(  # noqa: PLR0917
     assert not (folder / "environment.sh").exists()
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert not [path for path in files if b"hf_secret" in path.read_bytes()]
+
+
+def test_sigterm_on_one_host_saves_on_all_of_them(cluster: VirtualCluster, workplace: Path) -> None:
+    (workplace / "hosts").write_text("node[1-2] slots=1\n")
+    zerofit = [sys.executable, "-m", "launcher.cli", "train", "recipe.yaml"]
+    more = ["strategy.zero_stage=2", "optim.max_steps=5000", "--output-dir", "stopped"]
+    started = cluster.start("head", [*zerofit, *more], cwd=workplace)
+    deadline = time.monotonic() + 240
+    while "step 3/5000" not in started.output:
+        assert started.entering.poll() is None, started.output
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    started.signal(signal.SIGTERM)
+    assert started.wait(timeout=120) == 4, started.output
+    assert cluster.leftovers(within=8) == {}
+    run = workplace / "stopped"
+    assert "Traceback" not in started.output
+    newest, skipped = find_newest(run / rd.CHECKPOINTS)
+    assert newest is not None
+    assert (newest.layout.world_size, skipped) == (2, [])
+    assert rd.read_status(run).reason == f"SIGTERM: saved after step {newest.step}"

@@ -156,7 +156,7 @@ def test_a_disk_that_takes_no_more_ends_the_run_and_names_what_is_left(
     )
     assert done.returncode == 1
     assert "[rank 0] error: " in done.stderr
-    assert "the checkpoint could not be saved" in done.stderr
+    assert "the run could not be saved" in done.stderr
     assert f"nothing is lost up to {kept}" in done.stderr
     assert "Traceback" not in done.stderr
     found, skipped = find_newest(folder / rd.CHECKPOINTS)

@@ -15,6 +15,7 @@ from launcher.dispatch import process_group
 from launcher.dispatch.base import JobHandle, read_handle, write_handle
 from launcher.dispatch.deepspeed import HostfileBackend, is_only_this_machine, read_hostfile
 from launcher.dispatch.local import LocalBackend, choose_port
+from launcher.dispatch.slurm import SlurmBackend
 from launcher.errors import HostfileError, RunDirError, SetupError
 from launcher.hardware import cpu_spec, default_cluster, find_gpu
 from launcher.hostfile import Host
@@ -22,6 +23,7 @@ from launcher.model_spec import spec_from_config
 from launcher.planning.plan import Plan
 from launcher.predict.memory import MemoryEstimate
 from launcher.predict.step_time import TimeEstimate
+from launcher.recipe_sections import SlurmSection
 from launcher.strategy import Method, Strategy
 from launcher.units import GIB
 from launcher.workload import Workload
@@ -183,3 +185,18 @@ def test_a_program_that_is_missing_is_named_and_nothing_is_left(
     with pytest.raises(SetupError, match="cannot start bash"):
         backend.submit(request, run_dir=rd.create(tmp_path / "run"))
     assert process_group.find_processes("id") == []
+
+
+def test_a_run_that_needs_more_than_the_partition_allows_is_planned_as_a_chain() -> None:
+    # 10,000 steps of 1 s: 15 min + 1.7 x 10,000 s are 298 min, in quarters of an hour 300.
+    alone = SlurmBackend(settings=SlurmSection(), num_steps=10_000)
+    assert alone.job(make_plan(), Path("/run")).time_limit_minutes == 300
+    assert alone.num_jobs(make_plan()) == 1
+    # An hour a job, of which the lead (1.7 s + 60 s, at least 120 s) and the start (60 s) are not
+    # trained in: 10,000 s / 3,420 s.
+    chain = replace(alone, partition_minutes=60.0)
+    assert chain.job(make_plan(), Path("/run")).time_limit_minutes == 60
+    assert chain.num_jobs(make_plan()) == 3
+    # The signal leaves half of a short job to train in.
+    short = replace(alone, settings=SlurmSection(time="3"))
+    assert short.job(make_plan(), Path("/run")).signal_seconds == 90

@@ -13,6 +13,7 @@ from launcher.errors import LauncherError, RunDirError, SetupError
 from launcher.recipe_sections import SlurmSection
 from launcher.sbatch_directives import (
     directive,
+    minutes_of,
     suggest_signal_seconds,
     suggest_time_limit_minutes,
 )
@@ -164,6 +165,21 @@ def test_the_time_limit_follows_from_the_predicted_steps() -> None:
     # 15 min to start and 1.7 x 1000 x 3.6 s = 102 min, in whole quarters of an hour
     assert suggest_time_limit_minutes(1000, 3.6) == 120
     assert suggest_time_limit_minutes(1, 0.1) == 30
+
+
+@pytest.mark.parametrize(
+    ("written", "minutes"),
+    [
+        ("90", 90.0),
+        ("2:30", 2.5),
+        ("1:30:00", 90.0),
+        ("1-12", 2160.0),
+        ("1-00:30", 1470.0),
+        ("infinite", None),
+    ],
+)
+def test_a_time_limit_is_read_as_sbatch_reads_it(written: str, minutes: float | None) -> None:
+    assert minutes_of(written) == minutes
 
 
 def test_ranks_hear_of_the_limit_early_enough_to_write_their_checkpoint() -> None:

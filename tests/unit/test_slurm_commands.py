@@ -119,3 +119,15 @@ def test_what_a_real_slurmdbd_says_of_ended_jobs_is_read(program: Program) -> No
     assert (seen["3"].reason, seen["3"].nodes) == ("by 0", "node[1-2]")
     assert seen["5"].is_pending
     assert seen["5"].nodes == ""
+
+
+@pytest.mark.parametrize(
+    ("partition", "minutes"), [(None, 1440.0), ("short", 2.0), ("short,long", 2.0), ("long", None)]
+)
+def test_the_partition_says_how_long_a_job_may_take(
+    program: Program, partition: str | None, minutes: float | None
+) -> None:
+    lines = {"short": "short|2:00", "long": "long|infinite", None: "main*|1-00:00:00"}
+    shown = [lines[name] for name in (partition.split(",") if partition else (None, "short"))]
+    program("sinfo", "\n".join(f"echo '{line}'" for line in shown))
+    assert slurm.partition_minutes(partition) == minutes

@@ -107,8 +107,11 @@ def test_the_time_to_save_follows_from_the_plan(tmp_path: Path) -> None:
             "time": {"step_seconds": 10.0},
         }
         rd.write_json(tmp_path / rd.PLAN, plan)
+        (tmp_path / rd.RECIPE).write_text("model: {name_or_path: m}\n")
         assert grace_seconds(tmp_path) == pytest.approx(expected_seconds)
-    (tmp_path / rd.PLAN).unlink()
+    (tmp_path / rd.RECIPE).write_text("recovery: {save_grace_seconds: 7}\nmodel: {name_or_path: m}")
+    assert grace_seconds(tmp_path) == 7.0
+    (tmp_path / rd.RECIPE).unlink()
     assert grace_seconds(tmp_path) == SHORTEST_GRACE_SECONDS
 
 
