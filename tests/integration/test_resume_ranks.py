@@ -27,6 +27,7 @@ from worker_runs import (
 )
 
 from launcher import run_dir as rd
+from launcher.failure_kind import EXIT_STATUS, FailureKind
 from launcher.run_checkpoints import MANIFEST
 from launcher.strategy import ZeroStage
 from launcher.worker.checkpoints import find_newest
@@ -154,7 +155,7 @@ def test_a_disk_that_takes_no_more_ends_the_run_and_names_what_is_left(
         timeout=120,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
-    assert done.returncode == 1
+    assert done.returncode == EXIT_STATUS[FailureKind.storage]
     assert "[rank 0] error: " in done.stderr
     assert "the run could not be saved" in done.stderr
     assert f"nothing is lost up to {kept}" in done.stderr
