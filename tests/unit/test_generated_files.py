@@ -81,3 +81,9 @@ def test_every_deepspeed_file_has_only_keys_that_deepspeed_reads(files: Mapping[
 def test_the_page_about_figure_4_is_up_to_date() -> None:
     written = (ROOT / "docs" / "figure4.md").read_text(encoding="utf-8")
     assert written == script("make_figure4").page()
+
+
+def test_the_fault_table_is_what_was_measured() -> None:
+    module = script("make_fault_table")
+    assert module.PAGE.read_text(encoding="utf-8") == module.page()
+    assert len(module.ROWS.read_text(encoding="utf-8").splitlines()) >= 4
