@@ -12,7 +12,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from worker_runs import environment, make_model, write_chats
+from worker_runs import (
+    Nursery,
+    environment,
+    make_model,
+    small_buckets,
+    write_chats,
+    write_run,
+)
 
 from launcher import run_dir as rd
 from launcher.job_script import RUN_ID_VARIABLE
@@ -137,7 +144,9 @@ def test_what_all_ranks_run_into_is_shown_once_with_the_rank(folder: Path, tiny:
     assert rd.read_status(folder / "run").state == "failed"
 
 
-def test_weights_that_lack_a_tensor_are_an_error_and_never_random(folder: Path, tiny: Path) -> None:
+def test_weights_that_lack_a_tensor_are_an_error_and_never_random(
+    nursery: Nursery, folder: Path, tiny: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     lacking = changed_copy(tiny, folder / "lacking")
@@ -146,9 +155,17 @@ def test_weights_that_lack_a_tensor_are_an_error_and_never_random(folder: Path, 
     del tensors[name]
     (lacking / "model.safetensors").unlink()
     save_file(tensors, lacking / "model.safetensors", metadata={"format": "pt"})
-    change = f"model.name_or_path={lacking}"
-    done = zerofit(folder, "train", "recipe.yaml", change, "--output-dir", "run")
-    assert done.returncode == 4
+    recipe = f"""
+model: {{name_or_path: {lacking}, precision: fp32}}
+max_seq_len: 64
+data: {{path: {folder / "train.jsonl"}}}
+optim: {{max_steps: 2, global_batch_size: 4}}
+"""
+    strategy = small_buckets(zero_stage=2, micro_batch_size_per_gpu=4)
+    run = write_run(folder / "run", recipe, strategy, world_size=1)
+    nursery.tokenize(run)
+    done = nursery.train(run, world_size=1)
+    assert done.returncode == 1
     assert f"1 of the model's tensors are missing or of another shape, such as {name}" in (
         done.stderr
     )

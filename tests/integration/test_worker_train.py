@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from worker_runs import (
     NUM_STEPS,
+    Nursery,
     Outcome,
     environment,
     free_port,
@@ -196,10 +197,10 @@ optim: {{global_batch_size: 2, max_steps: 3, save_steps: 2}}
     ids=["full", "lora", "qlora"],
 )
 def test_a_benchmark_needs_no_weights_no_data_and_no_tokenizer(
-    workplace: Path, tmp_path: Path, method: str, strategy: dict[str, Any]
+    nursery: Nursery, workplace: Path, tmp_path: Path, method: str, strategy: dict[str, Any]
 ) -> None:
     folder = benchmark(tmp_path / "run", workplace / "model", method=method, **strategy)
-    outcome = train_alone(folder)
+    outcome = nursery.train(folder, world_size=1)
     assert outcome.returncode == 0, outcome.stderr
     (peaks,) = outcome.peaks
     assert peaks.steps_done == 3
@@ -207,11 +208,14 @@ def test_a_benchmark_needs_no_weights_no_data_and_no_tokenizer(
     assert (folder / "checkpoints" / "checkpoint-2").is_dir()
 
 
-def test_an_interrupted_run_continues_from_its_checkpoint(workplace: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_continues_from_its_checkpoint(
+    nursery: Nursery, workplace: Path, tmp_path: Path
+) -> None:
     folder = benchmark(tmp_path / "run", workplace / "model", zero_stage=2)
-    assert train_alone(folder).returncode == 0
+    assert nursery.train(folder, world_size=1).returncode == 0
     # The last step is saved whatever the interval; without it, the run looks interrupted.
     shutil.rmtree(folder / "checkpoints" / "checkpoint-3")
+    # Without a launcher, as nobody has set the variables of a rank.
     again = train_alone(folder)
     assert again.returncode == 0, again.stderr
     assert "continuing from" in again.stderr
@@ -220,7 +224,7 @@ def test_an_interrupted_run_continues_from_its_checkpoint(workplace: Path, tmp_p
 
 
 def test_a_package_that_is_missing_ends_the_run_without_a_traceback(
-    workplace: Path, tmp_path: Path
+    nursery: Nursery, workplace: Path, tmp_path: Path
 ) -> None:
     folder = benchmark(
         tmp_path / "run",
@@ -228,7 +232,7 @@ def test_a_package_that_is_missing_ends_the_run_without_a_traceback(
         zero_stage=2,
         attention=Attention.flash_attention_2,
     )
-    outcome = train_alone(folder)
+    outcome = nursery.train(folder, world_size=1)
     assert outcome.returncode == 1
     assert "[rank 0] error: " in outcome.stderr
     assert "pip install 'zerofit[flash]'" in outcome.stderr
@@ -240,11 +244,13 @@ def test_a_package_that_is_missing_ends_the_run_without_a_traceback(
     assert run_dir.read_status(folder).state == "failed"
 
 
-def test_a_bug_ends_the_run_with_one_traceback(workplace: Path, tmp_path: Path) -> None:
+def test_a_bug_ends_the_run_with_one_traceback(
+    nursery: Nursery, workplace: Path, tmp_path: Path
+) -> None:
     folder = benchmark(tmp_path / "run", workplace / "model", zero_stage=2)
     config = json.loads((folder / run_dir.DS_CONFIG).read_text())
     run_dir.write_json(folder / run_dir.DS_CONFIG, {**config, "train_batch_size": 7})
-    outcome = train_alone(folder)
+    outcome = nursery.train(folder, world_size=1)
     assert outcome.returncode == 1
     assert outcome.stderr.count("Traceback (most recent call last)") == 1
     assert outcome.peaks[0].state == "failed"
@@ -265,9 +271,9 @@ def test_a_rank_that_waits_for_others_says_that_it_was_interrupted(
         [sys.executable, "-m", "launcher.worker.train", "--run-dir", str(folder)],
         env={**environment(), **places},
     ) as process:
-        path = folder / "ranks" / "00000.json"
-        deadline = time.monotonic() + 60
-        while not path.exists() and time.monotonic() < deadline:
+        # Written when signals are heard; the rank's own file is there before the slow imports.
+        deadline = time.monotonic() + 240
+        while not (folder / run_dir.STATUS).exists() and time.monotonic() < deadline:
             time.sleep(0.2)
         time.sleep(2)
         os.kill(process.pid, signal.SIGTERM)
