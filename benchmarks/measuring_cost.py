@@ -1,13 +1,15 @@
 """What measuring a rank costs: steps of the same model with and without it, in turns.
 
 Prints a line of JSON; results/measuring_cost.jsonl keeps such lines. It takes about 40 s, on the
-first GPU where there is one. Without a GPU, the first three steps, in which tensors are counted,
+first GPU where there is one. Without a GPU the seconds are the processor's, of all threads, so that
+other work on the machine does not count; and the first three steps, in which tensors are counted,
 are left out: they cost more by design, and are three.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -59,10 +61,11 @@ class Engine(torch.nn.Module):
 
 
 def take_steps(engine: Engine, count: int, end_step: Callable[[], None]) -> list[float]:
-    """Return the seconds of each optimizer step."""
+    """Return the seconds of each optimizer step: of the clock on a GPU, else of the processor."""
+    clock = time.perf_counter if engine.batch.is_cuda else time.process_time
     seconds = []
     for _ in range(count):
-        started = time.perf_counter()
+        started = clock()
         for _ in range(MICRO_STEPS):
             output = engine(input_ids=engine.batch, labels=engine.batch, use_cache=False)
             engine.backward(output.loss)
@@ -71,7 +74,7 @@ def take_steps(engine: Engine, count: int, end_step: Callable[[], None]) -> list
             # As in a run, where the norm of the gradients is read in each step.
             torch.cuda.synchronize()
         end_step()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return seconds
 
 
@@ -93,8 +96,10 @@ class Spent:
         return run
 
 
-def measured_turn(engine: Engine, folder: Path, main: Spent, thread: Spent) -> list[float]:
-    """Return the seconds of steps under a new recorder, the first ones left out."""
+def measured_turn(
+    engine: Engine, folder: Path, main: Spent, thread: Spent
+) -> tuple[list[float], float]:
+    """Return the seconds of steps under a new recorder, and all of them by the clock."""
     plain = engine.forward, engine.backward, engine.step
     plain_reset = torch.cuda.reset_peak_memory_stats
     endless = Patience(training_seconds=0, phase_seconds=0)
@@ -108,24 +113,27 @@ def measured_turn(engine: Engine, folder: Path, main: Spent, thread: Spent) -> l
     take_steps(engine, TRACKED_STEPS, recorder.end_step)
     thread.seconds = 0.0
     recorder.switch = main.counted(recorder.switch)  # type: ignore[method-assign]
+    started = time.perf_counter()
     seconds = take_steps(engine, STEPS_PER_TURN, recorder.end_step)
+    wall_seconds = time.perf_counter() - started
     in_thread = thread.seconds
     recorder.finish()
     thread.seconds = in_thread
     engine.forward, engine.backward, engine.step = plain  # type: ignore[method-assign]
     torch.cuda.reset_peak_memory_stats = plain_reset
     engine.module.get_decoder()._forward_hooks.clear()
-    return seconds
+    return seconds, wall_seconds
 
 
 def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     engine = Engine(device)
     take_steps(engine, 5, lambda: None)
     with_it: list[float] = []
     without: list[float] = []
-    in_main, in_thread = 0.0, 0.0
+    in_main, in_thread, wall = 0.0, 0.0, 0.0
     ends = time.monotonic() + SECONDS
     with tempfile.TemporaryDirectory() as name:
         while time.monotonic() < ends:
@@ -133,7 +141,9 @@ def main() -> None:
             without += take_steps(engine, STEPS_PER_TURN, lambda: None)
             # Of the processor: elsewhere on a busy machine the clock would count other work.
             on_main, on_thread = Spent(time.thread_time), Spent(time.thread_time)
-            with_it += measured_turn(engine, Path(name), on_main, on_thread)
+            seconds, wall_seconds = measured_turn(engine, Path(name), on_main, on_thread)
+            with_it += seconds
+            wall += wall_seconds
             in_main += on_main.seconds
             in_thread += on_thread.seconds
     usual, measured = statistics.median(without), statistics.median(with_it)
@@ -141,6 +151,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "machine": platform.machine(),
         "torch": torch.__version__,
+        "load_average": round(os.getloadavg()[0], 1),
         "micro_steps": MICRO_STEPS,
         "steps_each_way": len(with_it),
         "median_step_seconds_without": round(usual, 6),
@@ -148,7 +159,8 @@ def main() -> None:
         "cost_fraction": round(measured / usual - 1, 5),
         "recorder_seconds_per_step": round(in_main / len(with_it), 6),
         "recorder_fraction": round(in_main / len(with_it) / usual, 5),
-        "sampler_thread_fraction": round(in_thread / len(with_it) / usual, 5),
+        # Ten times a second whatever the steps take.
+        "sampler_thread_fraction": round(in_thread / wall, 5),
     }
     print(json.dumps(result))
 

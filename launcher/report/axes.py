@@ -118,7 +118,7 @@ class BarChart:
     def beside(self, row: float, size: float, text: str, *, bold: bool = False) -> None:
         """Write beside a bar's end."""
         x = self.x.place(size) + self.drawing.shape.font * 0.4
-        self.drawing.text(x, self.middle(row), text, bold=bold)
+        self.drawing.text(x, self.middle(row), text, bold=bold, halo=True)
 
 
 def bar_chart(
@@ -153,7 +153,7 @@ def bar_chart(
     height = bottom + font * 3.6 + legend_height(legend, shape)
     drawing = Drawing(shape, height, title=title)
     widest = text_width(f"{largest:g}", font) + 2 * font
-    for value in axis.ticks(most=max(min(int((end - left) / widest), 8), 1)):
+    for value in axis.ticks(most=max(min(int((end - left) / widest), 8), 2)):
         x = axis.place(value)
         drawing.line((x, 0, x, bottom), color=GRID)
         drawing.text(x, bottom + font, f"{value:g}", anchor="middle", color=QUIET)

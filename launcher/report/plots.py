@@ -149,11 +149,12 @@ def _draw_ranks(report: RunReport, shape: Shape, title: str) -> str:
             reserved = (rank.reserved_bytes.measured or 0) / scale
             chart.bar(row, reserved, color=_RESERVED_COLOR, height=0.86)
         chart.bar(row, rank.measured_bytes / scale, color=PALETTE[0], height=0.5)
-        chart.beside(row, furthest[row] / scale, labels[row])
     if predicted:
         x = chart.x.place(predicted / scale)
         bottom = chart.middle(len(ranks) - 0.5)
         chart.drawing.line((x, 0, x, bottom), color=_PREDICTED_COLOR, dashes=True)
+    for row, label in enumerate(labels):
+        chart.beside(row, furthest[row] / scale, label)
     return chart.drawing.svg()
 
 

@@ -94,14 +94,14 @@ class Drawing:
         anchor: Anchor = "start",
         color: str = INK,
         bold: bool = False,
-        turned: bool = False,
+        halo: bool = False,
     ) -> None:
-        """Write a line of text whose middle is at the height ``y``."""
+        """Write a line of text whose middle is at the height ``y``; a halo covers lines below."""
         weight = ' font-weight="600"' if bold else ""
-        turn = f' transform="rotate(-90 {_n(x)} {_n(y)})"' if turned else ""
+        rim = ' stroke="#fff" stroke-width="4" paint-order="stroke"' if halo else ""
         self._parts.append(
             f'<text x="{_n(x)}" y="{_n(y)}" dy=".35em" text-anchor="{anchor}" fill="{color}"'
-            f"{weight}{turn}>{escape(text)}</text>"
+            f"{weight}{rim}>{escape(text)}</text>"
         )
 
     def rect(

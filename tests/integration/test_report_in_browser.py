@@ -31,8 +31,8 @@ SPILLED = """
 Array.from(document.querySelectorAll('figure svg')).filter(svg => svg.clientWidth).flatMap(svg =>
   Array.from(svg.querySelectorAll('text')).filter(text => {
     const box = text.getBBox(), all = svg.viewBox.baseVal;
-    return !text.hasAttribute('transform') && (box.x < -1 || box.x + box.width > all.width + 1
-      || box.y < -1 || box.y + box.height > all.height + 1);
+    return box.x < -1 || box.x + box.width > all.width + 1
+      || box.y < -1 || box.y + box.height > all.height + 1;
   }).map(text => text.textContent))
 """
 
