@@ -1,6 +1,6 @@
 """What measuring a rank costs: steps of the same model with and without it, in turns.
 
-Prints a line of JSON; results/measuring_cost.jsonl keeps such lines. It takes about 40 s, on the
+Prints a line of JSON; measuring_cost.jsonl keeps such lines. It takes about 40 s, on the
 first GPU where there is one. Without a GPU the seconds are the processor's, of all threads, so that
 other work on the machine does not count; and the first three steps, in which tensors are counted,
 are left out: they cost more by design, and are three.

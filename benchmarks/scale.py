@@ -30,7 +30,7 @@ from launcher.dispatch.run_state import observe
 from launcher.hostfile import filter_hosts, parse_hostfile, render_hostfile
 from launcher.job_script import DeepSpeedJob, render_job
 from launcher.launch import run_files
-from launcher.peaks import PhasePeaks, RankPeaks, StepPeaks, peaks_to_json
+from launcher.peaks import PhasePeaks, RankPeaks, StepPeaks, peaks_to_text
 from launcher.prepare import prepare
 from launcher.recipe import parse_recipe
 from launcher.report.files import write_report
@@ -179,7 +179,7 @@ def main() -> None:
         seconds, nodes = timed(lambda: judge(hosts, answers, NEEDS))
         rows.append(("compare the nodes' reports (doctor)", seconds, f"{len(nodes)} nodes"))
         for rank in range(NODES * GPUS):
-            rd.write_json(rd.rank_file(run_dir, rank), peaks_to_json(peaks_of(rank)))
+            rd.write_text(rd.rank_file(run_dir, rank), peaks_to_text(peaks_of(rank)))
         rd.write_status(run_dir, "finished")
         seconds, _ = timed(lambda: observe([run_dir]))
         rows.append(("status", seconds, ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -114,6 +115,11 @@ class RankPeaks:
 def peaks_to_json(peaks: RankPeaks) -> dict[str, Any]:
     """Return a JSON value that :func:`peaks_from_json` reads back."""
     return {"schema_version": SCHEMA_VERSION, **asdict(peaks)}
+
+
+def peaks_to_text(peaks: RankPeaks) -> str:
+    """Return the content of a rank's file: short, because each rank writes it every few seconds."""
+    return json.dumps(peaks_to_json(peaks), separators=(",", ":")) + "\n"
 
 
 def peaks_from_json(value: Mapping[str, Any]) -> RankPeaks:

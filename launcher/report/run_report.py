@@ -341,6 +341,11 @@ class RunReport:
         return self._fullest.get(phase)
 
     @functools.cached_property
+    def largest_measured_bytes(self) -> int:
+        """Highest allocated bytes of any rank, 0 when nothing was measured."""
+        return max((rank.measured_bytes for rank in self.ranks), default=0)
+
+    @functools.cached_property
     def _fullest(self) -> dict[str, RankReport]:
         found: dict[str, tuple[float, RankReport]] = {}
         for rank in sorted(self.ranks, key=lambda rank: rank.rank):

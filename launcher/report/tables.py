@@ -298,4 +298,4 @@ def _comparison_cells(comparison: Comparison, show: Callable[[float], str]) -> t
 
 
 def _peaks(report: RunReport) -> list[float | None]:
-    return [report.prediction.peak_allocated_bytes, *(rank.measured_bytes for rank in report.ranks)]
+    return [report.prediction.peak_allocated_bytes, report.largest_measured_bytes]

@@ -19,7 +19,7 @@ from pathlib import Path
 from launcher import run_dir
 from launcher.errors import JobFailedError
 from launcher.failure_kind import FailureKind
-from launcher.peaks import RankFailure, RankPeaks, peaks_to_json
+from launcher.peaks import RankFailure, RankPeaks, peaks_to_text
 from launcher.watchdog import HUNG_EXIT_STATUS, Patience
 
 TICK_SECONDS = 1.0
@@ -118,7 +118,7 @@ class Heartbeat:
             progress_at=round(self._progress_at, 3),
             steps_done=max(known.steps_done, self._steps_done),
         )
-        run_dir.write_json(self._path, peaks_to_json(content))
+        run_dir.write_text(self._path, peaks_to_text(content))
         self._written_beats, self._written = beats, time.monotonic()
 
     def _run(self) -> None:

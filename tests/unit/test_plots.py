@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from report_inputs import LOG, PLAN, RESULTS, phase, rank
 
 from launcher.report.build import build_report
 from launcher.report.chart_findings import chart_findings
+from launcher.report.loss_png import draw_loss_png
 from launcher.report.plots import draw_charts
 from launcher.report.run_report import Chart, Lengths, RunFiles
 from launcher.report.svg import Axis
@@ -96,20 +98,28 @@ def test_component_names_and_sizes_of_any_kind_are_drawn(sizes: dict[str, int]) 
     assert svg_width(charts["memory"].narrow_svg) == 366
 
 
-def test_a_chart_needs_no_matplotlib_and_the_picture_for_markdown_no_pyplot() -> None:
+def test_nothing_of_a_report_needs_matplotlib() -> None:
     program = (
         "import sys\n"
-        "from launcher.report import plots, loss_png\n"
+        "from launcher.report import files\n"
         "from launcher.report.build import build_report\n"
         "from launcher.report.run_report import RunFiles\n"
         "log = ({'step': 1, 'loss': 2.0}, {'step': 2, 'loss': 1.0})\n"
         "report = build_report(RunFiles(name='run', log=log))\n"
-        "assert plots.draw_charts(report)\n"
+        "assert files.draw_charts(report)\n"
+        "assert files.draw_loss_png(report, 'loss')\n"
         "assert 'matplotlib' not in sys.modules\n"
-        "assert loss_png.draw_loss_png(report, 'loss').startswith(b'\\x89PNG')\n"
-        "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("losses", [(2.0, 1.5, 1.0), (0.0, 0.0), (5.0,), (-1e17, 1e17)])
+def test_the_loss_is_drawn_as_a_png(losses: tuple[float, ...]) -> None:
+    log = ({"step": 0, "eval_loss": 3.0}, *({"step": n, "loss": x} for n, x in enumerate(losses)))
+    png = draw_loss_png(build_report(RunFiles(name="run", log=log)), "Loss fell → 世界")
+    # ISO 15948: signature, length and name of the first chunk, then width and height.
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    assert struct.unpack(">II", png[16:24]) == (2240, 920)
 
 
 def test_memory_over_time_is_drawn_for_device_and_host() -> None:
