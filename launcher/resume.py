@@ -193,6 +193,7 @@ def set_aside(run_dir: Path, *, kept: Sequence[str] = _NEEDED) -> Path:
     """Move what the last attempt wrote about itself into a new folder; return it.
 
     Files that are ``kept`` are copied: a command that is killed right now can be given again.
+    Folders that are stay where they are.
     """
     parent = run_dir / ATTEMPTS
     parent.mkdir(exist_ok=True)
@@ -200,7 +201,7 @@ def set_aside(run_dir: Path, *, kept: Sequence[str] = _NEEDED) -> Path:
     target = parent / str(number)
     target.mkdir()
     for name in _OF_ONE_ATTEMPT:
-        if not (run_dir / name).exists():
+        if not (run_dir / name).exists() or (name in kept and (run_dir / name).is_dir()):
             continue
         if name in kept:
             shutil.copy2(run_dir / name, target / name)

@@ -34,6 +34,7 @@ PREFLIGHT = "preflight.json"
 NODES = "nodes"
 """Names of the nodes to use, separated by commas, that the look at them has chosen."""
 PREFLIGHT_MODULE = "launcher.dispatch.job_preflight"
+RECOVERY_MODULE = "launcher.recovery.in_job"
 FIRST_PORT = 20_000
 NUM_PORTS = 12_000
 """Ports end below 32768, where Linux's range for outgoing connections begins."""
@@ -333,12 +334,25 @@ def _ranks(job: SlurmJob) -> list[str]:
     shape = f"--nodes={job.num_nodes} --ntasks={job.num_nodes * per_node}"
     shape += f" --ntasks-per-node={per_node}"
     name = shlex.quote(step_name(job.ranks.run_id))
+    where = _node_list(job, "$MASTER_ADDR") + _container_options(job)
+    goes_on = f"! -e {STOP_FILE} && ! -e {REQUEUE_MARKER} && -z ${{{IN_ALLOCATION_VARIABLE}:-}}"
     return [
-        f"if [[ ! -e {STOP_FILE} ]]; then",
-        "  # One task per GPU; when one fails, Slurm ends the others.",
+        "# One task per GPU; when one fails, Slurm ends the others.",
+        "ranks() {",
         f"  run srun {shape}{_node_list(job, '$nodes')} --kill-on-bad-exit=1 --label \\",
         f"    --job-name={name}{_container_options(job)} \\",
         f"    {shlex.join(_program(job, job.ranks.worker_module))}",
+        "}",
+        f"if [[ ! -e {STOP_FILE} ]]; then",
+        "  ranks",
+        "  # What follows from a failure: another start here, perhaps with a plan that needs less",
+        "  # memory, or the end with a status that says why (recovery.max_attempts).",
+        f"  while ((code != 0)) && [[ {goes_on} ]]; do",
+        f"    run srun --nodes=1 --ntasks=1 --ntasks-per-node=1{where} \\",
+        f"      {shlex.join(_program(job, RECOVERY_MODULE))}",
+        "    ((code == 0)) || break",
+        "    ranks",
+        "  done",
         "else",
         f"  code=0; touch {REQUEUE_MARKER}  # nothing has run",
         "fi",

@@ -42,6 +42,8 @@ class DeadRank:
     rank: int
     exit_status: int | None
     host: str | None = None
+    is_oom_kill: bool = False
+    """Whether the kernel killed a process for want of memory when this one ended."""
 
     def __str__(self) -> str:
         return f"rank {self.rank}" + (f" on {self.host}" if self.host else "")
@@ -245,7 +247,18 @@ def _lost(lost_hosts: Sequence[LostHost], *, where: str) -> HostLostError:
     )
 
 
-def _killed(who: str, number: int, *, where: str) -> JobFailedError:
+_Kill = tuple[str, int, bool]
+"""Who was killed, by which signal, and whether the kernel did it for want of memory."""
+
+
+def _killed(who: str, number: int, is_oom_kill: bool, *, where: str) -> JobFailedError:  # noqa: FBT001
+    if is_oom_kill and number == signal.SIGKILL:
+        return JobFailedError(
+            f"{who} was killed by the kernel: the host's memory ran out",
+            where=where,
+            fix="use fewer ranks or less offload to the CPU, or a host with more memory",
+            kind=FailureKind.host_oom,
+        )
     return JobFailedError(
         f"{who} was killed by signal {number} ({_signal_name(number)})",
         where=where,
@@ -254,19 +267,19 @@ def _killed(who: str, number: int, *, where: str) -> JobFailedError:
     )
 
 
-def _first_killed(dead_ranks: Iterable[DeadRank]) -> tuple[str, int] | None:
+def _first_killed(dead_ranks: Iterable[DeadRank]) -> _Kill | None:
     first = next((dead for dead in dead_ranks if dead.exit_status), None)
     if first is None or first.exit_status is None or first.exit_status > 0:
         return None
-    return str(first), -first.exit_status
+    return str(first), -first.exit_status, first.is_oom_kill
 
 
-def _killed_by_exit_code(exit_code: int) -> tuple[str, int] | None:
+def _killed_by_exit_code(exit_code: int) -> _Kill | None:
     """DeepSpeed's launch.py ends with ``sys.exit(-9)``, which the system makes 247."""
     if exit_code < 0:
-        return "the deepspeed launcher", -exit_code
+        return "the deepspeed launcher", -exit_code, False
     if 256 - 64 <= exit_code <= 255:
-        return "a rank", 256 - exit_code
+        return "a rank", 256 - exit_code, False
     return None
 
 

@@ -193,7 +193,10 @@ class Guards:
         elif event["event"] == "ended":
             rank = event["rank"]
             self.ended[rank] = DeadRank(
-                rank=rank, exit_status=event["exit_status"], host=guard.host.name
+                rank=rank,
+                exit_status=event["exit_status"],
+                host=guard.host.name,
+                is_oom_kill=event["is_oom_kill"],
             )
         elif event["event"] == "gone":
             guard.is_gone = True

@@ -93,7 +93,12 @@ def _stand_by(run_id: str, *, lost_after: float) -> bool:
             for rank, dead in ranks.ended.items():
                 if rank not in told:
                     told.add(rank)
-                    _tell(event="ended", rank=rank, exit_status=dead.exit_status)
+                    _tell(
+                        event="ended",
+                        rank=rank,
+                        exit_status=dead.exit_status,
+                        is_oom_kill=dead.is_oom_kill,
+                    )
             if time.monotonic() - alive >= ALIVE_SECONDS:
                 alive = time.monotonic()
                 _tell(event="alive")

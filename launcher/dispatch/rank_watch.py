@@ -13,6 +13,31 @@ import psutil
 from launcher.dispatch import process_group
 from launcher.dispatch.failure import DeadRank, LostHost
 
+_OOM_KILL_SECONDS = 30.0
+
+
+@dataclass(kw_only=True)
+class OomKills:
+    """Whether this host's kernel has killed something for want of memory in the last minute.
+
+    The process that it kills is counted at once, and dies when its memory is given back.
+    """
+
+    before: int = field(default_factory=process_group.count_oom_kills)
+    """The count half a minute ago or a minute ago."""
+    now: int = field(default_factory=process_group.count_oom_kills)
+    looked: float = field(default_factory=time.monotonic)
+
+    def look(self) -> None:
+        """Count anew, when it is time."""
+        if time.monotonic() - self.looked > _OOM_KILL_SECONDS:
+            self.before, self.now = self.now, process_group.count_oom_kills()
+            self.looked = time.monotonic()
+
+    def was_one_lately(self) -> bool:
+        """Return whether something was killed."""
+        return process_group.count_oom_kills() > self.before
+
 
 @dataclass(kw_only=True)
 class RankWatch:
@@ -31,6 +56,7 @@ class RankWatch:
     lost: list[LostHost] = field(default_factory=list)
     """Stays empty: this machine is not lost while it can say so."""
     _num_local_ranks: int | None = None
+    _oom_kills: OomKills = field(default_factory=OomKills)
     _descriptors: dict[int, int] = field(default_factory=dict)
     """A pidfd of each rank that runs."""
 
@@ -50,6 +76,7 @@ class RankWatch:
         """Note ranks that have started and ranks that have ended since the last look."""
         self._look_for_new()
         self._look_for_dead()
+        self._oom_kills.look()
 
     def _look_for_new(self) -> None:
         if self._num_local_ranks is not None and len(self.seen) >= self._num_local_ranks:
@@ -75,7 +102,9 @@ class RankWatch:
                 continue
             status = process_group.exit_status_of_zombie(process.pid)
             if status is not None or not process_group.is_alive(process):
-                self.ended[rank] = DeadRank(rank=rank, exit_status=status)
+                self.ended[rank] = DeadRank(
+                    rank=rank, exit_status=status, is_oom_kill=self._oom_kills.was_one_lately()
+                )
                 if rank in self._descriptors:
                     os.close(self._descriptors.pop(rank))
 

@@ -21,6 +21,8 @@ from launcher.recovery.next_rung import changed_fields, next_rung
 from launcher.recovery.other_hosts import FENCE_SECONDS, NoOtherHostsError, on_other_hosts
 from launcher.recovery.record import FailedAttempt, append_failed_attempt
 from launcher.run_checkpoints import newest_checkpoint
+from launcher.run_dir import read_ranks
+from launcher.units import format_bytes
 
 _log = logging.getLogger(__name__)
 _MEMORY = (FailureKind.gpu_oom, FailureKind.host_oom)
@@ -127,12 +129,12 @@ def judge(
         decision = Decision(action=Action.stop, reason=str(why))
     if error.kind in _MEMORY and following is None:
         # Not to be started; but the last word says what would fit.
-        error = _with_what_would_fit(error, run_dir, _next_rung(situation))
+        error = _with_what_would_fit(situation, _next_rung(situation))
     elif following is not None and error.kind in _MEMORY and not following.prepared.plan.fits:
         decision = Decision(
             action=Action.stop, reason="no plan that is left would need less of what ran out"
         )
-        error = _with_what_would_fit(error, run_dir, following)
+        error = _with_what_would_fit(situation, following)
         following = None
     record = _record(situation, decision, following, supervisor=supervisor)
     try:
@@ -210,9 +212,10 @@ _FOLLOWING: Mapping[Action, Callable[[Situation], Following | None]] = {
 }
 
 
-def _with_what_would_fit(error: JobFailedError, run_dir: Path, found: Following) -> JobFailedError:
+def _with_what_would_fit(situation: Situation, found: Following) -> JobFailedError:
     """Return the error with a way out: a plan that fits, or else what else would have to change."""
-    plan = found.prepared.plan
+    plan, error, run_dir = found.prepared.plan, situation.error, situation.run_dir
+    short_of = "host" if error.kind is FailureKind.host_oom else "GPU"
     if plan.fits:
         keys = " ".join(
             f"strategy.{key}={new}"
@@ -221,7 +224,26 @@ def _with_what_would_fit(error: JobFailedError, run_dir: Path, found: Following)
         )
         fix = f"`zerofit resume {shlex.quote(str(run_dir))} {keys}` goes on with a plan that fits"
     elif plan.suggestions:
-        fix = "no plan is left for this GPU; what would fit: " + "; ".join(plan.suggestions)
+        fix = f"no plan is left for this {short_of}; what would fit: {'; '.join(plan.suggestions)}"
     else:
-        fix = "no plan is left for this GPU: use a smaller model, or shorter samples"
+        fix = f"no plan is left for this {short_of}: use a smaller model, or shorter samples"
+    if error.kind is FailureKind.host_oom:
+        fix += f"\n  {_host_numbers(situation)}"
     return JobFailedError(error.problem, where=error.where, fix=fix, kind=error.kind)
+
+
+def _host_numbers(situation: Situation) -> str:
+    """Return what the fullest host had and needed, as far as its ranks could say."""
+    plan = situation.prepared.plan
+    resident: dict[str, int] = {}
+    for rank in read_ranks(situation.run_dir):
+        peak = max((phase.host_rss_bytes for phase in rank.phases.values()), default=0)
+        resident[rank.host] = resident.get(rank.host, 0) + peak
+    fullest = max(resident, key=lambda host: resident[host], default=None)
+    measured = ""
+    if fullest is not None:
+        measured = f", ranks on {fullest} had {format_bytes(resident[fullest])} resident"
+    return (
+        f"host memory: {format_bytes(plan.memory.host_bytes_per_node)} predicted{measured}, a node "
+        f"has {format_bytes(plan.cluster.host_memory_bytes)}"
+    )

@@ -21,8 +21,8 @@ from launcher.recovery.judge import judge
 from launcher.recovery.record import FailedAttempt
 from launcher.resume import check_has_stopped, resume_run
 
-# Under Slurm the job script does it, without waiting in the queue again.
-_SUPERVISED_HERE = ("local", "deepspeed")
+# In a Slurm job of its own the script does it, without waiting in the queue again.
+_SUPERVISED_HERE = ("local", "deepspeed", "allocation")
 
 
 def train_to_end(

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -20,6 +21,7 @@ from launcher.dispatch import process_group
 from launcher.dispatch.base import JobInterruptedError, run_to_end
 from launcher.dispatch.local import LocalBackend, choose_port
 from launcher.errors import JobFailedError
+from launcher.failure_kind import FailureKind
 from launcher.job_script import DeepSpeedJob, render_job
 
 pytestmark = pytest.mark.integration
@@ -69,6 +71,9 @@ elif what.startswith("raise"):
         write("failed", RankFailure(phase="forward", type="ValueError", message=str(error),
                                     traceback=traceback.format_exc()))
         sys.exit(1)
+elif what.startswith("eat:"):
+    Path(what.removeprefix("eat:"), "cgroup.procs").write_text(str(os.getpid()))
+    eaten = bytearray(2**28)
 elif what == "kill":
     time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -201,3 +206,28 @@ def test_processes_without_the_marker_are_never_touched(tmp_path: Path) -> None:
     finally:
         stranger.kill()
         stranger.wait()
+
+
+@pytest.fixture
+def small_cgroup() -> Iterator[Path]:
+    """A control group whose processes may have 64 MiB; skipped where none can be made."""
+    root = Path("/sys/fs/cgroup")
+    is_v1 = (root / "memory").is_dir()
+    folder = root / ("memory" if is_v1 else "") / f"zerofit-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+        limit = "memory.limit_in_bytes" if is_v1 else "memory.max"
+        (folder / limit).write_text(str(2**26))
+    except OSError as error:
+        pytest.skip(f"no control group of memory can be made: {error}")
+    yield folder
+    folder.rmdir()
+
+
+def test_a_rank_that_the_kernel_kills_for_want_of_memory_is_told_from_one_that_was_killed(
+    tmp_path: Path, fake_rank: str, small_cgroup: Path
+) -> None:
+    with pytest.raises(JobFailedError) as caught:
+        run_job(rd.create(tmp_path / "run"), fake_rank, f"eat:{small_cgroup}", io.BytesIO())
+    assert caught.value.problem == "rank 1 was killed by the kernel: the host's memory ran out"
+    assert caught.value.kind is FailureKind.host_oom

@@ -16,6 +16,8 @@ from launcher.dispatch.failure import (
     describe_failure,
     read_failures,
 )
+from launcher.dispatch.process_group import count_oom_kills
+from launcher.errors import JobFailedError
 from launcher.failure_kind import FailureKind
 from launcher.peaks import RankFailure, RankPeaks, RankState, peaks_to_json
 
@@ -190,3 +192,21 @@ def test_a_rank_that_failed_before_it_could_write_is_named_with_the_last_error_o
 
 def test_exit_code_0_without_the_mark_of_rank_0_is_a_failure(run_dir: Path) -> None:
     assert "not marked as finished" in describe_failure(run_dir, exit_code=0).problem
+
+
+def test_a_kill_by_the_kernel_for_want_of_memory_is_told_from_any_other(run_dir: Path) -> None:
+    def killed(*, is_oom_kill: bool) -> JobFailedError:
+        dead = DeadRank(rank=1, exit_status=-9, host="node2", is_oom_kill=is_oom_kill)
+        return describe_failure(run_dir, exit_code=0, dead_ranks=[dead])
+
+    assert killed(is_oom_kill=False).kind is FailureKind.killed
+    error = killed(is_oom_kill=True)
+    assert error.kind is FailureKind.host_oom
+    assert error.problem == "rank 1 on node2 was killed by the kernel: the host's memory ran out"
+
+
+def test_the_kernel_s_count_of_kills_is_read(tmp_path: Path) -> None:
+    vmstat = tmp_path / "vmstat"
+    vmstat.write_text("pgfault 12\noom_kill 3\nnr_unstable 0\n")
+    assert count_oom_kills(vmstat) == 3
+    assert count_oom_kills(tmp_path / "missing") == 0
