@@ -71,7 +71,7 @@ class SlurmRuns:
         """Run a command of zerofit on the login node."""
         argv = [sys.executable, "-m", "launcher.cli", *args]
         return self.cluster.run(
-            "head", argv, cwd=self.folder, env=self.environment(**more), timeout=150
+            "head", argv, cwd=self.folder, env=self.environment(**more), timeout=400
         )
 
     def status(self, run_dir: Path) -> dict[str, Any]:

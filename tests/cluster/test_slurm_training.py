@@ -13,6 +13,8 @@ from slurm_runs import SlurmRuns
 from virtual_hosts import ROOT, VirtualCluster
 
 from launcher import run_dir as rd
+from launcher.failure_kind import FailureKind
+from launcher.recovery.record import read_failed_attempts
 
 pytestmark = pytest.mark.cluster
 sys.path.insert(0, str(ROOT / "tests" / "integration"))
@@ -40,13 +42,20 @@ def hosts_of(run_dir: Path) -> list[str]:
     return [peaks.host for peaks in rd.read_ranks(run_dir)]
 
 
-def test_a_run_trains_on_four_nodes_as_a_job_of_its_own(
+def test_a_run_trains_on_four_nodes_as_a_job_of_its_own_although_memory_runs_out_once(
     runs: SlurmRuns, cluster: VirtualCluster
 ) -> None:
     overrides = ["cluster.backend=slurm", "cluster.num_nodes=4", "cluster.gpus_per_node=1"]
-    done = runs.zerofit("train", "recipe.yaml", *overrides, "--output-dir", "four")
+    fault = {"ZEROFIT_FAULT": "oom:backward:step=2:rank=2"}
+    done = runs.zerofit("train", "recipe.yaml", *overrides, "--output-dir", "four", **fault)
     assert done.returncode == 0, done.stdout + done.stderr
     run_dir = runs.folder / "four"
+    (failed,) = read_failed_attempts(run_dir)
+    assert (failed.kind, failed.rank, failed.host) == (FailureKind.gpu_oom, 2, "node3")
+    # In the same job, with a plan that needs less.
+    assert failed.supervisor == f"slurm:{runs.job_id(run_dir)}"
+    assert failed.changes
+    assert "DUE TO JOB REQUEUE" not in (run_dir / rd.LAUNCHER_LOG).read_text()
     assert hosts_of(run_dir) == ["node1", "node2", "node3", "node4"]
     assert json.loads((run_dir / rd.RESULTS).read_text())["tokens_seen"] > 0
     # The data was tokenised before the job, and the limit follows from the predicted time.
