@@ -122,10 +122,13 @@ def prepare(recipe: Recipe, *, source: str, ceiling: Ceiling = NO_CEILING) -> Pr
         "ceiling": ceiling,
     }
 
-    def fits(workload: Workload, cluster: ClusterSpec, fixed: StrategySection) -> bool:
-        return can_fit(workload, cluster, fixed=fixed, **choices)
-
     plan = make_plan(workload, cluster, fixed=recipe.strategy, **choices)
+
+    def fits(changed: Workload, place: ClusterSpec, fixed: StrategySection) -> bool:
+        # What was learnt on one GPU says nothing of another.
+        known = choices if place.gpu == cluster.gpu else choices | {"ceiling": NO_CEILING}
+        return can_fit(changed, place, fixed=fixed, **known)
+
     if not plan.fits:
         from launcher.planning.advice import suggest_changes
 

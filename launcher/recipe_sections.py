@@ -192,6 +192,8 @@ class RecoverySection:
     oom: Literal["ladder", "within_recipe", "stop"] = "ladder"
     """When memory runs out: go on with a more frugal plan, even where that changes strategy keys
     that the recipe sets; only with one that leaves those as they are; or stop."""
+    chosen: tuple[str, ...] = ()
+    """Written by a recovery: keys of ``strategy`` that it has set, and may set again."""
     watchdog_seconds: float | None = None
     """A rank that takes longer over a micro-step hangs; ``None``: ten predicted step times,
     100 s at least; 0 waits for ever."""

@@ -6,6 +6,7 @@ import errno
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 from launcher.errors import did_you_mean
@@ -100,7 +101,14 @@ def impossible_values(recipe: Recipe) -> Iterator[str]:
         yield "lora.target_modules is empty, name modules or use all-linear"
     for name in set(recipe.tracking.report_to) - set(TRACKERS):
         yield f"tracking.report_to: there is no {name!r}: {did_you_mean(name, TRACKERS)}"
+    yield from _not_keys(recipe.recovery.chosen)
     yield from _impossible_strategy(recipe.strategy)
+
+
+def _not_keys(chosen: tuple[str, ...]) -> Iterator[str]:
+    keys = [item.name for item in fields(StrategySection)]
+    for name in set(chosen) - set(keys):
+        yield f"recovery.chosen: strategy has no key {name!r}: {did_you_mean(name, keys)}"
 
 
 def _impossible_strategy(strategy: StrategySection) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 

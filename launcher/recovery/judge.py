@@ -17,7 +17,7 @@ from launcher.failure_kind import FailureKind
 from launcher.peaks import RankPeaks
 from launcher.prepare import Prepared
 from launcher.recovery.decide import Action, Decision, decide
-from launcher.recovery.next_rung import changed_fields, next_rung
+from launcher.recovery.next_rung import changed_fields, next_rung, set_by_hand
 from launcher.recovery.other_hosts import FENCE_SECONDS, NoOtherHostsError, on_other_hosts
 from launcher.recovery.record import FailedAttempt, append_failed_attempt
 from launcher.run_checkpoints import newest_checkpoint
@@ -195,11 +195,10 @@ def _other_hosts(situation: Situation) -> Following:
     nodes = (before.plan.cluster.num_nodes, found.plan.cluster.num_nodes)
     if nodes[0] != nodes[1]:
         changes["num_nodes"] = nodes
-    explicit = {k for k in changes if getattr(before.recipe.strategy, k, None) is not None}
     return Following(
         prepared=found,
         changes=changes,
-        given_up=tuple(sorted(explicit)),
+        given_up=tuple(sorted(changes.keys() & set_by_hand(before.recipe))),
         wait_seconds=FENCE_SECONDS,
     )
 

@@ -80,11 +80,10 @@ def next_rung(
         if found.plan.fits:
             break
     changes = changed_fields(prepared.plan.strategy, found.plan.strategy)
-    explicit = {key for key in changes if getattr(recipe.strategy, key, None) is not None}
     return Rung(
         prepared=replace(found, recipe=with_plan(recipe, found.plan)),
         changes=changes,
-        given_up=tuple(sorted(explicit)),
+        given_up=tuple(sorted(changes.keys() & set_by_hand(recipe))),
     )
 
 
@@ -150,11 +149,19 @@ def _device_bytes(plan: Plan, phase: Phase, found: Sequence[PostMortem]) -> int 
     return int(min(limits)) if limits else None
 
 
+def set_by_hand(recipe: Recipe) -> set[str]:
+    """Return the strategy fields that the recipe's author has set, and not an earlier recovery."""
+    names = {item.name for item in fields(StrategySection)}
+    given = {name for name in names if getattr(recipe.strategy, name) is not None}
+    return given - set(recipe.recovery.chosen)
+
+
 def what_may_change(recipe: Recipe) -> list[StrategySection]:
     """Return the strategy fields that stay fixed, fewer from one to the next."""
+    own = replace(recipe.strategy, **dict.fromkeys(recipe.recovery.chosen))
     if recipe.recovery.oom == "within_recipe":
-        return [recipe.strategy]
-    kept = replace(recipe.strategy, micro_batch_size_per_gpu=None)
+        return [own]
+    kept = replace(own, micro_batch_size_per_gpu=None)
     freed = replace(kept, **dict.fromkeys(_MEMORY_SAVINGS))
     return [kept] if kept == freed else [kept, freed]
 
@@ -174,14 +181,18 @@ def loadable(section: StrategySection, last: Strategy, run_dir: Path) -> Strateg
 
 def with_plan(recipe: Recipe, plan: Plan) -> Recipe:
     """Return the recipe with the plan's choices written down, for whoever resumes the run."""
-    strategy = plan.strategy
-    chosen = {
-        item.name: getattr(strategy, item.name)
-        for item in fields(StrategySection)
-        if item.name in (*_MEMORY_SAVINGS, "micro_batch_size_per_gpu", "attention")
+    written = {
+        name: getattr(plan.strategy, name)
+        for name in (*_MEMORY_SAVINGS, "micro_batch_size_per_gpu", "attention")
+    }
+    by_hand = {
+        name
+        for name in set_by_hand(recipe)
+        if written.get(name) in (None, getattr(recipe.strategy, name))
     }
     return replace(
         recipe,
         model=replace(recipe.model, precision=plan.workload.precision),
-        strategy=replace(recipe.strategy, **chosen),
+        strategy=replace(recipe.strategy, **written),
+        recovery=replace(recipe.recovery, chosen=tuple(sorted(written.keys() - by_hand))),
     )

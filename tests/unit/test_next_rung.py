@@ -12,7 +12,7 @@ from launcher import run_dir as rd
 from launcher.failure_kind import FailureKind
 from launcher.post_mortem import PostMortem, post_mortem_file, read_post_mortems
 from launcher.prepare import Prepared, prepare
-from launcher.recipe import parse_recipe
+from launcher.recipe import parse_recipe, render_recipe
 from launcher.recovery.next_rung import Rung, ceiling_after, next_rung
 from launcher.run_checkpoints import MANIFEST
 from launcher.strategy import Offload
@@ -97,6 +97,19 @@ def test_other_keys_by_hand_are_given_up_where_nothing_else_is_left(tmp_path: Pa
     rung = rung_of(tmp_path, by_hand, "forward")
     assert rung.prepared.plan.fits
     assert "gradient_checkpointing" in rung.given_up
+
+
+def test_a_second_rung_may_change_what_the_first_has_set(tmp_path: Path) -> None:
+    by_hand = prepared("strategy.zero_stage=2", "recovery.oom=within_recipe")
+    first = rung_of(tmp_path, by_hand, "loss").prepared
+    assert "zero_stage" not in first.recipe.recovery.chosen
+    assert "micro_batch_size_per_gpu" in first.recipe.recovery.chosen
+    second = rung_of(tmp_path, first, "loss", earlier=1)
+    assert second.prepared.plan.fits
+    assert second.given_up == ()
+    # What a recovery has set is written down, and read back, as its own.
+    again = parse_recipe(render_recipe(first.recipe), source="test")
+    assert again.recovery.chosen == first.recipe.recovery.chosen
 
 
 def test_a_recipe_may_keep_its_keys(tmp_path: Path) -> None:
