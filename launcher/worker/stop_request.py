@@ -107,7 +107,8 @@ def leave_for_restart(folder: Path, *, step: int | None, rank: int) -> None:
     dist.barrier()
     if rank == 0:
         saved = "before its first step" if step is None else f"saved after step {step}"
-        reason = f"{stop_reason(folder)}: {saved}"
+        asked_by = stop_reason(folder) if is_asked_to_stop(folder) else "SIGUSR1"
+        reason = f"{asked_by}: {saved}"
         logger.info("%s", reason)
         run_dir.write_status(folder, "interrupted", reason=reason)
         if "SLURM_JOB_ID" in os.environ:

@@ -104,7 +104,7 @@ def test_a_run_whose_time_is_nearly_up_saves_and_goes_on_where_it_was(
     runs.until(lambda: "step 5/400" in log.read_text(), seconds=120)
     cluster.run("head", ["scancel", "--signal=USR1", "--batch", job_id], check=True)
     runs.until(lambda: "DUE TO JOB REQUEUE" in log.read_text(), seconds=60)
-    assert "the time limit is near: saved after step" in log.read_text()
+    assert "Slurm's signal: saved after step" in log.read_text()
     time.sleep(2)  # sooner, the nodes still refuse it
     release = ["scontrol", "update", f"JobId={job_id}", "StartTime=now"]
     cluster.run("head", release, check=True)
