@@ -103,7 +103,7 @@ def test_a_run_whose_time_is_nearly_up_saves_and_goes_on_where_it_was(
     log = run_dir / rd.LAUNCHER_LOG
     runs.until(lambda: "step 5/400" in log.read_text(), seconds=120)
     cluster.run("head", ["scancel", "--signal=USR1", "--batch", job_id], check=True)
-    runs.until(lambda: "DUE TO JOB REQUEUE" in log.read_text(), seconds=60)
+    runs.until(lambda: runs.status(run_dir)["state"] == "pending", seconds=60)
     assert "Slurm's signal: saved after step" in log.read_text()
     time.sleep(2)  # sooner, the nodes still refuse it
     release = ["scontrol", "update", f"JobId={job_id}", "StartTime=now"]
