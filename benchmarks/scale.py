@@ -27,6 +27,7 @@ from launcher.dispatch.guards import Guards
 from launcher.dispatch.on_nodes import Answer
 from launcher.dispatch.preflight import judge
 from launcher.dispatch.run_state import observe
+from launcher.dispatch.silent_hosts import SilentHosts
 from launcher.hostfile import filter_hosts, parse_hostfile, render_hostfile
 from launcher.job_script import DeepSpeedJob, render_job
 from launcher.launch import run_files
@@ -183,6 +184,10 @@ def main() -> None:
         rd.write_status(run_dir, "finished")
         seconds, _ = timed(lambda: observe([run_dir]))
         rows.append(("status", seconds, ""))
+        silent = SilentHosts(run_dir=run_dir)
+        silent.look()
+        seconds, _ = timed(silent.look)
+        rows.append(("look for silent hosts under Slurm", seconds, "every 2 s while it runs"))
         steps = (json.dumps({"step": step, "loss": 3 - step / 100}) for step in range(1, 11))
         rd.write_text(run_dir / rd.TRAINER_LOG, "".join(f"{line}\n" for line in steps))
         seconds, made = timed(lambda: write_report(run_dir, advise=advise))

@@ -57,7 +57,7 @@ def train(
         [*zerofit, *changes, "--output-dir", run],
         cwd=workplace,
         env={**AS_ROOT, "HF_TOKEN": "hf_secret"},
-        timeout=180,
+        timeout=420,
     )
 
 
