@@ -40,6 +40,8 @@ def plan(
     for each model and each length, as a table, JSON, CSV or a picture.
     """
     if matrix or models or contexts or csv or png:
+        if show_all:
+            raise click.UsageError("--all is of one plan; a matrix keeps no rejected kinds")
         _plan_matrix(
             args, options, models=models, contexts=contexts, csv=csv, png=png, as_json=as_json
         )

@@ -38,8 +38,8 @@ class GatheredBytes:
     """While each layer runs backward, the last layer first."""
     end: int
     """In the embedding's backward."""
-    moved: int
-    """All that is gathered in one micro-step: what the links carry."""
+    num_gathers: int
+    """Collectives of one micro-step that gather."""
 
 
 @functools.lru_cache(maxsize=512)
@@ -73,14 +73,14 @@ def gathered_bytes(
     # The layers between are all alike: each counts as the one where they begin.
     alike = num_layers - replayed
     order = [index if index < head else max(head, index - alike) for index in range(num_layers)]
-    moved = coordinator.moved + alike * coordinator.moved_in[min(head, replayed - 1)]
+    middle = min(head, replayed - 1)
     return GatheredBytes(
         forward=tuple(element_bytes * coordinator.forward[index] for index in order),
         loss=element_bytes * coordinator.loss,
         turn=element_bytes * coordinator.turn,
         backward=tuple(element_bytes * coordinator.backward[index] for index in reversed(order)),
         end=element_bytes * coordinator.alive,
-        moved=element_bytes * moved,
+        num_gathers=coordinator.num_gathers + alike * coordinator.gathers_in[middle],
     )
 
 
@@ -98,7 +98,7 @@ def _layers_to_replay(model: ModelSpec, knobs: ZeroKnobs) -> tuple[int, int]:
     return head, head + math.ceil(behind)
 
 
-NOTHING_GATHERED = GatheredBytes(forward=(0,), loss=0, turn=0, backward=(0,), end=0, moved=0)
+NOTHING_GATHERED = GatheredBytes(forward=(0,), loss=0, turn=0, backward=(0,), end=0, num_gathers=0)
 
 
 @dataclass(slots=True)
@@ -146,15 +146,17 @@ class _Coordinator:
         self.recomputed_for: dict[int, set[int]] = {}
         self.active: dict[int, None] = {}
         self.gathers: dict[int, _Gather] = {}
-        self.available = self.alive = self.moved = self.highest = 0
+        self.available = self.alive = self.highest = 0
+        self.num_gathers = 0
 
     def run(self) -> None:
         """Replay all calls, and note the most gathered elements of each place."""
         layers = 1 + max(call.layer for call in self.calls.calls)
-        self.forward, self.backward, self.moved_in = [0] * layers, [0] * layers, [0] * layers
+        self.forward, self.backward = [0] * layers, [0] * layers
+        self.gathers_in = [0] * layers
         self.loss = self.turn = 0
         for call in self.calls.calls:
-            before, self.highest = self.moved, 0
+            before, self.highest = self.num_gathers, 0
             if call.is_fetch:
                 self._fetch(call)
             else:
@@ -164,7 +166,7 @@ class _Coordinator:
             elif call.place != "start":
                 most = self.forward if call.place == "forward" else self.backward
                 most[call.layer] = max(most[call.layer], self.alive, self.highest)
-                self.moved_in[call.layer] += self.moved - before
+                self.gathers_in[call.layer] += self.num_gathers - before
             if call.place == "backward" and not self.turn:
                 self.turn = self.alive
 
@@ -210,7 +212,7 @@ class _Coordinator:
         for index in wanted:
             self.state[index] = _IN_FLIGHT
         self.available += elements
-        self.moved += elements
+        self.num_gathers += 1
         self.alive += elements
         if self.num_parts_on_host > 1:
             self.highest = max(self.highest, self.alive + elements // self.num_parts_on_host)

@@ -15,6 +15,7 @@ from launcher.predict.compute_cost import (
 )
 from launcher.predict.site_constants import time_constants
 from launcher.predict.time_calibration import TimeCalibration
+from launcher.predict.zero_runtime import zero_runtime
 from launcher.strategy import Checkpointing, Method, Offload, Optimizer, Strategy
 from launcher.workload import Workload
 
@@ -99,7 +100,10 @@ def estimate_time(
         workload, strategy, calibration, has_flash_kernel=gpu.has_flash_attention_2
     )
     compute = _compute_seconds(work, workload, cluster, calibration)
+    gathered = zero_runtime(workload, strategy, world_size=cluster.world_size).gathered
     host, hooks = _host_seconds(work, strategy, calibration)
+    if cluster.world_size > 1:
+        hooks += calibration.gather_seconds * gathered.num_gathers
     links = _communication(workload, strategy, cluster, calibration, totals=totals)
     copies = _host_copies(workload, strategy, cluster, totals)
     device = _overlapped(

@@ -78,6 +78,10 @@ class TimeCalibration:
     and 7B with and without checkpointing."""
     zero3_module_seconds: float = 0.66e-3
     """Hooks, gather and release of one module with parameters, per pass. Fitted; ZeRO-3."""
+    gather_seconds: float = 0.25e-3
+    """More for each collective of several ranks that gathers parameters: its launch, buffers and
+    copies. Two H200: 0.27 to 0.74 ms are missing without it in five ZeRO-3 runs of the worker,
+    none in two of plain DeepSpeed; chosen between."""
     gradient_hook_seconds: float = 0.3e-3
     """DeepSpeed's Python on the gradient of one trainable tensor: hook, bucket, partition, norm,
     flattening. Chosen between 0.25 and 0.35 ms, which fit equally well; pinned by the 1B full
