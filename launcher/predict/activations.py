@@ -16,7 +16,7 @@ from launcher.predict.decoder_layer import MLP_OUTPUTS
 from launcher.predict.layer_parts import AttentionKernel, LayerSetting
 from launcher.predict.layer_profile import LayerProfile, layer_profile
 from launcher.predict.output_layer import LossMoment, OutputLayer
-from launcher.strategy import Checkpointing, Loss, Method, Precision, Strategy
+from launcher.strategy import Checkpointing, Loss, Method, Offload, Precision, Strategy
 from launcher.workload import Workload
 
 
@@ -101,6 +101,7 @@ def timeline(
             adapter_bytes=adapter_bytes,
             has_liger=strategy.liger_kernels and gpu.device_type == "cuda",
             has_zero3_linear=strategy.zero_stage == 3,
+            has_offloaded_params=strategy.offload_param is not Offload.none,
             is_cuda=gpu.device_type == "cuda",
             has_cudnn_attention=has_cudnn_attention(gpu),
         ),
@@ -119,6 +120,7 @@ class _Choices(NamedTuple):
     adapter_bytes: int
     has_liger: bool
     has_zero3_linear: bool
+    has_offloaded_params: bool
     is_cuda: bool
     has_cudnn_attention: bool
 
@@ -233,7 +235,7 @@ def _output_layer(workload: Workload, choices: _Choices, tokens: float) -> Outpu
         is_head_trained=workload.method is Method.full,
         keeps_hidden=workload.method is Method.full or choices.has_zero3_linear,
         has_softcap=model.logit_softcap is not None,
-        adds_gradients_in_place=choices.has_zero3_linear,
+        adds_gradients_in_place=choices.has_zero3_linear and not choices.has_offloaded_params,
     )
 
 

@@ -43,7 +43,8 @@ class OutputLayer:
     adds_gradients_in_place: bool = False
     """The sum of two chunks' gradients of the matrix takes the first one's place: DeepSpeed's
     linear of ZeRO-3 gives a tensor of its own, torch's a view, whose sum is a third tensor (H100,
-    Gemma 3 1B, and two H200, Llama-3-8B: one whole matrix less than under ZeRO-2)."""
+    Gemma 3 1B, and two H200, Llama-3-8B: one whole matrix less than under ZeRO-2). Parameters on
+    the host bring the third back (H100, Qwen3-1.7B); why is not known."""
 
     @property
     def _hidden_bytes(self) -> float:

@@ -100,10 +100,7 @@ def estimate_time(
         workload, strategy, calibration, has_flash_kernel=gpu.has_flash_attention_2
     )
     compute = _compute_seconds(work, workload, cluster, calibration)
-    gathered = zero_runtime(workload, strategy, world_size=cluster.world_size).gathered
-    host, hooks = _host_seconds(work, strategy, calibration)
-    if cluster.world_size > 1:
-        hooks += calibration.gather_seconds * gathered.num_gathers
+    host, hooks = _host_seconds(work, workload, strategy, cluster.world_size, calibration)
     links = _communication(workload, strategy, cluster, calibration, totals=totals)
     copies = _host_copies(workload, strategy, cluster, totals)
     device = _overlapped(
@@ -207,14 +204,21 @@ def _compute_seconds(
 
 
 def _host_seconds(
-    work: MicroStepWork, strategy: Strategy, calibration: TimeCalibration
+    work: MicroStepWork,
+    workload: Workload,
+    strategy: Strategy,
+    world_size: int,
+    calibration: TimeCalibration,
 ) -> tuple[float, float]:
     """Return the host's time for launches, and for ZeRO-3's hooks, in one micro-step."""
     launches = calibration.host_op_seconds * work.host_ops
     launches += calibration.gradient_hook_seconds * work.trainable_tensors
     if strategy.zero_stage < 3:
         return launches, 0.0
-    return launches, calibration.zero3_module_seconds * work.modules_with_params
+    runtime = zero_runtime(workload, strategy, world_size=world_size)
+    num_gathers = runtime.gathered.num_gathers if world_size > 1 else 0
+    hooks = calibration.zero3_module_seconds * work.modules_with_params
+    return launches, hooks + calibration.gather_seconds * num_gathers
 
 
 def _overlapped(compute_seconds: float, link_seconds: float, overlap_fraction: float) -> float:
