@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from launcher.worker.export_checks import ExportError
@@ -43,6 +42,9 @@ def write_merged(adapted: Any, folder: Path, *, dtype: torch.dtype) -> None:
         name: torch.empty(value.shape, dtype=_saved_dtype(value, dtype), device="meta")
         for name, value in sources.items()
     }
+    # Read before the program has said so, it would show progress bars.
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=MAX_SHARD_BYTES)
     for file_name, names in split.filename_to_tensors.items():
         tensors = {}

@@ -131,7 +131,7 @@ def test_a_folder_that_cannot_be_written_stops_the_sweep_before_it_begins(folder
     [
         ("h200x2", "H200", 23),
         ("blind_h100", "H100-80GB", 24),
-        ("study_h100", "H100-80GB", 27),
+        ("study_h100", "H100-80GB", 36),
         # Figures 2 and 3: 5 x 3 and 3 x 2; 4: 3 models x 5 lengths x 3 x 2, Falcon 4 x 3 x 2.
         ("paper", None, 15 + 6 + 90 + 24),
     ],
@@ -142,10 +142,10 @@ def test_the_repositorys_sweeps_are_planned_and_expected_to_fit_where_they_shoul
     sweep = Path(__file__).parents[2] / "benchmarks" / f"{name}.yaml"
     cases = read_sweep(sweep, [f"cluster.gpu={gpu}"] if gpu else [])
     assert len(cases) == num_cases
-    planned = {case.name: plan_case(case) for case in cases[:27]}
+    planned = {case.name: plan_case(case) for case in cases[:36]}
     assert all("predicted" in item for item in planned.values())
     if name != "paper":
-        unfit = [case for case, item in planned.items() if not item["predicted"]["fits"]]
-        meant = [case for case in planned if case.endswith("-oom")]
-        # Drawn and run with a smaller safety margin: 79.6 GB of 81.5.
-        assert unfit in (meant, [*meant, "qwen2.5-0.5b-full-z1-5120x6-gc"])
+        unfit = {case for case, item in planned.items() if not item["predicted"]["fits"]}
+        # Finished with up to 82.0 GB of 85.5 in use, of which the margin leaves 79.6 GB or less.
+        ran = {"qwen2.5-0.5b-full-z1-5120x6-gc", "rank-16384-qlora-o_proj"}
+        assert unfit - ran == {case for case in planned if case.endswith("-oom")}
