@@ -95,7 +95,11 @@ def _acquire(path: Path) -> None:
             _create(path)
         except FileExistsError:
             holder = _read(path)
-            if _lives(holder, path) or time.monotonic() > deadline:
+            is_over = time.monotonic() > deadline
+            if holder is None and not is_over and not _is_old(path):
+                time.sleep(0.05)  # it is being written: soon it says by whom
+                continue
+            if _lives(holder, path) or is_over:
                 raise _locked(path, holder) from None
             if not _remove_stale(path, holder):
                 time.sleep(0.1)

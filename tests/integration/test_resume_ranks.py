@@ -199,7 +199,7 @@ def test_a_rank_killed_in_mid_save_loses_nothing_and_one_rank_goes_on(tmp_path: 
     write_chats(tmp_path / "train.jsonl", 32)
     (tmp_path / "recipe.yaml").write_text(
         f"model: {{name_or_path: {tmp_path / 'model'}}}\nmax_seq_len: 64\n"
-        "data: {path: train.jsonl}\ncluster: {gpus_per_node: 2}\n"
+        "data: {path: train.jsonl}\ncluster: {gpus_per_node: 2}\nrecovery: {max_attempts: 1}\n"
         "optim: {max_steps: 40, global_batch_size: 4, save_steps: 1, save_total_limit: 3}\n"
     )
     zerofit = [sys.executable, "-m", "launcher.cli"]
