@@ -25,7 +25,8 @@ from typing import Any
 
 from launcher import run_dir as rd
 from launcher.errors import JobFailedError
-from launcher.recovery.record import RECOVERY_LOG
+from launcher.failure_kind import FailureKind
+from launcher.recovery.record import read_failed_attempts
 
 SAVE_STEPS = 25
 # Adapters under ZeRO-2, and all weights under ZeRO-3.
@@ -137,8 +138,8 @@ def _resume(
     yield from stopped
 
 
-def out_of_memory(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Start what cannot fit, and expect the run to finish."""
+def out_of_memory(folder: Path, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Start what cannot fit; yield whether the run finished all the same."""
     run, log = folder / TOO_LARGE, folder / f"{TOO_LARGE}.log"
     recipe = [*TOO_LARGE_RECIPE, *overrides]
     train = _zerofit("train", "--anyway", *recipe, "--output-dir", str(run), log=log)
@@ -146,16 +147,16 @@ def out_of_memory(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
         status = train.wait(timeout=WAIT_SECONDS)
     except subprocess.TimeoutExpired:
         train.kill()
-        return _line(TOO_LARGE, "oom-recovers", held=False, why=_tail(log))
-    record = run / RECOVERY_LOG
-    lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
-    attempts = [json.loads(line) for line in lines]
+        yield _line(TOO_LARGE, "oom-recovers", held=False, why=_tail(log))
+        return
+    attempts = read_failed_attempts(run)
     has_finished = status == 0 and rd.read_status(run).state == "finished"
     if not (has_finished and attempts):
-        return _line(TOO_LARGE, "oom-recovers", held=False, why=f"{status}: {_tail(log)}")
-    tries = "; ".join(f"{item['kind']} in {item['phase']}: {item['changes']}" for item in attempts)
-    return _line(
-        TOO_LARGE, "oom-recovers", held=attempts[0]["kind"] == "gpu_oom",
+        yield _line(TOO_LARGE, "oom-recovers", held=False, why=f"{status}: {_tail(log)}")
+        return
+    tries = "; ".join(f"{item.kind} in {item.phase}: {dict(item.changes)}" for item in attempts)
+    yield _line(
+        TOO_LARGE, "oom-recovers", held=attempts[0].kind is FailureKind.gpu_oom,
         why=f"finished {_losses(run)[-1][0]} steps after {tries}",
     )  # fmt: skip
 
@@ -227,7 +228,7 @@ def main() -> int:
         name: scenarios(name, [*recipe, *SHARED, *options.overrides], folder)
         for name, recipe in RUNS.items()
     }
-    runs[TOO_LARGE] = (out_of_memory(folder, options.overrides) for _ in range(1))
+    runs[TOO_LARGE] = out_of_memory(folder, options.overrides)
     has_failed = False
     for name, founds in runs.items():
         if options.only not in name:

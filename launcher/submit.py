@@ -14,11 +14,11 @@ from launcher import run_dir as rd
 from launcher.backends import choose_backend, slurm_backend
 from launcher.data_view import describe_data
 from launcher.dispatch import slurm_commands as slurm
-from launcher.dispatch.base import JobHandle, write_files, write_handle
+from launcher.dispatch.base import JobHandle, write_files
 from launcher.dispatch.interruptions import Interruptions
-from launcher.dispatch.slurm import SlurmBackend, check_accepted, handle_of
+from launcher.dispatch.slurm import SlurmBackend, check_accepted, handle_of, keep_handles
 from launcher.dispatch.worker_command import check_train_extra
-from launcher.errors import DoesNotFitError, RecipeError, RunDirError, list_problems
+from launcher.errors import DoesNotFitError, RecipeError, list_problems
 from launcher.launch import DEFAULT_PARENT, create_run, prepare_run_data, remove_run, run_files
 from launcher.prepare import Prepared
 from launcher.recipe_paths import check_data_paths, with_absolute_paths
@@ -133,16 +133,7 @@ def submit_array(
             handle_of(f"{job_id}_{index}", run_id=known.run_id, run_dir=run_dir)
             for index, (known, run_dir) in enumerate(zip(ready, run_dirs, strict=True))
         ]
-        try:
-            for handle in handles:
-                write_handle(handle)
-        except OSError as error:
-            slurm.cancel(job_id)
-            raise RunDirError(
-                f"cannot write: {error.strerror}; job {job_id} is cancelled again",
-                where=str(folder),
-                fix="free some disk space, or choose another folder",
-            ) from None
+        keep_handles(handles, job_id=job_id, folder=folder)
     say(f"submitted job array {job_id}: {len(handles)} runs in {folder}")
     return handles
 

@@ -6,7 +6,7 @@ import logging
 import math
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -137,15 +137,7 @@ class SlurmBackend:
         (run_dir / rd.LAUNCHER_LOG).touch()
         job_id = slurm.submit(request.argv, env=request.env, cwd=run_dir)
         handle = handle_of(job_id, run_id=self.run_id, run_dir=run_dir)
-        try:
-            write_handle(handle)
-        except OSError as error:
-            slurm.cancel(job_id)
-            raise RunDirError(
-                f"cannot write: {error.strerror}; job {job_id} is cancelled again",
-                where=str(run_dir),
-                fix="free some disk space, or choose another folder",
-            ) from None
+        keep_handles([handle], job_id=job_id, folder=run_dir)
         return handle
 
     def wait(
@@ -166,6 +158,29 @@ def handle_of(job_id: str, *, run_id: str, run_dir: Path) -> JobHandle:
     return JobHandle(
         backend=NAME, run_dir=run_dir, run_id=run_id, job_id=job_id, host=socket.gethostname()
     )
+
+
+def keep_handles(handles: Sequence[JobHandle], *, job_id: str, folder: Path) -> None:
+    """Write the handles of a submitted job, or cancel it: nobody would find it again.
+
+    Args:
+        handles: of the job, or of each task of an array.
+        job_id: of the whole job.
+        folder: what the error names.
+
+    Raises:
+        RunDirError: they cannot be written.
+    """
+    try:
+        for handle in handles:
+            write_handle(handle)
+    except OSError as error:
+        slurm.cancel(job_id)
+        raise RunDirError(
+            f"cannot write: {error.strerror}; job {job_id} is cancelled again",
+            where=str(folder),
+            fix="free some disk space, or choose another folder",
+        ) from None
 
 
 def check_accepted(run_dir: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher import submit
+from launcher.dispatch import slurm
 from launcher.dispatch.base import JobHandle
 from launcher.errors import RunDirError
 from launcher.prepare import prepare
@@ -34,7 +35,7 @@ def test_an_array_whose_handles_cannot_be_written_is_cancelled_again(
     def disk_is_full(_handle: JobHandle) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(submit, "write_handle", disk_is_full)
+    monkeypatch.setattr(slurm, "write_handle", disk_is_full)
     overrides = ["cluster.backend=slurm", "cluster.gpu=H100-80GB", "model.random_weights=true"]
     recipe = parse_recipe(
         "model: {name_or_path: llama2-7b}", source="x", overrides=[*overrides, "optim.max_steps=2"]
