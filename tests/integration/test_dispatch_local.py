@@ -72,10 +72,11 @@ elif what.startswith("raise"):
                                     traceback=traceback.format_exc()))
         sys.exit(1)
 elif what.startswith("eat:"):
+    time.sleep(2)  # longer than the watch takes to see it
     Path(what.removeprefix("eat:"), "cgroup.procs").write_text(str(os.getpid()))
     eaten = bytearray(2**28)
 elif what == "kill":
-    time.sleep(0.5)
+    time.sleep(2)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 

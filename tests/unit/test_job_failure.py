@@ -165,6 +165,15 @@ def test_deepspeeds_exit_codes_above_191_are_signals(
     assert f"({name})" in describe_failure(run_dir, exit_code=exit_code).problem
 
 
+def test_a_rank_that_was_never_seen_was_killed_by_the_kernel_if_it_killed_something(
+    run_dir: Path,
+) -> None:
+    dead = [DeadRank(rank=0, exit_status=-15, is_oom_kill=True)]
+    error = describe_failure(run_dir, exit_code=247, dead_ranks=dead)
+    assert error.problem == "a rank was killed by the kernel: the host's memory ran out"
+    assert error.kind is FailureKind.host_oom
+
+
 def test_the_rank_that_was_killed_is_named_and_not_those_that_were_told_to_stop(
     run_dir: Path,
 ) -> None:
