@@ -77,9 +77,14 @@ def ten_thousand_gpus() -> None:
 
 
 def command() -> None:
-    """Run the command itself, imports and output included."""
+    """Run the command itself, imports and output included.
+
+    With byte-code files, as pip leaves them for an installed package: to compile all modules
+    anew, which ``PYTHONDONTWRITEBYTECODE`` makes of every start, takes longer than the plan.
+    """
     zerofit = Path(sys.executable).parent / "zerofit"
-    subprocess.run([zerofit, *COMMAND], check=True, stdout=subprocess.DEVNULL)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    subprocess.run([zerofit, *COMMAND], check=True, stdout=subprocess.DEVNULL, env=environment)
 
 
 def main() -> None:

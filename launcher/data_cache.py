@@ -13,7 +13,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +204,9 @@ def glance_key(recipe: Recipe) -> str | None:
     tokenizer = _tokenizer_folder(recipe.model.name_or_path, recipe.model.revision)
     if tokenizer is None:
         return None
+    # Imported late, as its parsers of e-mail headers take 20 ms of every plan.
+    from importlib.metadata import PackageNotFoundError, version
+
     data = recipe.data
     paths = [data.path, data.eval_path, data.chat_template, *(s.path for s in data.sources)]
     parts: list[Any] = [CACHE_VERSION, asdict(data), recipe.max_seq_len, str(tokenizer)]

@@ -14,7 +14,7 @@ from launcher.planning.plan import Candidate
 from launcher.planning.rules import default_attention, losses_that_work, why_impossible
 from launcher.predict.attention_kernel import attention_kernel
 from launcher.predict.memory import estimate_memory
-from launcher.predict.step_time import estimate_time
+from launcher.predict.step_time import estimate_time, least_step_seconds
 from launcher.recipe_sections import StrategySection
 from launcher.strategy import (
     Attention,
@@ -125,7 +125,7 @@ def _kinds_that_work(space: SearchSpace) -> tuple[list[_Bounded], dict[Strategy,
                 impossible[shape] = reason
                 continue
             fastest = space.at(shape, space.micro_batch_sizes[-1])
-            bound = estimate_time(space.workload, fastest, space.cluster).step_seconds
+            bound = least_step_seconds(space.workload, fastest, space.cluster)
             variants.append((bound, shape))
         if variants:
             kinds.append(sorted(variants, key=lambda item: item[0]))

@@ -170,10 +170,9 @@ def module_calls(setting: CallSetting, *, num_layers: int) -> ModuleCalls:
     model, writer = setting.model, _Writer()
     ends = {weight.role: weight for weight in model.weights if not weight.in_layer}
     embedding = writer.number(_Node(parameters=(_own(ends["embedding"], setting),)))
-    layers = [
-        writer.number(_layer(setting, is_moe=index >= num_layers - model.num_moe_layers))
-        for index in range(num_layers)
-    ]
+    have_experts = [index >= num_layers - model.num_moe_layers for index in range(num_layers)]
+    kinds = {is_moe: _layer(setting, is_moe=is_moe) for is_moe in set(have_experts)}
+    layers = [writer.number(kinds[is_moe]) for is_moe in have_experts]
     norms = [w for w in model.weights if w.role == "norm" and not w.in_layer]
     norm = writer.number(_Node(parameters=tuple(_own(w, setting) for w in norms)))
     if "lm_head" in ends:

@@ -42,7 +42,6 @@ class GatheredBytes:
     """Collectives of one micro-step that gather."""
 
 
-@functools.lru_cache(maxsize=512)
 def gathered_bytes(
     setting: CallSetting,
     knobs: ZeroKnobs,
@@ -60,27 +59,60 @@ def gathered_bytes(
         world_size: of one rank, partitions come whole from the host, without buffers.
         has_offloaded_params: a rank's part comes from the host before the others' join it.
     """
+    found = replay(setting, knobs, world_size=world_size)
+    forward = found.forward_from_host if has_offloaded_params else found.forward
+    backward = found.backward_from_host if has_offloaded_params else found.backward
+    return GatheredBytes(
+        forward=tuple(element_bytes * elements for elements in forward),
+        loss=element_bytes * found.loss,
+        turn=element_bytes * found.turn,
+        backward=tuple(element_bytes * elements for elements in reversed(backward)),
+        end=element_bytes * found.end,
+        num_gathers=found.num_gathers,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Replayed:
+    """Most gathered elements of each place; per layer in the model's order."""
+
+    forward: tuple[int, ...]
+    forward_from_host: tuple[int, ...]
+    """The same with the rank's own part beside what it joins."""
+    loss: int
+    turn: int
+    backward: tuple[int, ...]
+    backward_from_host: tuple[int, ...]
+    end: int
+    num_gathers: int
+
+
+@functools.lru_cache(maxsize=512)
+def replay(setting: CallSetting, knobs: ZeroKnobs, *, world_size: int) -> _Replayed:
+    """Replay the layers that differ; those between count as the one where they begin."""
     num_layers = setting.model.num_hidden_layers
     head, tail = _layers_to_replay(setting.model, knobs)
     replayed = min(num_layers, head + tail)
     coordinator = _Coordinator(
-        module_calls(setting, num_layers=replayed),
-        knobs,
-        is_single_rank=world_size == 1,
-        num_parts_on_host=world_size if has_offloaded_params else 0,
+        module_calls(setting, num_layers=replayed), knobs, world_size=world_size
     )
     coordinator.run()
-    # The layers between are all alike: each counts as the one where they begin.
     alike = num_layers - replayed
     order = [index if index < head else max(head, index - alike) for index in range(num_layers)]
-    middle = min(head, replayed - 1)
-    return GatheredBytes(
-        forward=tuple(element_bytes * coordinator.forward[index] for index in order),
-        loss=element_bytes * coordinator.loss,
-        turn=element_bytes * coordinator.turn,
-        backward=tuple(element_bytes * coordinator.backward[index] for index in reversed(order)),
-        end=element_bytes * coordinator.alive,
-        num_gathers=coordinator.num_gathers + alike * coordinator.gathers_in[middle],
+
+    def of_all(replayed_layers: Sequence[int]) -> tuple[int, ...]:
+        return tuple(replayed_layers[index] for index in order)
+
+    return _Replayed(
+        forward=of_all(coordinator.forward),
+        forward_from_host=of_all(coordinator.forward_from_host),
+        loss=coordinator.loss,
+        turn=coordinator.turn,
+        backward=of_all(coordinator.backward),
+        backward_from_host=of_all(coordinator.backward_from_host),
+        end=coordinator.alive,
+        num_gathers=coordinator.num_gathers
+        + alike * coordinator.gathers_in[min(head, replayed - 1)],
     )
 
 
@@ -113,12 +145,9 @@ class _Gather:
 class _Coordinator:
     """Replays the calls of one micro-step; persistent parameters never leave."""
 
-    def __init__(
-        self, calls: ModuleCalls, knobs: ZeroKnobs, *, is_single_rank: bool, num_parts_on_host: int
-    ) -> None:
+    def __init__(self, calls: ModuleCalls, knobs: ZeroKnobs, *, world_size: int) -> None:
         threshold = knobs.stage3_param_persistence_threshold
-        self.calls, self.is_single_rank = calls, is_single_rank
-        self.num_parts_on_host = num_parts_on_host
+        self.calls, self.world_size = calls, world_size
         self.max_live = knobs.stage3_max_live_parameters
         self.prefetch_bucket = knobs.stage3_prefetch_bucket_size
         self.reuse_distance = knobs.stage3_max_reuse_distance
@@ -153,6 +182,7 @@ class _Coordinator:
         """Replay all calls, and note the most gathered elements of each place."""
         layers = 1 + max(call.layer for call in self.calls.calls)
         self.forward, self.backward = [0] * layers, [0] * layers
+        self.forward_from_host, self.backward_from_host = [0] * layers, [0] * layers
         self.gathers_in = [0] * layers
         self.loss = self.turn = 0
         for call in self.calls.calls:
@@ -164,7 +194,10 @@ class _Coordinator:
             if call.place == "loss":
                 self.loss = max(self.loss, self.alive)
             elif call.place != "start":
-                most = self.forward if call.place == "forward" else self.backward
+                is_forward = call.place == "forward"
+                most = self.forward if is_forward else self.backward
+                most[call.layer] = max(most[call.layer], self.alive)
+                most = self.forward_from_host if is_forward else self.backward_from_host
                 most[call.layer] = max(most[call.layer], self.alive, self.highest)
                 self.gathers_in[call.layer] += self.num_gathers - before
             if call.place == "backward" and not self.turn:
@@ -174,6 +207,12 @@ class _Coordinator:
         own = self.own[call.module]
         if not call.is_forward:
             self.active[call.module] = None
+        if own:
+            self._bring(own, call)
+        self._prefetch()
+        self.step += 1
+
+    def _bring(self, own: Sequence[int], call: Call) -> None:
         self._gather([index for index in own if self.state[index] == _AWAY])
         is_recomputing = call.is_forward and call.place == "backward"
         for index in own:
@@ -185,8 +224,6 @@ class _Coordinator:
             if self.state[index] == _IN_FLIGHT:
                 self._wait(index)
         self._drop_from_queue(own)
-        self._prefetch()
-        self.step += 1
 
     def _drop_from_queue(self, own: Sequence[int]) -> None:
         for _ in [index for index in own if self.last_fetched_for[index] < self.step]:
@@ -195,6 +232,8 @@ class _Coordinator:
 
     def _prefetch(self) -> None:
         limit = min(self.max_live - self.available, self.prefetch_bucket)
+        if limit <= 0:
+            return
         wanted: list[int] = []
         elements = 0
         while self.queue and elements < limit:
@@ -214,9 +253,10 @@ class _Coordinator:
         self.available += elements
         self.num_gathers += 1
         self.alive += elements
-        if self.num_parts_on_host > 1:
-            self.highest = max(self.highest, self.alive + elements // self.num_parts_on_host)
-        if len(wanted) > 1 and not self.is_single_rank:
+        if self.world_size == 1:
+            return
+        self.highest = max(self.highest, self.alive + elements // self.world_size)
+        if len(wanted) > 1:
             gather = _Gather(elements=elements, num_unused=len(wanted))
             self.gathers.update(dict.fromkeys(wanted, gather))
 

@@ -133,6 +133,16 @@ def estimate_time(
     )
 
 
+def least_step_seconds(workload: Workload, strategy: Strategy, cluster: ClusterSpec) -> float:
+    """Return seconds that a step takes at least: without launching ZeRO-3's gathers.
+
+    Counting those takes a hundred times longer than all the rest, and a planner asks this of
+    strategies that it then leaves out.
+    """
+    bound = replace(time_constants(cluster), gather_seconds=0.0)
+    return estimate_time(workload, strategy, cluster, calibration=bound).step_seconds
+
+
 def run_estimate(
     num_steps: int,
     seconds: float,
@@ -215,10 +225,11 @@ def _host_seconds(
     launches += calibration.gradient_hook_seconds * work.trainable_tensors
     if strategy.zero_stage < 3:
         return launches, 0.0
-    runtime = zero_runtime(workload, strategy, world_size=world_size)
-    num_gathers = runtime.gathered.num_gathers if world_size > 1 else 0
     hooks = calibration.zero3_module_seconds * work.modules_with_params
-    return launches, hooks + calibration.gather_seconds * num_gathers
+    if world_size > 1 and calibration.gather_seconds:
+        runtime = zero_runtime(workload, strategy, world_size=world_size)
+        hooks += calibration.gather_seconds * runtime.gathered.num_gathers
+    return launches, hooks
 
 
 def _overlapped(compute_seconds: float, link_seconds: float, overlap_fraction: float) -> float:

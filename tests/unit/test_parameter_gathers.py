@@ -13,7 +13,7 @@ from planning_inputs import workload
 
 from launcher.predict import parameter_gathers
 from launcher.predict.module_calls import call_setting
-from launcher.predict.parameter_gathers import GatheredBytes, gathered_bytes
+from launcher.predict.parameter_gathers import GatheredBytes, gathered_bytes, replay
 from launcher.strategy import Checkpointing, Loss, Method, Strategy, ZeroKnobs
 
 KNOBS = ZeroKnobs(
@@ -61,10 +61,10 @@ def test_the_layers_left_out_are_like_their_neighbours(
     checkpointing: Checkpointing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     some = gathers(method=Method.lora, checkpointing=checkpointing, layers=24)
-    gathered_bytes.cache_clear()
+    replay.cache_clear()
     monkeypatch.setattr(parameter_gathers, "_layers_to_replay", lambda *_: (24, 0))
     every = gathers(method=Method.lora, checkpointing=checkpointing, layers=24)
-    gathered_bytes.cache_clear()
+    replay.cache_clear()
     assert some == every
 
 
