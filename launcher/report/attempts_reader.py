@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run_dir
-from launcher.peaks import RankPeaks, peaks_from_json
+from launcher.peaks import RankPeaks, peaks_from_text
 from launcher.report.check_rank import check_rank
 from launcher.report.prediction import prediction_from_plan, read_int, read_text
 from launcher.report.run_extras import peak_bytes, read_object
@@ -113,9 +113,9 @@ def _some_ranks(folder: Path) -> Iterator[RankPeaks]:
         return
     for path in paths[:_MAX_RANKS_OF_AN_ATTEMPT]:
         try:
-            peaks = peaks_from_json(json.loads(path.read_bytes()))
+            peaks = peaks_from_text(path.read_bytes())
             check_rank(peaks)
-        except (OSError, ValueError, RecursionError, AttributeError):
+        except (OSError, ValueError):
             continue
         yield peaks
 

@@ -110,7 +110,7 @@ def _read(path: Path, rank: int) -> RankPeaks | None:
     try:
         peaks = run_dir.read_rank(path)
         check_rank(peaks)
-    except (RunDirError, ValueError, AttributeError, RecursionError):
+    except (RunDirError, ValueError):
         return None
     return peaks if peaks.rank == rank else None
 
