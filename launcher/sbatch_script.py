@@ -17,14 +17,13 @@ from launcher.job_script import (
 )
 from launcher.recipe_sections import SlurmSection
 from launcher.sbatch_directives import directive, directives, looks_at_nodes
+from launcher.starter_lock import LOCK
 from launcher.stop_file import STOP_FILE
 
 JOB_SBATCH = "job.sbatch"
 LOG = "logs/launcher.log"
 REQUEUE_MARKER = "requeue"
 """Left in the run directory by rank 0 when it was told to stop and has saved a checkpoint."""
-LOCK = "lock"
-"""In the run directory, while somebody runs it; see launcher/dispatch/run_lock.py."""
 IN_ALLOCATION_VARIABLE = "ZEROFIT_IN_ALLOCATION"
 """Set where the script is one command of somebody else's allocation: it requeues nothing."""
 NEEDS = "needs.json"

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from launcher.dispatch import slurm_commands as slurm
 from launcher.errors import LauncherError, RunDirError
-from launcher.sbatch_script import LOCK
+from launcher.starter_lock import LOCK
 
 _log = logging.getLogger(__name__)
 

@@ -31,6 +31,8 @@ class SilentHosts:
     """The file of the first rank of each host."""
     _seen: set[str] = field(default_factory=set)
     _named: set[str] = field(default_factory=set)
+    _ages: dict[str, float] = field(default_factory=dict)
+    """Seconds by host, at the last look."""
     _newest: float = 0.0
     _newest_at: float = 0.0
 
@@ -49,15 +51,24 @@ class SilentHosts:
         since_newest = now - self._newest_at
         if since_newest > _FRESH_SECONDS:
             return []
+        self._ages = {host: self._newest + since_newest - at for host, at in times.items()}
         silent = {
             host
-            for host, touched in times.items()
-            if self._newest + since_newest - touched > SILENT_AFTER_SECONDS
-            and _is_running(self._files[host])
+            for host, age in self._ages.items()
+            if age > SILENT_AFTER_SECONDS and _is_running(self._files[host])
         }
         found = sorted(silent - self._named)
         self._named = silent
         return found
+
+    def heard_seconds_ago(self, node: str) -> float | None:
+        """Return how long before the last look a host was heard of; ``None`` if it never was.
+
+        Args:
+            node: Slurm's name of it, which may be the host's without its domain.
+        """
+        ages = (age for host, age in self._ages.items() if node in (host, host.split(".")[0]))
+        return next(ages, None)
 
     def _find_new(self) -> None:
         try:

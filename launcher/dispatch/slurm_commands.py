@@ -247,7 +247,7 @@ def _run(argv: Sequence[str]) -> str:
             check=False,
             timeout=ASK_TIMEOUT_SECONDS,
             stdin=subprocess.DEVNULL,
-            env=_environment(),
+            env=own_environment(),
         )
     except subprocess.TimeoutExpired:
         raise ControllerError(
@@ -276,7 +276,7 @@ def _run_sbatch(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> st
             check=False,
             timeout=SUBMIT_TIMEOUT_SECONDS,
             stdin=subprocess.DEVNULL,
-            env={**_environment(), **env},
+            env={**own_environment(), **env},
             cwd=cwd,
         )
     except subprocess.TimeoutExpired:
@@ -302,7 +302,7 @@ def _run_sbatch(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> st
     raise RejectedError(f"Slurm did not take the job: {said}", where="sbatch", fix=fix)
 
 
-def _environment() -> dict[str, str]:
+def own_environment() -> dict[str, str]:
     """Return this process's variables without those of a job that it may be part of.
 
     sbatch, and the job's own srun, would take them for options.

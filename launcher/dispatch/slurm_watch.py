@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from launcher import run_dir as rd
 from launcher.dispatch import slurm_commands as slurm
 from launcher.dispatch.base import InterruptionError, JobHandle, JobInterruptedError, read_handle
+from launcher.dispatch.daemons import Daemons
 from launcher.dispatch.failure import read_failures
 from launcher.dispatch.interruptions import Interruptions
 from launcher.dispatch.silent_hosts import SilentHosts
@@ -37,6 +39,7 @@ SILENT = (
     "has fallen silent while other hosts are heard of: it may be lost, which Slurm says only after "
     "its own time-out"
 )
+SLURM_WAITS = "should it stay away for SlurmdTimeout, Slurm ends the job"
 # Slurm can list a job some moments after it has taken it.
 _UNKNOWN_SECONDS = 10.0
 
@@ -52,11 +55,6 @@ class _Watch:
     unknown_since: float | None = None
     changed: float = 0.0
     asked: float = 0.0
-
-    @property
-    def is_running(self) -> bool:
-        """Whether Slurm said so when it was asked last."""
-        return self.state is not None and self.state.state == "RUNNING"
 
     def ask(self, now: float) -> None:
         """Ask Slurm, if it is time to, and say what has changed."""
@@ -96,6 +94,50 @@ class _Watch:
             _log.warning("%s", said)
 
 
+@dataclass(kw_only=True)
+class _Nodes:
+    """Says which nodes of a running job give no sign of life, long before Slurm does."""
+
+    run_dir: Path
+    _hosts: SilentHosts = field(init=False)
+    _daemons: Daemons | None = None
+    _said: frozenset[str] = frozenset()
+    _looked: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._hosts = SilentHosts(run_dir=self.run_dir)
+
+    def look(self, now: float, state: slurm.SlurmJobState | None) -> None:
+        """Look at the nodes if the job runs, and say what has changed."""
+        if state is None or state.state != "RUNNING":
+            self.close()
+            return
+        if now - self._looked > ASK_SECONDS:
+            self._looked = now
+            for host in self._hosts.look():
+                _log.error("%s %s", host, SILENT)
+        if self._daemons is None or self._daemons.job_id != state.job_id:
+            self.close()
+            self._daemons = Daemons(job_id=state.job_id)
+        if not self._daemons.look(now):
+            return
+        silent = self._daemons.silent
+        for node in sorted(silent - self._said):
+            heard = self._hosts.heard_seconds_ago(node)
+            ranks = "" if heard is None else f"; its ranks were heard of {heard:.0f} s ago"
+            _log.error("slurmd on %s does not answer%s; %s", node, ranks, SLURM_WAITS)
+        for node in sorted(self._said - silent):
+            _log.warning("slurmd on %s answers again", node)
+        self._said = silent
+
+    def close(self) -> None:
+        """Ask no longer."""
+        if self._daemons is not None:
+            self._daemons.close()
+            self._daemons = None
+            self._said = frozenset()
+
+
 def describe_reason(state: slurm.SlurmJobState) -> str:
     """Return why a job waits, in Slurm's word, and when Slurm expects it to start."""
     start = f", expected to start {state.expected_start}" if state.expected_start else ""
@@ -112,29 +154,31 @@ def watch_job(handle: JobHandle, *, interruptions: Interruptions, console: Binar
     """
     relay = LogRelay(path=handle.run_dir / rd.LAUNCHER_LOG, console=console)
     watch = _Watch(handle=handle, changed=time.monotonic())
-    hosts, looked = SilentHosts(run_dir=handle.run_dir), 0.0
+    with contextlib.closing(_Nodes(run_dir=handle.run_dir)) as nodes:
+        watch = _follow(watch, nodes, relay, interruptions)
+    relay.copy_new()
+    conclude(watch.handle, watch.state if watch.unreachable_since is None else None)
+
+
+def _follow(watch: _Watch, nodes: _Nodes, relay: LogRelay, interruptions: Interruptions) -> _Watch:
+    """Return what is known of the run's last job when it has ended."""
     while True:
         if interruptions.received:
             _leave(watch, interruptions)
         now = time.monotonic()
         watch.ask(now)
-        if watch.is_running and now - looked > ASK_SECONDS:
-            looked = now
-            for host in hosts.look():
-                _log.error("%s %s", host, SILENT)
+        nodes.look(now, watch.state)
         relay.copy_new()
         if watch.state is not None and watch.state.has_ended:
-            following = read_handle(handle.run_dir)
+            following = read_handle(watch.handle.run_dir)
             if following.job_id == watch.handle.job_id:
-                break
+                return watch
             # The job was one of a chain.
             _log.warning("job %s goes on as job %s", watch.handle.job_id, following.job_id)
             watch = _Watch(handle=following, changed=time.monotonic())
         if _is_over_without_slurm(watch, now):
-            break
+            return watch
         time.sleep(TICK_SECONDS)
-    relay.copy_new()
-    conclude(watch.handle, watch.state if watch.unreachable_since is None else None)
 
 
 def conclude(handle: JobHandle, state: slurm.SlurmJobState | None) -> None:

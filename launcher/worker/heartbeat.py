@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import signal
 import socket
 import sys
 import threading
@@ -20,6 +21,7 @@ from launcher import run_dir
 from launcher.errors import JobFailedError
 from launcher.failure_kind import FailureKind
 from launcher.peaks import RankFailure, RankPeaks, peaks_to_text
+from launcher.starter_lock import starter_lock
 from launcher.watchdog import HUNG_EXIT_STATUS, Patience
 
 TICK_SECONDS = 1.0
@@ -29,6 +31,9 @@ LINGER_SECONDS = 3.0
 # Writing what is known can hang, too, where the file system is what hangs.
 REPORT_SECONDS = 10.0
 _BACKUP_SECONDS = 30.0
+STARTER_SECONDS = 5.0
+LOST_EXIT_STATUS = 128 + signal.SIGTERM
+"""As if Slurm had ended the rank."""
 
 
 class RankHungError(JobFailedError):
@@ -70,6 +75,8 @@ class Heartbeat:
         self._written_beats = -1
         self._written = 0.0
         self._touched = 0.0
+        self._starter = starter_lock(folder, os.environ)
+        self._starter_seen = 0.0
         self._lock = threading.Lock()
         self._is_over = False
         self._stopped = threading.Event()
@@ -129,6 +136,13 @@ class Heartbeat:
             idle_seconds += min(now - last, 2 * TICK_SECONDS)
             last = now
             self._touch_if_due(now)
+            if self._has_lost_its_job(now):
+                sys.stderr.write(
+                    f"[rank {self.known.rank}] error: the job that started this rank has ended: "
+                    "ending\n"
+                )
+                sys.stderr.flush()
+                os._exit(LOST_EXIT_STATUS)
             if beats != self._beats:
                 beats, idle_seconds = self._beats, 0.0
             limit_seconds = self._patience.limit_seconds(self._phase, steps_done=self._steps_done)
@@ -145,6 +159,13 @@ class Heartbeat:
             self._touched = now
             with contextlib.suppress(OSError):
                 os.utime(self._path)
+
+    def _has_lost_its_job(self, now: float) -> bool:
+        """Look at the lock of the Slurm job now and then; with a dead slurmd nobody else does."""
+        if self._starter is None or now - self._starter_seen < STARTER_SECONDS:
+            return False
+        self._starter_seen = now
+        return self._starter.is_lost()
 
     def _write_if_due(self, now: float) -> None:
         is_news = self._beats != self._written_beats

@@ -16,11 +16,17 @@ import traceback
 from pathlib import Path
 
 from launcher import run_dir as rd
-from launcher.peaks import RankFailure, RankPeaks, peaks_to_json
+from launcher.peaks import RankFailure, RankPeaks
+from launcher.watchdog import Patience
+from launcher.worker.heartbeat import Heartbeat
 
 run_dir = Path(sys.argv[sys.argv.index("--run-dir") + 1])
 rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
 what, _, who = os.environ.get("PROBE", "finish").partition(" ")
+
+
+endless = Patience(training_seconds=0.0, phase_seconds=0.0)
+heartbeat = Heartbeat(run_dir, endless, rank=rank, local_rank=0, world_size=size)
 
 
 def say(line: str) -> None:
@@ -28,13 +34,16 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def write(state: str, failure: RankFailure | None = None) -> None:
-    peaks = RankPeaks(
+def peaks_of(state: str, failure: RankFailure | None = None) -> RankPeaks:
+    return RankPeaks(
         rank=rank, local_rank=int(os.environ["SLURM_LOCALID"]), world_size=size,
         host=socket.gethostname(), pid=os.getpid(), device="cpu", device_name="cpu",
         state=state, steps_done=0, failure=failure,  # type: ignore[arg-type]
     )  # fmt: skip
-    rd.write_json(rd.rank_file(run_dir, rank), peaks_to_json(peaks))
+
+
+def write(state: str, failure: RankFailure | None = None) -> None:
+    heartbeat.write(peaks_of(state, failure))
 
 
 def finish() -> None:
@@ -57,6 +66,7 @@ def save_and_stop() -> None:
 
 say(f"rank {rank} of {size} at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
 write("running")
+heartbeat.start()
 if rank == 0:
     rd.write_status(run_dir, "running")
 if what == "finish" or (what == "stop" and (run_dir / "checkpoints").is_dir()):
@@ -74,9 +84,7 @@ if who == str(rank):
         write("failed", failure)
         say(f"[rank {rank}] ValueError: {error}")
         sys.exit(1)
-for tick in range(3000):
+for _tick in range(3000):
     time.sleep(0.1)
-    if tick % 50 == 0:
-        rd.rank_file(run_dir, rank).touch()  # as the worker's heartbeat does
     if what != "deaf" and "stop" in os.listdir(run_dir):  # noqa: PTH208
         save_and_stop()

@@ -55,3 +55,14 @@ def test_ranks_that_have_ended_are_not_silent(run: Path) -> None:
     for second in range(0, 40, 5):
         touch(run, 0, second)
         assert hosts.look(now=100.0 + second) == []
+
+
+def test_when_a_host_was_heard_of_last_is_known_by_slurms_name_of_it(run: Path) -> None:
+    hosts = SilentHosts(run_dir=run)
+    rd.rank_file(run, 2).write_text('{"host": "node2.site.org", "state": "running"}')
+    touch(run, 0, 3.0)
+    touch(run, 2, 0.0)
+    hosts.look(now=100.0)
+    assert hosts.heard_seconds_ago("node1") == 0.0
+    assert hosts.heard_seconds_ago("node2") == 3.0
+    assert hosts.heard_seconds_ago("node9") is None

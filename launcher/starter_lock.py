@@ -1,0 +1,49 @@
+"""The file that says which Slurm job runs a run directory, and whether it still is a rank's own.
+
+When the slurmd of a host dies, Slurm ends the job everywhere else, and nobody is left who could
+end the ranks of that host: they have to notice by themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+LOCK = "lock"
+"""In the run directory, while somebody runs it; see launcher/dispatch/run_lock.py."""
+_LOOKS = 2
+
+
+@dataclass(kw_only=True)
+class StarterLock:
+    """The lock as a rank found it when it started."""
+
+    run_dir: Path
+    content: bytes
+    _misses: int = 0
+
+    def is_lost(self) -> bool:
+        """Return whether the lock has been away, or another's, at two looks in a row.
+
+        The folder is listed first, which makes an NFS client look anew (nfs(5), "close-to-open").
+        A file server that does not answer says nothing about the job.
+        """
+        try:
+            is_there = LOCK in os.listdir(self.run_dir)  # noqa: PTH208  as in stop_file.py
+            is_own = is_there and (self.run_dir / LOCK).read_bytes() == self.content
+        except OSError:
+            return False
+        self._misses = 0 if is_own else self._misses + 1
+        return self._misses >= _LOOKS
+
+
+def starter_lock(run_dir: Path, environ: Mapping[str, str]) -> StarterLock | None:
+    """Return the lock of the Slurm job around a rank; ``None`` outside Slurm or without one."""
+    if "SLURM_JOB_ID" not in environ:
+        return None
+    try:
+        return StarterLock(run_dir=run_dir, content=(run_dir / LOCK).read_bytes())
+    except OSError:
+        return None  # the job's script was written by hand

@@ -1,0 +1,20 @@
+"""Which of Slurm's daemons do not answer, from what sstat writes (Slurm 22.05, measured)."""
+
+from __future__ import annotations
+
+from launcher.dispatch.daemons import parse_silent
+
+REFUSED = [
+    "sstat: error: slurm_job_step_stat: unknown return given from node2: 9001 rc = "
+    "Communication connection failure\n",
+    "sstat: error: problem getting step_layout for StepId=1.0: Communication connection failure\n",
+]
+
+
+def test_a_daemon_that_refuses_is_named() -> None:
+    assert parse_silent(REFUSED) == {"node2"}
+
+
+def test_what_else_sstat_complains_of_is_no_daemon() -> None:
+    assert parse_silent(["sstat: error: No steps running for job 1\n"]) == frozenset()
+    assert parse_silent([]) == frozenset()
