@@ -156,7 +156,7 @@ def watch_job(handle: JobHandle, *, interruptions: Interruptions, console: Binar
     watch = _Watch(handle=handle, changed=time.monotonic())
     with contextlib.closing(_Nodes(run_dir=handle.run_dir)) as nodes:
         watch = _follow(watch, nodes, relay, interruptions)
-    relay.copy_new()
+    relay.finish()
     conclude(watch.handle, watch.state if watch.unreachable_since is None else None)
 
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -21,6 +21,7 @@ from launcher.dispatch.stopping import Stopping
 from launcher.errors import JobFailedError, RunDirError
 from launcher.failure_kind import FailureKind
 from launcher.job_script import launcher_mark
+from launcher.redact import StreamRedactor
 from launcher.run_checkpoints import newest_checkpoint
 from launcher.stop_file import clear_stop
 
@@ -72,11 +73,15 @@ class Ranks(Protocol):
 
 @dataclass(kw_only=True)
 class LogRelay:
-    """Copies a growing file to the console, byte by byte, so that progress bars survive."""
+    """Copies a growing file to the console, byte by byte, so that progress bars survive.
+
+    Tokens and keys that our environment holds are left out; the file is as the job wrote it.
+    """
 
     path: Path
     console: BinaryIO | None
     _offset: int = 0
+    _redactor: StreamRedactor = field(default_factory=StreamRedactor)
 
     def copy_new(self) -> None:
         """Copy what was added since the last call."""
@@ -84,15 +89,23 @@ class LogRelay:
             return
         try:
             with self.path.open("rb") as stream:
-                stream.seek(self._offset)
+                stream.seek(before := self._offset)
                 while chunk := stream.read(_CHUNK_BYTES):
                     self._offset += len(chunk)
-                    self.console.write(chunk)
+                    self.console.write(self._redactor.feed(chunk))
+                if self._offset == before:
+                    # Nobody tears a token by pausing in its middle.
+                    self.console.write(self._redactor.rest())
             self.console.flush()
         except OSError as error:
             # The terminal went away, or `| head` had enough: the log file has everything.
             _log.warning("the job's output is no longer shown: %s", error)
             self.console = None
+
+    def finish(self) -> None:
+        """Copy the last of it."""
+        self.copy_new()
+        self.copy_new()
 
 
 class JobProcess(Protocol):
@@ -163,7 +176,7 @@ def watch(
         # Also when the launcher has ended by itself: ranks often outlive it.
         _end_everything(process, handle, ranks, interruptions)
         ranks.close()
-    relay.copy_new()
+    relay.finish()
     had_failed = trouble_since is not None  # before the signal came
     stopped_by = None if had_failed else next(iter(interruptions.received), None)
     _conclude(handle, process.returncode, ranks, stopped_by=stopped_by)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Mapping
 from types import FrameType, MappingProxyType
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
-from launcher.redact import redacted
+from launcher.redact import StreamRedactor, has_secrets, redacted
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 QUIET_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {
@@ -41,8 +47,63 @@ def begin_program() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     # None of these programs computes with DeepSpeed, which else warns that it found no GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    hide_secrets()
     quiet_libraries(logging.INFO)
     signal.signal(signal.SIGTERM, _leave)
+
+
+def hide_secrets() -> None:
+    """Let no token or key of the environment be printed from now on, whoever prints it in Python.
+
+    For a program to call once: what a rank prints stays in a file.
+    """
+    if has_secrets():
+        sys.stdout = _without_secrets(sys.stdout)
+        sys.stderr = _without_secrets(sys.stderr)
+
+
+def _without_secrets(stream: TextIO) -> TextIO:
+    assert isinstance(stream, io.TextIOWrapper)
+    stream.flush()
+    return io.TextIOWrapper(
+        _Filter(stream.buffer),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+class _Filter(io.BufferedIOBase):
+    """Writes to another stream, without secrets."""
+
+    name = "without secrets"
+
+    def __init__(self, target: BinaryIO) -> None:
+        self._target = target
+        self._redactor = StreamRedactor()
+        # A signal's handler may print while its thread does.
+        self._lock = threading.RLock()
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._target.fileno()
+
+    def isatty(self) -> bool:
+        return self._target.isatty()
+
+    def write(self, data: Buffer) -> int:
+        content = bytes(data)
+        with self._lock:
+            self._target.write(self._redactor.feed(content))
+        return len(content)
+
+    def flush(self) -> None:
+        with self._lock:
+            self._target.write(self._redactor.rest())
+            self._target.flush()
 
 
 def quiet_libraries(own_level: int) -> None:

@@ -30,7 +30,7 @@ from launcher.worker.heartbeat import Heartbeat
 from launcher.worker.interruption import exit_on_signal, listen_for_stop
 from launcher.worker.last_words import report_failure
 from launcher.worker.observation import add_step_snapshot, open_to_view
-from launcher.worker.program import quiet_libraries
+from launcher.worker.program import hide_secrets, quiet_libraries
 from launcher.worker.ranks import (
     Ranks,
     choose_device,
@@ -304,6 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ranks = ranks_from_environment(os.environ)
     prepare_environment(ranks)
     # Rank 0 speaks, other ranks only on error.
+    hide_secrets()
     quiet_libraries(logging.INFO if ranks.rank == 0 else logging.ERROR)
     recorder = None
     try:
