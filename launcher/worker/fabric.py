@@ -11,9 +11,9 @@ import argparse
 import datetime
 import json
 import os
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,11 @@ _MEET_SECONDS = 20.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Start the ranks of this node and wait for them; or be one of them."""
+    """Be the ranks of this node: the only one, or several that are forked.
+
+    torch is imported once, which takes longer than all else here. It has not looked at a GPU
+    when the ranks are forked: each does so by itself.
+    """
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--ranks-per-node", type=int, required=True)
     parser.add_argument("--master-addr", required=True)
@@ -38,29 +42,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--num-nodes", type=int, default=int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
     )
-    parser.add_argument("--local-rank", type=int)
     options = parser.parse_args(arguments)
-    if options.local_rank is not None:
-        return _run_rank(options)
-    argv = [sys.executable, "-m", "launcher.worker.fabric", *(arguments or sys.argv[1:])]
-    argv += ["--node-rank", str(options.node_rank), "--num-nodes", str(options.num_nodes)]
-    ranks = [
-        subprocess.Popen([*argv, "--local-rank", str(local_rank)])
-        for local_rank in range(options.ranks_per_node)
-    ]
-    return max(abs(rank.wait()) for rank in ranks)
+    import torch  # noqa: F401  before the ranks are forked
+
+    if options.ranks_per_node == 1:
+        return _run_rank(options, 0)
+    ranks = [_fork_rank(options, local_rank) for local_rank in range(options.ranks_per_node)]
+    return max(abs(os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1])) for rank in ranks)
 
 
-def _run_rank(options: argparse.Namespace) -> int:
+def _fork_rank(options: argparse.Namespace, local_rank: int) -> int:
+    """Return the process id of a new rank."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        status = _run_rank(options, local_rank)
+    except BaseException:  # noqa: BLE001 - a child must not return into its parent's code
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _run_rank(options: argparse.Namespace, local_rank: int) -> int:
     import torch
     import torch.distributed as dist
 
     has_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", options.local_rank) if has_gpu else torch.device("cpu")
+    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
     per_node, num_nodes = options.ranks_per_node, options.num_nodes
-    rank = options.node_rank * per_node + options.local_rank
+    rank = options.node_rank * per_node + local_rank
     dist.init_process_group(
         "nccl" if has_gpu else "gloo",
         init_method=f"tcp://{options.master_addr}:{options.master_port}",

@@ -5,8 +5,10 @@ from __future__ import annotations
 from launcher.dispatch.daemons import parse_silent
 
 REFUSED = [
-    "sstat: error: slurm_job_step_stat: unknown return given from node2: 9001 rc = "
-    "Communication connection failure\n",
+    (
+        "sstat: error: slurm_job_step_stat: unknown return given from node2: 9001 rc = "
+        "Communication connection failure\n"
+    ),
     "sstat: error: problem getting step_layout for StepId=1.0: Communication connection failure\n",
 ]
 
