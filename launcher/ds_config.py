@@ -23,6 +23,7 @@ def build_ds_config(
         ``deepspeed`` section are merged in last.
     """
     config: dict[str, Any] = {
+        # Where ranks share sequences, DeepSpeed takes each rank's parts for samples.
         "train_batch_size": (
             strategy.micro_batch_size_per_gpu * strategy.gradient_accumulation_steps * world_size
         ),

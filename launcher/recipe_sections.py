@@ -154,6 +154,8 @@ class StrategySection:
     loss: Loss | None = None
     optimizer: Optimizer | None = None
     micro_batch_size_per_gpu: int | None = None
+    sequence_parallel_size: int | None = None
+    """Ranks that share each sequence (Ulysses), for long ones; it divides the number of ranks."""
     grad_accum_dtype: Precision | None = None
     liger_kernels: bool | None = None
     expandable_segments: bool | None = None
@@ -174,7 +176,8 @@ class TrackingSection:
     run_name: str | None = None
     """``None``: the name of the run directory."""
     sample_answer: bool | None = None
-    """Answer one held-out prompt before and after; ``None``: not under ZeRO-3, nor in a sweep."""
+    """Answer one held-out prompt before and after; ``None``: not under ZeRO-3, with shared
+    sequences, nor in a sweep."""
     metrics_port: int | None = None
     """Each node serves Prometheus metrics at this port while it trains; 0 takes a free one."""
     metrics_address: str = "127.0.0.1"

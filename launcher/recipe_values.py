@@ -71,6 +71,7 @@ def impossible_values(recipe: Recipe) -> Iterator[str]:
         "slurm.cpus_per_task": recipe.slurm.cpus_per_task,
         "slurm.signal_seconds": recipe.slurm.signal_seconds,
         "strategy.micro_batch_size_per_gpu": recipe.strategy.micro_batch_size_per_gpu,
+        "strategy.sequence_parallel_size": recipe.strategy.sequence_parallel_size,
         "data.max_train_samples": recipe.data.max_train_samples,
         "data.max_eval_samples": recipe.data.max_eval_samples,
     }

@@ -56,6 +56,9 @@ def explain_choice(setting: Setting) -> tuple[Decision, ...]:
         ("zero_stage", str(strategy.zero_stage), _stage(setting)),
         ("offload_optimizer", strategy.offload_optimizer.value, _offload_optimizer(setting)),
     ]
+    if strategy.sequence_parallel_size > 1 or fixed.sequence_parallel_size is not None:
+        value = str(strategy.sequence_parallel_size)
+        found.append(("sequence_parallel_size", value, _sequences(setting)))
     if strategy.zero_stage == 3 or fixed.offload_param is not None:
         value = strategy.offload_param.value
         found.append(("offload_param", value, _offload_param(setting)))
@@ -145,6 +148,21 @@ def _offload_param(setting: Setting) -> str:
     return f"{meaning}. {_rivals(setting, lambda s: s.offload_param, _place)}"
 
 
+def _sequences(setting: Setting) -> str:
+    size = setting.best.strategy.sequence_parallel_size
+    meaning = "each GPU has whole sequences"
+    if size > 1:
+        meaning = (
+            f"{size} GPUs share each sequence: 1/{size} of its tokens each, in attention 1/{size} "
+            "of the heads"
+        )
+
+    def name(value: object) -> str:
+        return "whole sequences" if value == 1 else f"sharing by {value}"
+
+    return f"{meaning}. {_rivals(setting, lambda s: s.sequence_parallel_size, name)}"
+
+
 def _place(value: object) -> str:
     if value is Offload.none:
         return "keeping them on the GPU"
@@ -217,8 +235,12 @@ def _micro_batch(setting: Setting) -> str:
     strategy, space = setting.best.strategy, setting.space
     size, rounds = strategy.micro_batch_size_per_gpu, strategy.gradient_accumulation_steps
     ranks, total = space.cluster.world_size, space.workload.global_batch_size
-    gpus = "1 GPU" if ranks == 1 else f"{ranks:,} GPUs"
-    meaning = f"each GPU works on {format_samples(size)} at a time"
+    gpus, who = "1 GPU" if ranks == 1 else f"{ranks:,} GPUs", "GPU"
+    if (shared_by := strategy.sequence_parallel_size) > 1:
+        num_groups = ranks // shared_by
+        who = f"group of {shared_by} GPUs"
+        gpus = "1 group" if num_groups == 1 else f"{num_groups:,} groups"
+    meaning = f"each {who} works on {format_samples(size)} at a time"
     if rounds > 1:
         meaning += f", {rounds} times before the weights change"
         meaning += f" ({size} x {rounds} x {gpus} = {format_samples(total)} per step)"

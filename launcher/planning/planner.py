@@ -210,6 +210,7 @@ def _search_space(
 ) -> SearchSpace:
     fixed = fixed or StrategySection()
     memory_bytes = cluster.free_memory_bytes or cluster.gpu.memory_bytes
+    degree = fixed.sequence_parallel_size or 1
     return SearchSpace(
         workload=workload,
         cluster=cluster,
@@ -217,32 +218,41 @@ def _search_space(
         raw_deepspeed=raw_deepspeed or {},
         has_liger=has_liger,
         limit_bytes=memory_bytes - int(memory_bytes * safety_fraction),
-        micro_batch_sizes=_micro_batch_sizes(workload, cluster, fixed),
+        micro_batch_sizes=_micro_batch_sizes(workload, cluster, fixed, degree),
+        sequence_parallel_size=degree,
         ceiling=ceiling,
     )
 
 
 def _micro_batch_sizes(
-    workload: Workload, cluster: ClusterSpec, fixed: StrategySection
+    workload: Workload, cluster: ClusterSpec, fixed: StrategySection, degree: int
 ) -> tuple[int, ...]:
-    """Return the divisors of the samples per GPU and step, smallest first."""
+    """Return the divisors of the samples per step of each share of the data, smallest first."""
     total, world_size = workload.global_batch_size, cluster.world_size
-    if total % world_size:
-        nearest = max(round(total / world_size), 1) * world_size
+    if world_size % degree:
         raise RecipeError(
-            f"{total} samples per step cannot be shared by {world_size} GPUs",
-            where="optim.global_batch_size",
-            fix=f"use a multiple of {world_size}, for example {nearest}",
+            f"{world_size} GPUs cannot be divided into groups of {degree}",
+            where="strategy.sequence_parallel_size",
+            fix=f"use one of {', '.join(map(str, divisors(world_size)))}",
         )
-    per_gpu = total // world_size
-    sizes = divisors(per_gpu)
+    num_shares = world_size // degree
+    shares = f"{num_shares} GPUs" if degree == 1 else f"{num_shares} groups of {degree} GPUs"
+    if total % num_shares:
+        nearest = max(round(total / num_shares), 1) * num_shares
+        raise RecipeError(
+            f"{total} samples per step cannot be shared by {shares}",
+            where="optim.global_batch_size",
+            fix=f"use a multiple of {num_shares}, for example {nearest}",
+        )
+    per_share = total // num_shares
+    sizes = divisors(per_share)
     wanted = fixed.micro_batch_size_per_gpu
     if wanted is None:
         return sizes
     if wanted not in sizes:
         raise RecipeError(
-            f"{wanted} does not divide the {per_gpu} samples per GPU and step "
-            f"(global batch {total} / {world_size} GPUs)",
+            f"{wanted} does not divide the {per_share} samples per "
+            f"{'GPU' if degree == 1 else 'group'} and step (global batch {total} / {shares})",
             where="strategy.micro_batch_size_per_gpu",
             fix=f"use one of {', '.join(map(str, sizes))}, or change optim.global_batch_size",
         )

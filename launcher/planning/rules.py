@@ -113,6 +113,35 @@ def _reasons(strategy: Strategy, workload: Workload, cluster: ClusterSpec) -> It
     if workload.method is Method.qlora:
         yield from _qlora_reasons(strategy, workload)
     yield from _accumulation_reasons(strategy, workload)
+    if strategy.sequence_parallel_size > 1:
+        yield from _sequence_reasons(strategy, workload.model, workload)
+
+
+def _sequence_reasons(strategy: Strategy, model: ModelSpec, workload: Workload) -> Iterator[str]:
+    """Yield why ranks cannot share this model's sequences, as launcher/worker/sequence.py does."""
+    size = strategy.sequence_parallel_size
+    heads, key_heads = model.num_attention_heads, model.num_key_value_heads
+    if heads % size or (key_heads % size and size % key_heads):
+        yield (
+            f"{model.name} has {heads} heads and {key_heads} key heads, which {size} GPUs cannot "
+            "share evenly"
+        )
+    if workload.max_seq_len < size:
+        yield f"{workload.max_seq_len} tokens have no part for each of {size} GPUs"
+    if workload.has_padding:
+        yield "packed examples are kept apart by masks, which no GPU has for a whole sequence"
+    if strategy.attention is Attention.eager:
+        # transformers makes the mask from a rank's own part, of s/N x s/N.
+        yield "eager attention needs a mask of the whole sequence: use sdpa"
+    window = model.sliding_window
+    if window and window < workload.max_seq_len and strategy.attention is Attention.sdpa:
+        yield f"sdpa needs a mask for {model.name}'s sliding window: use flash_attention_2"
+    if model.traced is not None or model.model_type == "falcon":
+        # transformers 5.23 models/falcon/modeling_falcon.py: _supports_attention_backend is off.
+        yield f"whether {model.model_type}'s attention can be shared by GPUs is not known"
+    if model.model_type == "phi3":
+        # LongRoPE picks its factors by the largest position (modeling_rope_utils.py).
+        yield "Phi-3's positions may depend on the length, of which each GPU sees its part only"
 
 
 def _hardware_reasons(strategy: Strategy, workload: Workload, gpu: GpuSpec) -> Iterator[str]:

@@ -50,7 +50,9 @@ class SearchSpace:
     limit_bytes: int
     """Device memory that a rank may use."""
     micro_batch_sizes: tuple[int, ...]
-    """Ascending divisors of the samples per GPU and step."""
+    """Ascending divisors of the samples per step of each GPU, or group that shares sequences."""
+    sequence_parallel_size: int = 1
+    """GPUs that share each sequence."""
     ceiling: Ceiling = NO_CEILING
 
     def weigh(self, shape: Strategy, micro_batch_size: int) -> Candidate:
@@ -70,11 +72,12 @@ class SearchSpace:
 
     def at(self, shape: Strategy, micro_batch_size: int) -> Strategy:
         """Return the strategy at a micro-batch size, accumulating up to the global batch."""
-        per_gpu = self.workload.global_batch_size // self.cluster.world_size
+        num_shares = self.cluster.world_size // shape.sequence_parallel_size
+        per_share = self.workload.global_batch_size // num_shares
         return replace(
             shape,
             micro_batch_size_per_gpu=micro_batch_size,
-            gradient_accumulation_steps=per_gpu // micro_batch_size,
+            gradient_accumulation_steps=per_share // micro_batch_size,
         )
 
 
@@ -191,13 +194,14 @@ def smaller_micro_batches(space: SearchSpace, candidate: Candidate) -> Iterator[
             yield smaller
 
 
-def kind(strategy: Strategy) -> tuple[ZeroStage, Offload, Offload, Checkpointing]:
+def kind(strategy: Strategy) -> tuple[ZeroStage, Offload, Offload, Checkpointing, int]:
     """Return what kind of memory saving a strategy is; the rest are its variants."""
     return (
         strategy.zero_stage,
         strategy.offload_optimizer,
         strategy.offload_param,
         strategy.gradient_checkpointing,
+        strategy.sequence_parallel_size,
     )
 
 
@@ -232,8 +236,8 @@ def _largest_that_fits(space: SearchSpace, shape: Strategy) -> Candidate:
 def _shapes(space: SearchSpace) -> Iterator[Strategy]:
     """Yield every strategy to weigh, at micro-batch 1, kind by kind; fixed fields have one value.
 
-    Left out: ZeRO-0, which sends as much as ZeRO-1 and needs more memory; sequence parallelism,
-    which the worker does not have; 8-bit optimizers, which change the result of training.
+    Left out: ZeRO-0, which sends as much as ZeRO-1 and needs more memory; 8-bit optimizers, which
+    change the result of training.
     """
     workload, fixed = space.workload, space.fixed
     on_cpu = space.cluster.gpu.device_type == "cpu"
@@ -261,6 +265,7 @@ def _shapes(space: SearchSpace) -> Iterator[Strategy]:
                 attention=attention,
                 loss=loss,
                 optimizer=fixed.optimizer or Optimizer.adamw,
+                sequence_parallel_size=space.sequence_parallel_size,
                 grad_accum_dtype=fixed.grad_accum_dtype,
                 liger_kernels=(
                     loss is Loss.liger if fixed.liger_kernels is None else fixed.liger_kernels

@@ -55,7 +55,7 @@ _PLAIN_PARTS: Mapping[str, str] = {
 
 def label(strategy: Strategy) -> str:
     """Return a strategy in a few words: ``ZeRO-2, checkpointing, micro-batch 4``."""
-    words = [f"ZeRO-{strategy.zero_stage}", *_moved(strategy)]
+    words = [f"ZeRO-{strategy.zero_stage}", *_moved(strategy), *_shared(strategy)]
     if strategy.gradient_checkpointing is not Checkpointing.none:
         moved = strategy.gradient_checkpointing is Checkpointing.cpu_offload
         words.append("checkpointing" + (" to host memory" if moved else ""))
@@ -74,6 +74,8 @@ def changes(strategy: Strategy, chosen: Strategy) -> str:
         words.append(f"ZeRO-{strategy.zero_stage}")
     if _moved(strategy) != _moved(chosen):
         words += _moved(strategy) or ["everything on the GPU"]
+    if strategy.sequence_parallel_size != chosen.sequence_parallel_size:
+        words += _shared(strategy) or ["whole sequences"]
     if strategy.gradient_checkpointing is not chosen.gradient_checkpointing:
         words.append(_CHECKPOINTING[strategy.gradient_checkpointing])
     if strategy.attention is not chosen.attention:
@@ -94,7 +96,7 @@ def changes(strategy: Strategy, chosen: Strategy) -> str:
 
 def short_label(strategy: Strategy) -> str:
     """Return what kind of strategy it is, without kernels and micro-batch."""
-    words = [f"ZeRO-{strategy.zero_stage}", *_moved(strategy)]
+    words = [f"ZeRO-{strategy.zero_stage}", *_moved(strategy), *_shared(strategy)]
     words.append(_CHECKPOINTING[strategy.gradient_checkpointing])
     return ", ".join(words)
 
@@ -146,6 +148,11 @@ def why_too_large(candidate: Candidate, *, limit_bytes: int, host_memory_bytes: 
         f"needs {short_size(memory.host_bytes_per_node)} of host memory per node, which has "
         f"{short_size(host_memory_bytes)}; largest part: {name}, {short_size(size)}"
     )
+
+
+def _shared(strategy: Strategy) -> list[str]:
+    size = strategy.sequence_parallel_size
+    return [f"sequences shared by {size}"] if size > 1 else []
 
 
 def _moved(strategy: Strategy) -> list[str]:

@@ -150,7 +150,7 @@ def _timeline(workload: Workload, choices: _Choices) -> ActivationTimeline:
         discount = kinds[0][1].unused_in_first_layer.at(tokens, scores)
     output = _output_layer(workload, choices, tokens)
     return ActivationTimeline(
-        inputs_bytes=_inputs_bytes(workload, choices.kernel, tokens, scores),
+        inputs_bytes=_inputs_bytes(workload, choices, tokens, scores),
         layer_saved_bytes=layer_saved,
         first_layer_discount_bytes=discount,
         num_layers=model.num_hidden_layers,
@@ -280,13 +280,12 @@ def _outlier_columns_fraction(hidden_size: int, tokens: float) -> float:
     return float(1 - (1 - above) ** tokens)
 
 
-def _inputs_bytes(
-    workload: Workload, kernel: AttentionKernel, tokens: float, scores: float
-) -> float:
+def _inputs_bytes(workload: Workload, choices: _Choices, tokens: float, scores: float) -> float:
     """Return ids, labels and mask of the batch (8 B each), cos and sin, and the 2-D mask."""
     width = workload.precision.bytes_per_element
-    positions = 2 * width * workload.max_seq_len * workload.model.head_dim
-    mask = scores * {"eager": width, "math": width, "efficient_masked": 1}.get(kernel, 0)
+    length = workload.max_seq_len / choices.sequence_parallel_size
+    positions = 2 * width * length * workload.model.head_dim
+    mask = scores * {"eager": width, "math": width, "efficient_masked": 1}.get(choices.kernel, 0)
     return 24 * tokens + positions + mask
 
 

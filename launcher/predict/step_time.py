@@ -177,9 +177,13 @@ def speedup_over_one_node(
     """
     if cluster.num_nodes == 1:
         return 1.0
+    # A group that spans nodes becomes smaller, and takes fewer micro-steps for it.
+    degree = min(strategy.sequence_parallel_size, cluster.gpus_per_node)
+    factor = cluster.num_nodes * degree // strategy.sequence_parallel_size
     alone = replace(
         strategy,
-        gradient_accumulation_steps=strategy.gradient_accumulation_steps * cluster.num_nodes,
+        sequence_parallel_size=degree,
+        gradient_accumulation_steps=strategy.gradient_accumulation_steps * factor,
     )
     one_node = replace(cluster, num_nodes=1)
     there = estimate_time(workload, strategy, cluster, calibration=calibration)

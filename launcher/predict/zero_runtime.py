@@ -219,14 +219,11 @@ class ZeroRuntime:
 
         ZeRO-1/2 concatenate the slices of different owners (``allreduce_bucket``), ZeRO-3
         the shares of all ranks (``reduce_scatter_coalesced``); one slice needs no copy.
-        Ulysses reduces in fp32.
         """
         if self.stage == 3:
             single = elements > self.bucket
             return 0.0 if single else self.width * elements
-        extra = 4.0 if self.strategy.sequence_parallel_size > 1 else 0.0
-        own = self.trained_width if self.world_size > 1 else 0.0
-        return (own + extra) * elements
+        return self.trained_width * elements if self.world_size > 1 else 0.0
 
     def norm_bytes(self, largest: float) -> float:
         """Return the fp64 copy of the largest gradient slice (``get_norm_dtype``)."""

@@ -25,6 +25,7 @@ further one steps twice as far, so that a prediction that is far off costs few a
 # numbers of the training (optimizer, precision of gradients, attention) is not in the list.
 _MEMORY_SAVINGS = (
     "zero_stage", "offload_optimizer", "offload_param", "gradient_checkpointing", "loss",
+    "sequence_parallel_size",
 )  # fmt: skip
 
 

@@ -43,10 +43,12 @@ def on_other_hosts(run_dir: Path, prepared: Prepared, lost: tuple[str, ...]) -> 
     section = _without(lost, recipe.cluster, num_nodes=last.num_nodes)
     left = section.num_nodes or 0
     least = recipe.recovery.min_nodes or last.num_nodes
+    shared_by = prepared.plan.strategy.sequence_parallel_size
     sizes = [
         number
         for number in range(left, least - 1, -1)
-        if recipe.optim.global_batch_size % (number * last.gpus_per_node) == 0
+        if (number * last.gpus_per_node) % shared_by == 0
+        and recipe.optim.global_batch_size % (number * last.gpus_per_node // shared_by) == 0
     ]
     if left < least:
         allows = "recovery.min_nodes" if recipe.recovery.min_nodes else "without recovery.min_nodes"

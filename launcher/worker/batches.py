@@ -42,12 +42,14 @@ class RightPadding:
     FlashAttention kernel and needs a mask of s x s.
     """
 
-    def __init__(self, *, pad_token_id: int) -> None:
+    def __init__(self, *, pad_token_id: int, multiple_of: int = 1) -> None:
         self._pad_token_id = pad_token_id
+        self._multiple_of = multiple_of
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return ``input_ids`` and ``labels``, int64 [b, s]."""
         longest = max(len(example["input_ids"]) for example in examples)
+        longest = -(-longest // self._multiple_of) * self._multiple_of
         tokens_bs = torch.full((len(examples), longest), self._pad_token_id)
         labels_bs = torch.full((len(examples), longest), IGNORE_INDEX)
         for row, example in enumerate(examples):
@@ -124,7 +126,9 @@ class LongestFirst(Sampler[int]):
 
 
 class RankBatches(Sampler[list[int]]):
-    """One rank's micro-batches: which examples a step takes depends on no number of ranks.
+    """A share's micro-batches: which examples a step takes depends on no number of ranks.
+
+    Each rank has a share, or each group of ranks that work on the same sequences.
 
     Step ``k`` of an epoch takes the examples ``[k * B, (k + 1) * B)`` of the order, ``B`` being
     the global batch size; ranks and micro-batches only deal them out. The last step of an epoch
@@ -142,14 +146,14 @@ class RankBatches(Sampler[list[int]]):
         *,
         micro_batch_size: int,
         gradient_accumulation_steps: int,
-        rank: int,
-        world_size: int,
+        share: int,
+        num_shares: int,
     ) -> None:
         self._order = order
         self._micro_batch_size = micro_batch_size
-        self._micro_batches_per_step = gradient_accumulation_steps * world_size
-        self._rank = rank
-        self._world_size = world_size
+        self._micro_batches_per_step = gradient_accumulation_steps * num_shares
+        self._share = share
+        self._num_shares = num_shares
         self.of_this_step: deque[list[int]] = deque(maxlen=gradient_accumulation_steps)
         """Examples of the micro-batches that were dealt out last."""
 
@@ -166,12 +170,12 @@ class RankBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         global_batch_size = self._micro_batch_size * self._micro_batches_per_step
         num_steps = -(-len(self._order) // global_batch_size)  # type: ignore[arg-type]
-        return num_steps * self._micro_batches_per_step // self._world_size
+        return num_steps * self._micro_batches_per_step // self._num_shares
 
     def __iter__(self) -> Iterator[list[int]]:
         order = list(self._order)
         for index in range(len(self)):
-            first = (index * self._world_size + self._rank) * self._micro_batch_size
+            first = (index * self._num_shares + self._share) * self._micro_batch_size
             batch = [order[i % len(order)] for i in range(first, first + self._micro_batch_size)]
             self.of_this_step.append(batch)
             yield batch

@@ -29,7 +29,7 @@ def num_loss_chunks(*, max_tokens: int, vocab_size: int) -> int:
 
 def chunked_cross_entropy(
     hidden_bsh: torch.Tensor,
-    labels_bs: torch.Tensor,
+    targets_bs: torch.Tensor,
     output_layer: torch.nn.Module,
     *,
     num_chunks: int,
@@ -45,7 +45,7 @@ def chunked_cross_entropy(
 
     Args:
         hidden_bsh: the decoder's last hidden state.
-        labels_bs: token ids; ``IGNORE_INDEX`` where a token does not count. Not shifted.
+        targets_bs: for each token the id of the next; ``IGNORE_INDEX`` where it does not count.
         output_layer: maps [c, h] to [c, v].
         num_chunks: into how many parts the tokens are split.
         logit_softcap: ``c`` of ``c * tanh(logits / c)``, for models that have it.
@@ -55,9 +55,8 @@ def chunked_cross_entropy(
     Returns:
         A float32 scalar.
     """
-    shifted_bs = functional.pad(labels_bs[:, 1:], (0, 1), value=IGNORE_INDEX)
     hidden_th = hidden_bsh.reshape(-1, hidden_bsh.shape[-1])
-    labels_t = shifted_bs.reshape(-1)
+    targets_t = targets_bs.reshape(-1)
 
     def chunk_loss(hidden_ch: torch.Tensor, labels_c: torch.Tensor) -> torch.Tensor:
         logits_cv = output_layer(hidden_ch).float()
@@ -69,11 +68,11 @@ def chunked_cross_entropy(
 
     total = hidden_th.new_zeros((), dtype=torch.float32)
     for hidden_ch, labels_c in zip(
-        hidden_th.tensor_split(num_chunks), labels_t.tensor_split(num_chunks), strict=True
+        hidden_th.tensor_split(num_chunks), targets_t.tensor_split(num_chunks), strict=True
     ):
         total = total + checkpoint(chunk_loss, hidden_ch, labels_c, use_reentrant=False)
     if num_items_in_batch is None:
-        return total / (labels_t != IGNORE_INDEX).sum().clamp(min=1)
+        return total / (targets_t != IGNORE_INDEX).sum().clamp(min=1)
     if isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
@@ -110,15 +109,18 @@ def use_chunked_loss(model: Any, *, max_tokens: int) -> None:
         self: Any,
         input_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
         if labels is None:
             return plain_forward(input_ids=input_ids, **kwargs)
+        if shift_labels is None:
+            shift_labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         hidden_bsh = self.get_decoder()(input_ids=input_ids, **kwargs).last_hidden_state
         loss = chunked_cross_entropy(
             hidden_bsh,
-            labels,
+            shift_labels,
             self.get_output_embeddings(),
             num_chunks=num_chunks,
             logit_softcap=getattr(config, "final_logit_softcapping", None),

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from launcher import run_dir
 from launcher.data_cache import DataSummary
 from launcher.recipe_sections import TrackingSection
+from launcher.strategy import Strategy
 from launcher.worker.examples import SAMPLE_NEW_TOKENS
 from launcher.worker.peak_memory import PeakRecorder
 
@@ -28,15 +29,22 @@ SAMPLE_BEFORE = "sample_before.json"
 
 
 def wants_sample(
-    tracking: TrackingSection, summary: DataSummary | None, *, zero_stage: int
+    tracking: TrackingSection, summary: DataSummary | None, strategy: Strategy
 ) -> bool:
     """Return whether answers are to be written; what the recipe says comes first.
 
-    Under ZeRO-3 every token gathers the whole model once more, on all ranks together.
+    Under ZeRO-3 every token gathers the whole model once more, on all ranks together. Where ranks
+    share sequences, one alone may not have the memory for a whole one.
     """
     if summary is None or summary.sample_prompt_ids is None or tracking.sample_answer is False:
         return False
-    if tracking.sample_answer is None and zero_stage == 3:
+    if tracking.sample_answer is None and strategy.sequence_parallel_size > 1:
+        logger.info(
+            "no sample answer: each rank would run a whole sequence by itself "
+            "(tracking.sample_answer=true writes it all the same)"
+        )
+        return False
+    if tracking.sample_answer is None and strategy.zero_stage == 3:
         logger.info(
             "no sample answer: under ZeRO-3 each of its tokens gathers the whole model "
             "(tracking.sample_answer=true writes it all the same)"
@@ -76,7 +84,11 @@ class Sample(TrainerCallback):  # type: ignore[misc]
             [self._summary.sample_prompt_ids], device=self._trainer.args.device
         )
         model.eval()
-        with self._recorder.during("eval"), torch.no_grad():
+        with (
+            self._recorder.during("eval"),
+            self._trainer.whole_sequences(),
+            torch.no_grad(),
+        ):
             output_bs = model.generate(
                 input_ids=prompt_bs,
                 attention_mask=torch.ones_like(prompt_bs),

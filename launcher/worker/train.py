@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from launcher.data_cache import DataSummary
     from launcher.worker.peak_memory import PeakRecorder
     from launcher.worker.resume import Resumption
+    from launcher.worker.sequence import SequenceGroup
     from launcher.worker.stop_request import StopOnRequest, StopRequest
 
 # Not __name__, which is "__main__" in a rank.
@@ -126,6 +127,7 @@ def _load_and_train(
     from launcher.worker.finite import NumberCheck
     from launcher.worker.model import load_model
     from launcher.worker.resume import agree_on_checkpoint, evaluates_first, resuming_config
+    from launcher.worker.sequence import share_sequences
     from launcher.worker.stop_request import StopOnRequest
     from launcher.worker.trainer import MeasuredTrainer, training_arguments
 
@@ -150,7 +152,8 @@ def _load_and_train(
         )
         recorder.count_model(model)
     stop_request.check_before_training()
-    options, summary, tokenizer = _data_options(inputs, ranks, model)
+    sequences = share_sequences(model, strategy)
+    options, summary, tokenizer = _data_options(inputs, ranks, model, sequences)
     numbers = NumberCheck(
         inputs.folder,
         rank=ranks.rank,
@@ -162,6 +165,7 @@ def _load_and_train(
         layout=layout,
         save_total_limit=recipe.optim.save_total_limit,
         numbers=numbers,
+        sequences=sequences,
         resumption=resumption,
         model=model,
         args=arguments,
@@ -191,7 +195,7 @@ def _train(  # noqa: PLR0917
     from launcher.worker.trainer import StepClock, without_built_in_progress
 
     progress = Progress(recorder, folder=inputs.folder, world_size=ranks.world_size)
-    asked = wants_sample(inputs.recipe.tracking, summary, zero_stage=inputs.strategy.zero_stage)
+    asked = wants_sample(inputs.recipe.tracking, summary, inputs.strategy)
     sample = Sample(trainer, recorder, summary if asked else None, folder=inputs.folder)
     without_built_in_progress(trainer)
     for callback in (sample, StepClock(recorder), stop):
@@ -235,11 +239,11 @@ def _train(  # noqa: PLR0917
 
 
 def _data_options(
-    inputs: Inputs, ranks: Ranks, model: Any
+    inputs: Inputs, ranks: Ranks, model: Any, sequences: SequenceGroup | None
 ) -> tuple[dict[str, Any], DataSummary | None, Any]:
     """Return the trainer's data arguments, the data's summary and the tokenizer."""
     from launcher.data_cache import DATA, EVAL, TRAIN, load_summary
-    from launcher.worker.batches import PackedRows, RandomTokens, RightPadding
+    from launcher.worker.batches import RandomTokens
     from launcher.worker.chat_templates import load_tokenizer
     from launcher.worker.data_writer import read_rows
     from launcher.worker.trainer import SYNTHETIC_STEPS
@@ -248,15 +252,16 @@ def _data_options(
     recipe, strategy = inputs.recipe, inputs.strategy
     if not recipe.data.has_training_data:
         batch = strategy.micro_batch_size_per_gpu * strategy.gradient_accumulation_steps
+        batch *= ranks.world_size // strategy.sequence_parallel_size
         tokens = RandomTokens(
-            num_examples=batch * ranks.world_size * (recipe.optim.max_steps or SYNTHETIC_STEPS),
+            num_examples=batch * (recipe.optim.max_steps or SYNTHETIC_STEPS),
             max_seq_len=recipe.max_seq_len,
             vocab_size=model.config.get_text_config().vocab_size,
             seed=recipe.optim.seed,
         )
         options = {
             "train_dataset": tokens,
-            "data_collator": RightPadding(pad_token_id=0),
+            "data_collator": _collator(strategy, sequences, pad_token_id=0),
             "lengths": None,
         }
         return options, None, None
@@ -268,17 +273,34 @@ def _data_options(
         held_out = read_rows(folder / EVAL).with_format("numpy")
     rows = model.get_input_embeddings().num_embeddings
     check_vocabulary(summary.max_token_id, rows, source=recipe.model.name_or_path)
-    collator: Any = RightPadding(pad_token_id=summary.pad_token_id)
-    if summary.packing:
-        is_flash = strategy.attention is Attention.flash_attention_2
-        collator = PackedRows(pad_token_id=summary.pad_token_id, is_one_row=is_flash)
     options = {
         "train_dataset": train,
         "eval_dataset": held_out,
-        "data_collator": collator,
+        "data_collator": _collator(
+            strategy, sequences, pad_token_id=summary.pad_token_id, packing=summary.packing
+        ),
         "lengths": [int(length) for length in train["length"]],
     }
     return options, summary, load_tokenizer(recipe)
+
+
+def _collator(
+    strategy: Strategy,
+    sequences: SequenceGroup | None,
+    *,
+    pad_token_id: int,
+    packing: bool = False,
+) -> Any:
+    from launcher.worker.batches import PackedRows, RightPadding
+    from launcher.worker.sequence import CutSequences
+
+    if packing:
+        is_flash = strategy.attention is Attention.flash_attention_2
+        return PackedRows(pad_token_id=pad_token_id, is_one_row=is_flash)
+    if sequences is None:
+        return RightPadding(pad_token_id=pad_token_id)
+    padding = RightPadding(pad_token_id=pad_token_id, multiple_of=sequences.size)
+    return CutSequences(padding, sequences)
 
 
 def _optimizer(inputs: Inputs) -> tuple[Any, dict[str, Any]]:

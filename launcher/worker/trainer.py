@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -24,6 +25,7 @@ from launcher.worker.batches import LongestFirst, RankBatches
 from launcher.worker.finite import NumberCheck, watch_plain_optimizer
 from launcher.worker.peak_memory import PeakRecorder
 from launcher.worker.resume import Resumption, load_converted
+from launcher.worker.sequence import SequenceGroup
 from launcher.worker.stop_request import EvaluationCutShortError
 
 FINAL = "final"
@@ -119,6 +121,7 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
         layout: checkpoints.Layout,
         save_total_limit: int | None,
         numbers: NumberCheck,
+        sequences: SequenceGroup | None = None,
         resumption: Resumption | None = None,
         **options: Any,
     ) -> None:
@@ -128,6 +131,10 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
         self._layout = layout
         self._save_total_limit = save_total_limit
         self._numbers = numbers
+        self._sequences = sequences
+        self._share = (self.args.process_index, self.args.world_size)
+        if sequences is not None:
+            self._share = (sequences.index, sequences.num_groups)
         self._batches: RankBatches | None = None
         self._is_staging = False
         self._last_saved = resumption.path if resumption and not resumption.is_converted else None
@@ -155,20 +162,19 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this rank's part of the batches; accelerate is not asked to deal them out."""
+        index, num_shares = self._share
         order: Sampler[int] = SequentialSampler(self.train_dataset)
         if self._lengths is not None:
             group_size = (
-                self.args.train_batch_size
-                * self.args.gradient_accumulation_steps
-                * self.args.world_size
+                self.args.train_batch_size * self.args.gradient_accumulation_steps * num_shares
             )
             order = LongestFirst(self._lengths, group_size=group_size, seed=self.args.seed)
         self._batches = RankBatches(
             order,
             micro_batch_size=self.args.train_batch_size,
             gradient_accumulation_steps=self.args.gradient_accumulation_steps,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
+            share=index,
+            num_shares=num_shares,
         )
         return DataLoader(
             self.train_dataset,
@@ -176,6 +182,40 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
         )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Return this rank's part of the held-out batches; a group's ranks read the same ones."""
+        dealt: DataLoader[Any]
+        if self._sequences is None:
+            dealt = super().get_eval_dataloader(eval_dataset)
+            return dealt
+        batches = DataLoader(
+            self.eval_dataset,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        index, num_shares = self._share
+        dealt = prepare_data_loader(
+            batches,
+            self.args.device,
+            num_processes=num_shares,
+            process_index=index,
+            put_on_device=True,
+        )
+        return dealt
+
+    def prediction_step(self, *arguments: Any, **options: Any) -> Any:
+        """Return a held-out batch's loss, of which each part of a sequence has only its share."""
+        loss, *others = super().prediction_step(*arguments, **options)
+        if self._sequences is not None:
+            dist.all_reduce(loss)
+            loss /= self.args.world_size
+        return (loss, *others)
+
+    def whole_sequences(self) -> AbstractContextManager[None]:
+        """Let this rank run whole sequences by itself, as generation does."""
+        return nullcontext() if self._sequences is None else self._sequences.paused()
 
     def _batch_of_step(self) -> list[list[int]]:
         """Return the row numbers of this rank's examples in this step, one list a micro-step."""

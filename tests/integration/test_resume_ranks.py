@@ -41,15 +41,24 @@ REDUCTION_TOLERANCE = 5e-6
 
 
 def continued(
-    nursery: Nursery, before: Outcome, folder: Path, *, step: int, world_size: int, stage: ZeroStage
+    nursery: Nursery,
+    before: Outcome,
+    folder: Path,
+    *,
+    step: int,
+    world_size: int,
+    stage: ZeroStage,
+    sequence_parallel_size: int = 1,
 ) -> Outcome:
     """Go on from a checkpoint of another run in a new directory, and return what came of it."""
     recipe = (before.folder / rd.RECIPE).read_text()
-    micro_batch_size = min(2, 8 // world_size)
+    num_shares = world_size // sequence_parallel_size
+    micro_batch_size = min(2, 8 // num_shares)
     strategy = small_buckets(
         zero_stage=stage,
         micro_batch_size_per_gpu=micro_batch_size,
-        gradient_accumulation_steps=8 // (micro_batch_size * world_size),
+        gradient_accumulation_steps=8 // (micro_batch_size * num_shares),
+        sequence_parallel_size=sequence_parallel_size,
     )
     write_run(folder, recipe, strategy, world_size=world_size)
     shutil.copytree(before.folder / "data", folder / "data", symlinks=True)
@@ -134,6 +143,20 @@ def test_a_full_fine_tune_goes_from_1_rank_to_2_and_from_zero_1_to_zero_3_to_zer
     assert both.losses == pytest.approx(full_run.losses, abs=REDUCTION_TOLERANCE)
     alone = continued(nursery, both, tmp_path / "alone", step=6, world_size=1, stage=2)
     assert alone.losses == pytest.approx(full_run.losses, abs=REDUCTION_TOLERANCE)
+
+
+def test_a_full_fine_tune_goes_from_1_rank_to_4_and_to_2_that_share_sequences(
+    nursery: Nursery, full_run: Outcome, tmp_path: Path
+) -> None:
+    four = continued(
+        nursery, full_run, tmp_path / "four", step=3, world_size=4, stage=1,
+        sequence_parallel_size=4,
+    )  # fmt: skip
+    assert four.losses == pytest.approx(full_run.losses, abs=REDUCTION_TOLERANCE)
+    two = continued(
+        nursery, four, tmp_path / "two", step=6, world_size=2, stage=2, sequence_parallel_size=2
+    )
+    assert two.losses == pytest.approx(full_run.losses, abs=REDUCTION_TOLERANCE)
 
 
 def test_a_disk_that_takes_no_more_ends_the_run_and_names_what_is_left(

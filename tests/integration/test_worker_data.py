@@ -311,8 +311,8 @@ def steps_of(
             LongestFirst(lengths, group_size=8, seed=1),
             micro_batch_size=micro_batch_size,
             gradient_accumulation_steps=accumulation,
-            rank=rank,
-            world_size=world_size,
+            share=rank,
+            num_shares=world_size,
         )
         loader: Any = DataLoader(range(61), batch_sampler=batches, collate_fn=list)
         if skip:

@@ -21,6 +21,11 @@ def plain_loss(hidden: torch.Tensor, labels: torch.Tensor, layer: torch.nn.Linea
     return functional.cross_entropy(logits, labels[:, 1:].reshape(-1), ignore_index=-100)
 
 
+def targets(labels: torch.Tensor) -> torch.Tensor:
+    """Return for each token the next one; the last has none."""
+    return functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
 @pytest.mark.parametrize("num_chunks", [1, 3, 30])
 def test_chunks_give_the_loss_and_gradients_of_the_whole(num_chunks: int) -> None:
     torch.manual_seed(0)
@@ -29,7 +34,7 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(num_chunks: int) -> Non
     labels = torch.randint(40, (2, 11))
     labels[0, :4] = -100
     expected = torch.autograd.grad(plain_loss(hidden, labels, layer), [hidden, layer.weight])
-    loss = chunked_cross_entropy(hidden, labels, layer, num_chunks=num_chunks)
+    loss = chunked_cross_entropy(hidden, targets(labels), layer, num_chunks=num_chunks)
     torch.testing.assert_close(loss, plain_loss(hidden, labels, layer))
     found = torch.autograd.grad(loss, [hidden, layer.weight])
     torch.testing.assert_close(found, expected)
@@ -41,7 +46,7 @@ def test_a_batch_shorter_than_the_number_of_chunks_has_empty_ones() -> None:
     layer = torch.nn.Linear(8, 40)
     layer.register_forward_hook(lambda _module, args, _output: calls.append(len(args[0])))
     hidden, labels = torch.randn(1, 3, 8), torch.tensor([[1, 2, 3]])
-    loss = chunked_cross_entropy(hidden, labels, layer, num_chunks=5)
+    loss = chunked_cross_entropy(hidden, targets(labels), layer, num_chunks=5)
     torch.testing.assert_close(loss, plain_loss(hidden, labels, layer))
     assert calls[:5] == [1, 1, 1, 0, 0]
 
@@ -49,14 +54,15 @@ def test_a_batch_shorter_than_the_number_of_chunks_has_empty_ones() -> None:
 def test_the_global_number_of_tokens_divides_the_sum() -> None:
     layer = torch.nn.Linear(8, 40)
     hidden, labels = torch.randn(1, 5, 8), torch.randint(40, (1, 5))
-    loss = chunked_cross_entropy(hidden, labels, layer, num_chunks=2, num_items_in_batch=8)
+    loss = chunked_cross_entropy(hidden, targets(labels), layer, num_chunks=2, num_items_in_batch=8)
     torch.testing.assert_close(loss, plain_loss(hidden, labels, layer) * 4 / 8)
 
 
 def test_a_batch_without_labels_has_a_loss_of_zero() -> None:
     layer = torch.nn.Linear(8, 40)
     labels = torch.full((1, 5), -100)
-    assert chunked_cross_entropy(torch.randn(1, 5, 8), labels, layer, num_chunks=2).item() == 0
+    loss = chunked_cross_entropy(torch.randn(1, 5, 8), targets(labels), layer, num_chunks=2)
+    assert loss.item() == 0
 
 
 def test_logits_of_the_whole_batch_never_exist() -> None:
@@ -64,7 +70,7 @@ def test_logits_of_the_whole_batch_never_exist() -> None:
     hidden = torch.randn(1, 640, 16, requires_grad=True)
     labels = torch.randint(1000, (1, 640))
     with StorageTracker() as tracker:
-        chunked_cross_entropy(hidden, labels, layer, num_chunks=64).backward()
+        chunked_cross_entropy(hidden, targets(labels), layer, num_chunks=64).backward()
     # Logits of 10 tokens are 40 kB, of all 2.56 MB; the weight's gradient is 64 kB, twice.
     assert tracker.peak_bytes < 0.5e6
 

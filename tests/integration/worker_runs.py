@@ -241,6 +241,10 @@ class Nursery:
             folder, world_size=world_size, module="launcher.worker.train", environment=variables
         )
 
+    def run(self, folder: Path, module: str, *, world_size: int) -> Outcome:
+        """Run the ranks of another module than the worker's."""
+        return self._run(folder, world_size=world_size, module=module)
+
     def close(self) -> None:
         """End the program."""
         assert self._process.stdin is not None

@@ -176,6 +176,19 @@ def test_a_micro_batch_that_does_not_divide_is_an_error_that_names_those_that_do
         choose_strategy(workload(batch=32), cluster(), fixed=fixed)
 
 
+def test_gpus_that_share_sequences_share_the_batch_as_one() -> None:
+    place = cluster(gpus=8)
+    fixed = StrategySection(sequence_parallel_size=4, micro_batch_size_per_gpu=1)
+    work = replace(workload(place=place), global_batch_size=6)
+    strategy = make_plan(work, place, fixed=fixed).strategy
+    # Two groups of four GPUs: three samples each.
+    assert (strategy.sequence_parallel_size, strategy.gradient_accumulation_steps) == (4, 3)
+    with pytest.raises(RecipeError, match="7 samples per step cannot be shared by 2 groups of 4"):
+        make_plan(replace(work, global_batch_size=7), place, fixed=fixed)
+    with pytest.raises(RecipeError, match="8 GPUs cannot be divided into groups of 3"):
+        make_plan(work, place, fixed=replace(fixed, sequence_parallel_size=3))
+
+
 def test_divisors_of_a_huge_batch_are_found_at_once() -> None:
     assert divisors(12) == (1, 2, 3, 4, 6, 12)
     assert len(divisors(2**30)) == 31

@@ -246,3 +246,37 @@ def test_offload_must_save_gpu_memory() -> None:
     assert why_offload_gains_nothing(9 * 2**30, 10 * 2**30) is None
     assert "1.00 GiB more" in (why_offload_gains_nothing(10 * 2**30, 9 * 2**30) or "")
     assert why_offload_gains_nothing(10 * 2**30, 10 * 2**30) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "problem"),
+    [
+        ("llama2-7b", 8, ""),  # 32 heads, 32 key heads
+        ("qwen2.5-0.5b", 2, ""),  # 14 heads, 2 key heads
+        ("qwen2.5-0.5b", 4, "14 heads and 2 key heads"),
+        ("llama3.1-8b", 16, ""),  # 32 heads; each of 8 key heads is copied once
+        ("phi-4-mini", 2, "positions may depend on the length"),
+        ("gemma2-2b", 2, "eager attention"),
+    ],
+)
+def test_sequences_are_shared_where_heads_and_positions_allow_it(
+    name: str, size: int, problem: str
+) -> None:
+    work = workload(name)
+    shared = Strategy(
+        zero_stage=2,
+        sequence_parallel_size=size,
+        attention=default_attention(work.model),
+    )
+    found = reason(shared, work)
+    assert problem in found if problem else found == ""
+
+
+def test_sequences_of_packed_examples_and_short_windows_are_not_shared() -> None:
+    shared = Strategy(zero_stage=2, sequence_parallel_size=2)
+    packed = replace(workload(), has_padding=True)
+    assert "packed examples" in reason(shared, packed)
+    narrow = replace(workload(tokens=8192), model=replace(model("llama2-7b"), sliding_window=4096))
+    assert "sliding window" in reason(shared, narrow)
+    flash = replace(shared, attention=Attention.flash_attention_2)
+    assert reason(flash, narrow) == ""
