@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
             found[f"{model_type} {size}"] = differences(model_type, group)
         found[f"chunked {size}"] = differences("llama", group, is_chunked=True)
     refused = {name: refusal(name, SequenceGroup(2)) for name in REFUSED}
-    text = json.dumps({"differences": found, "refused": refused})
+    text = json.dumps({"differences": found, "refused": refused, "alone": alone(SequenceGroup(2))})
     (folder / f"results-{dist.get_rank()}.json").write_text(text)
     dist.barrier()
     dist.destroy_process_group()
@@ -107,6 +107,16 @@ def differences(
         abs(float(loss) - sum(float(item[0]) for item in expected)),
         float((gradient - expected_gradient).abs().max() / expected_gradient.abs().max()),
     )
+
+
+def alone(group: SequenceGroup) -> float:
+    """Return by how much the loss of whole sequences is off while the exchange is paused."""
+    model = small_model("llama", {})
+    batch = RightPadding(pad_token_id=0)(examples(0))
+    expected, _ = loss_and_gradient(model, batch, 10)
+    with shared_attention(model, group), group.paused():
+        found, _ = loss_and_gradient(model, batch, 10)
+    return abs(float(found - expected))
 
 
 def refusal(model_type: str, group: SequenceGroup) -> str:
