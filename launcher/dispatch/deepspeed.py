@@ -170,12 +170,14 @@ class HostfileBackend(LocalBackend):
                 where="cluster.include",
                 fix="use the launcher pdsh, or whole hosts",
             )
-        address = next((host.name for host in self.hosts if ":" in host.name), None)
-        if address is not None:
+        address = next((host for host in self.hosts if ":" in host.name), None)
+        if address is not None and (self.launcher == "openmpi" or address.gpu_ids):
+            after = "a host" if self.launcher == "openmpi" else "the host in --include"
             raise HostfileError(
-                f"{self.launcher} cannot take the IPv6 address {address}",
+                f"{address.name}: {self.launcher} takes what follows a colon after {after} for "
+                "its GPUs, so that an IPv6 address cannot stand there",
                 where="hostfile",
-                fix="give the host a name in /etc/hosts, and use that",
+                fix="give the host a name in /etc/hosts or ~/.ssh/config, and use that",
             )
 
 

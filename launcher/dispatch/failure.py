@@ -28,7 +28,7 @@ _CONSEQUENCE = re.compile(
 _COLLECTIVE = re.compile(r"/(torch/distributed|deepspeed/comm)/")
 # pdsh puts the host before each line.
 _ERROR_LINE = re.compile(
-    r"(?:[\w.-]+: )?(?:\[rank ?\d+\]:? )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)"
+    r"(?:[\w.:-]+: )?(?:\[rank ?\d+\]:? )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)"
 )
 
 

@@ -76,9 +76,10 @@ def _run_rank(options: argparse.Namespace, local_rank: int) -> int:
         torch.cuda.set_device(device)
     per_node, num_nodes = options.ranks_per_node, options.num_nodes
     rank = options.node_rank * per_node + local_rank
+    master = f"[{options.master_addr}]" if ":" in options.master_addr else options.master_addr
     dist.init_process_group(
         "nccl" if has_gpu else "gloo",
-        init_method=f"tcp://{options.master_addr}:{options.master_port}",
+        init_method=f"tcp://{master}:{options.master_port}",
         rank=rank,
         world_size=num_nodes * per_node,
         timeout=datetime.timedelta(seconds=_MEET_SECONDS),

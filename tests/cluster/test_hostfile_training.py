@@ -108,7 +108,8 @@ def test_a_hostfile_s_hosts_train_together(  # noqa: PLR0917
 
 
 def test_sigterm_on_one_host_saves_on_all_of_them(cluster: VirtualCluster, workplace: Path) -> None:
-    (workplace / "hosts").write_text("node[1-2] slots=1\n")
+    # The hosts' addresses, to start the ranks by and for these to meet at.
+    (workplace / "hosts").write_text("fd77::1 slots=1\n[fd77::2] slots=1\n")
     zerofit = [sys.executable, "-m", "launcher.cli", "train", "recipe.yaml"]
     more = ["strategy.zero_stage=2", "optim.max_steps=5000", "--output-dir", "stopped"]
     started = cluster.start("head", [*zerofit, *more], cwd=workplace)

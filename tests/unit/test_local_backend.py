@@ -137,6 +137,25 @@ def test_a_hostfile_that_does_not_match_the_plan_is_an_error() -> None:
         backend.render(make_plan(num_nodes=2, gpus_per_node=8), run_dir=Path("/r"), files={})
 
 
+def test_ipv6_addresses_start_ranks_through_pdsh_and_are_where_they_meet() -> None:
+    hosts = (Host(name="fd77::1", slots=2), Host(name="fd77::2", slots=2))
+    backend = HostfileBackend(master_port=29500, num_cores=16, hosts=hosts)
+    request = backend.render(make_plan(num_nodes=2), run_dir=Path("/r"), files={})
+    words = command_of(request.files["job.sh"])
+    assert words[words.index("--master_addr") + 1] == "fd77::1"
+    assert request.files["hostfile"] == "fd77::1 slots=2\nfd77::2 slots=2\n"
+
+
+@pytest.mark.parametrize(("launcher", "gpu_ids"), [("openmpi", ()), ("pdsh", (0, 3))])
+def test_an_ipv6_address_where_a_colon_means_gpus_is_refused_with_the_way_out(
+    launcher: Literal["pdsh", "openmpi"], gpu_ids: tuple[int, ...]
+) -> None:
+    hosts = tuple(Host(name=f"fd77::{i}", slots=2, gpu_ids=gpu_ids) for i in (1, 2))
+    backend = HostfileBackend(master_port=29500, num_cores=16, hosts=hosts, launcher=launcher)
+    with pytest.raises(HostfileError, match=r"fd77::1: .* colon .* GPUs(.|\n)*/etc/hosts"):
+        backend.render(make_plan(num_nodes=2), run_dir=Path("/r"), files={})
+
+
 def test_a_missing_hostfile_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(HostfileError, match="No such file"):
         read_hostfile(tmp_path / "hosts")
