@@ -94,7 +94,7 @@ def create_run(
             DEFAULT_PARENT,
             model=prepared.plan.workload.model.name,
             method=prepared.plan.workload.method.value,
-            when=datetime.now(UTC).astimezone(),
+            when=_now(),
             needed_bytes=needed_bytes,
         )
     try:
@@ -120,6 +120,10 @@ def render_again(prepared: Prepared, run_dir: Path) -> tuple[Backend, JobRequest
     return backend, backend.render(prepared.plan, run_dir=run_dir, files=run_files(prepared))
 
 
+def _now() -> datetime:
+    return datetime.now(UTC).astimezone()
+
+
 def disk_bytes(prepared: Prepared) -> int:
     """Return the disk space that a run needs for what it saves."""
     optim, workload = prepared.recipe.optim, prepared.plan.workload
@@ -138,7 +142,9 @@ def dry_run(
     """Return the run directory that :func:`create_run` would make, and what would run in it."""
     recipe = _resolved(prepared.recipe)
     backend = backend or choose_backend(recipe)
-    target = output_dir or Path(recipe.output_dir or DEFAULT_PARENT / "<model>-<method>-<time>")
+    workload = prepared.plan.workload
+    name = rd.default_name(workload.model.name, workload.method.value, _now())
+    target = output_dir or Path(recipe.output_dir or DEFAULT_PARENT / name)
     run_dir = target if target.is_absolute() else Path.cwd() / target
     return run_dir, backend.render(prepared.plan, run_dir=run_dir, files=run_files(prepared))
 

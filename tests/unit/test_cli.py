@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,9 +264,11 @@ def test_rendered_files_hold_all_that_the_job_needs(
 
 def test_a_dry_run_writes_nothing(zerofit: Zerofit, recipe: str, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
-    outcome = zerofit("train", recipe, "--dry-run", "--output-dir", "run")
+    outcome = zerofit("train", recipe, "--dry-run")
     assert outcome.status == 0
     assert "exec deepspeed" in outcome.stdout
+    # A name that remote shells take, as the run itself would have.
+    assert re.search(r"would write \d+ files into \S+/runs/[\w.-]+:\n", outcome.stdout)
     assert sorted(tmp_path.rglob("*")) == before
 
 
