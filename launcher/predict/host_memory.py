@@ -21,6 +21,8 @@ _NVME_OPTIMIZER_BUFFERS = 4
 _NVME_PARAM_BUFFERS = 5
 _NVME_PARAM_BUFFER_ELEMENTS = 100_000_000
 _NVME_PARAMS_IN_HOST_ELEMENTS = 1_000_000_000
+SAVED_FILE_BYTES = 2 * 10**9
+"""Size of a file of weights that a run saves; while it is made, its tensors are in memory."""
 
 
 def pinned_bytes(size: float) -> int:
@@ -65,26 +67,28 @@ def host_components(
         found.update(_params(zero, pin))
     if zero.strategy.gradient_checkpointing is Checkpointing.cpu_offload:
         found["checkpointed layer inputs"] = pin(saved_inputs_bytes)
+    on_node = {name: size * cluster.gpus_per_node for name, size in found.items()}
     if is_cuda:
-        found |= _passing(zero)
-    ranks = cluster.gpus_per_node
-    return {name: round(size * ranks) for name, size in found.items() if size}
+        on_node |= _passing(zero, gpus_per_node=cluster.gpus_per_node)
+    return {name: round(size) for name, size in on_node.items() if size}
 
 
-def _passing(zero: ZeroRuntime) -> dict[str, float]:
-    """Return trained weights that pass through the host: when saved, or when ZeRO-3 starts.
+def _passing(zero: ZeroRuntime, *, gpus_per_node: int) -> dict[str, float]:
+    """Return trained weights that pass through a node's host memory.
 
-    Source: accelerate 1.15 ``accelerator.py:get_state_dict`` copies what is saved to the host,
-    on every rank; DeepSpeed 0.19.8 ``stage3.py:defragment`` bounces ZeRO-3's partitions off it,
-    before anything is offloaded. H100: 1.23 GB more for 0.64e9 adapter parameters saved, 5.6
-    for 3.2e9 under ZeRO-3.
+    One rank of all saves them, a whole model file by file. ZeRO-3 also bounces its partitions
+    off the host as it starts, unless something is offloaded.
+
+    Source: ``launcher/worker/weight_files.py``; DeepSpeed 0.19.8 ``stage3.py:defragment``.
+    H100: 1.23 GB more for 0.64e9 adapter parameters saved, 5.6 for 3.2e9 under ZeRO-3.
     """
     trained = float(zero.trained_width * zero.counts.trainable)
-    if zero.stage < 3:
-        return {"trained weights to save": trained}
-    if zero.has_offloaded_optimizer or zero.has_offloaded_params:
-        return {}
-    return {"partitions on their way": trained / zero.world_size}
+    if zero.stage == 3 and not (zero.has_offloaded_optimizer or zero.has_offloaded_params):
+        return {"partitions on their way": trained / zero.world_size * gpus_per_node}
+    if zero.is_full:
+        largest = zero.trained_width * zero.counts.largest_trainable
+        trained = min(trained, max(SAVED_FILE_BYTES, largest))
+    return {"trained weights to save": trained}
 
 
 def _cpu_optimizer(zero: ZeroRuntime, pin: Callable[[float], int]) -> dict[str, float]:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
+from launcher.predict.host_memory import SAVED_FILE_BYTES
 from launcher.worker.export_checks import ExportError
+from launcher.worker.weight_files import deal_into_files, write_files
 
-MAX_SHARD_BYTES = 2 * 10**9
-"""Size of a file of weights; while it is made, its tensors are in memory."""
-_INDEX = "model.safetensors.index.json"
 _BASE = ".base_layer"
 
 
-def write_merged(adapted: Any, folder: Path, *, dtype: torch.dtype) -> None:
+def write_merged(
+    adapted: Any, folder: Path, *, dtype: torch.dtype, file_bytes: int = SAVED_FILE_BYTES
+) -> None:
     """Write the model with its adapter merged into it, as ordinary safetensors files.
 
     Each adapted layer is merged in fp32, by PEFT, and rounded once. Memory holds the tensors of
@@ -30,6 +28,7 @@ def write_merged(adapted: Any, folder: Path, *, dtype: torch.dtype) -> None:
         adapted: a PEFT model on the CPU, unchanged afterwards.
         folder: a new folder.
         dtype: of the merged weights.
+        file_bytes: size of a file, unless one layer is larger.
 
     Raises:
         ExportError: a merged weight is not finite.
@@ -38,31 +37,19 @@ def write_merged(adapted: Any, folder: Path, *, dtype: torch.dtype) -> None:
     model = adapted.get_base_model()
     layers = _adapted_layers(model)
     sources = dict(_saved_tensors(model))
-    shapes = {
-        name: torch.empty(value.shape, dtype=_saved_dtype(value, dtype), device="meta")
-        for name, value in sources.items()
+    sizes = {
+        name: value.numel() * _saved_dtype(value, dtype).itemsize for name, value in sources.items()
     }
-    # Read before the program has said so, it would show progress bars.
-    from huggingface_hub import split_torch_state_dict_into_shards
 
-    split = split_torch_state_dict_into_shards(shapes, max_shard_size=MAX_SHARD_BYTES)
-    for file_name, names in split.filename_to_tensors.items():
-        tensors = {}
-        for name in names:
-            with _merged_weight(layers.get(name), sources[name]) as value:
-                tensors[name] = value.detach().to(shapes[name].dtype).contiguous()
-        save_file(tensors, folder / file_name, metadata={"format": "pt"})
-        del tensors
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    def read(name: str) -> torch.Tensor:
+        with _merged_weight(layers.get(name), sources[name]) as value:
+            return value.detach().to(_saved_dtype(value, dtype))
+
     model.config.dtype = dtype
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    for path in folder.glob("*.safetensors"):
-        # safetensors makes files that only their owner may read.
-        shutil.copymode(folder / "config.json", path)
+    write_files(folder, deal_into_files(sizes, limit_bytes=file_bytes), read)
 
 
 def _saved_dtype(value: torch.Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -41,12 +41,6 @@ class StepSnapshot(TrainerCallback):  # type: ignore[misc]
                 where="tracking.memory_snapshot_step",
                 fix="leave it out; `zerofit trace` counts tensors on a processor",
             )
-        if step < 1:
-            raise SetupError(
-                f"there is no step {step}",
-                where="tracking.memory_snapshot_step",
-                fix="name an optimizer step; 1 is the first",
-            )
         self._path = snapshot_file(folder, rank, of=f"step-{step}")
         self._step = step
 

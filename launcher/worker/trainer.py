@@ -27,6 +27,7 @@ from launcher.worker.peak_memory import PeakRecorder
 from launcher.worker.resume import Resumption, load_converted
 from launcher.worker.sequence import SequenceGroup
 from launcher.worker.stop_request import EvaluationCutShortError
+from launcher.worker.weight_files import save_model, trained_tensors
 
 FINAL = "final"
 """Folder below ``checkpoints`` with the trained weights and the tokenizer."""
@@ -276,14 +277,17 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002
         """Save the trained weights; adapters alone where only they are trained."""
+        folder = Path(output_dir or self.args.output_dir)
         with self._recorder.during("save"):
-            is_adapter = hasattr(self.model, "peft_config")
-            if is_adapter and self._layout.zero_stage < 3:
-                # Every rank holds the whole adapter. transformers would first copy the whole
-                # base model to the host on every rank (trainer.py:save_model, 5.23).
-                self._save(output_dir)
+            if not hasattr(self.model, "peft_config"):
+                # Everything but the weights, in whose place it leaves an empty file.
+                self._save(str(folder), state_dict={})
+                save_model(self.model_wrapped, folder, is_writer=self.args.should_save)
+            elif self._layout.zero_stage < 3:
+                self._save(str(folder))  # every rank holds the whole adapter
             else:
-                super().save_model(output_dir, _internal_call=_internal_call)
+                adapter = trained_tensors(self.model_wrapped, is_writer=self.args.should_save)
+                self._save(str(folder), state_dict=adapter)
 
     def save_progress(self) -> None:
         """Save a checkpoint of the step that was reached, unless there is one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -11,14 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from memory_above_start import AnonymousMemory
 from safetensors.torch import load_file, save_file
 
 from launcher.errors import LauncherError, RunDirError
 from launcher.worker import export as export_module
-from launcher.worker import export_merge
+from launcher.worker import export_logits
 from launcher.worker.export import export_run
 from launcher.worker.export_checks import ExportError, expected_adapter, expected_model
-from launcher.worker.process_memory import Sampler
+from launcher.worker.export_merge import write_merged
 
 pytestmark = [
     pytest.mark.integration,
@@ -67,32 +69,6 @@ def write_base(folder: Path, model: Any) -> Path:
     backend.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=unknown).save_pretrained(folder)
     return folder
-
-
-class AnonymousMemory:
-    """Samples what this process holds beside the pages of files, above where it started."""
-
-    def __init__(self) -> None:
-        self._start = self._peak = self._now()
-        self._sampler = Sampler(self._sample, interval_seconds=0.005)
-
-    @property
-    def peak_bytes(self) -> int:
-        return self._peak - self._start
-
-    def _sample(self) -> None:
-        self._peak = max(self._peak, self._now())
-
-    @staticmethod
-    def _now() -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("RssAnon:")[1].split()[0]) * 1024
-
-    def __enter__(self) -> AnonymousMemory:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._sampler.stop()
 
 
 def write_recipe(run: Path, base: Path, method: str, more: str = "") -> None:
@@ -205,7 +181,7 @@ def test_merging_holds_one_file_and_one_layer_of_the_model_in_memory(
     )  # fmt: skip
     # A layer has 4 x 1024 x 1024 + 3 x 1024 x 4096 weights of 2 bytes, 33.6 MB; the largest
     # matrix takes 16.8 MB in fp32, and merging holds it, its copy and its change.
-    model_bytes, largest_bytes, shard_bytes = 6 * 33_554_432, 16_777_216, 20 * 10**6
+    model_bytes, largest_bytes, file_bytes = 6 * 33_554_432, 16_777_216, 36 * 10**6
     run = tmp_path / "run"
     final = run / "checkpoints" / "final"
     with torch.device("meta"):
@@ -219,20 +195,21 @@ def test_merging_holds_one_file_and_one_layer_of_the_model_in_memory(
     copy_tokenizer(tmp_path / "base", final)
     write_recipe(run, tmp_path / "base", "lora")
     del empty, model, adapted
-    monkeypatch.setattr(export_merge, "MAX_SHARD_BYTES", shard_bytes)
+    small_files = functools.partial(write_merged, file_bytes=file_bytes)
+    monkeypatch.setattr(export_logits, "write_merged", small_files)
     export_module._hand_back_freed_memory()
     with AnonymousMemory() as memory:
         export_run(run, tmp_path / "out", kind="merged")
     merged = tmp_path / "out" / "merged"
-    # Matrices of 2 and 8 MB fill files of 20 MB; none is above it.
+    # A layer a file.
     sizes = [path.stat().st_size for path in merged.glob("model-*.safetensors")]
-    assert len(sizes) > model_bytes // shard_bytes
-    assert max(sizes) < shard_bytes + 10_000
+    assert len(sizes) > model_bytes // file_bytes
+    assert max(sizes) < file_bytes + 10_000
     index = json.loads((merged / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(
         value.nbytes for path in merged.glob("model-*") for value in load_file(path).values()
     )
-    assert memory.peak_bytes < shard_bytes + 3 * largest_bytes + 10**7
+    assert memory.peak_bytes < file_bytes + 3 * largest_bytes + 10**7
     assert memory.peak_bytes < model_bytes / 2
 
 

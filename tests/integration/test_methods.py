@@ -219,8 +219,12 @@ def test_a_full_fine_tune_is_exported_whole_from_every_stage(
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("method", "choices"),
-    [("qlora", STAGES["zero-3"]), ("lora", {"more": DORA, "zero_stage": 3})],
-    ids=["QLoRA", "DoRA"],
+    [
+        ("qlora", STAGES["zero-3"]),
+        VARIANTS["DoRA, ZeRO-3"],
+        VARIANTS["rsLoRA on attention with dropout"],
+    ],
+    ids=["QLoRA", "DoRA", "rsLoRA"],
 )
 def test_an_adapter_that_zero_3_trained_is_merged(
     train: Train, tmp_path: Path, method: str, choices: dict[str, Any]
