@@ -94,17 +94,21 @@ def keep_typed_text(values: Any, node: Any, *, kind: Any) -> None:
     """Put back, in parsed YAML, the text of values that a field of ``kind`` takes as text.
 
     Args:
-        values: the parsed mapping, changed in place.
+        values: the parsed mapping or list, changed in place.
         node: the same as yaml.compose gives it.
-        kind: a dataclass; or a list of values, all of one dataclass.
+        kind: a dataclass, or dict[str, …]; or what each element of a list is.
     """
     is_list = isinstance(node, yaml.SequenceNode)
-    hints: dict[Any, Any] = {} if is_list else get_type_hints(kind)
+    of_all = kind if is_list else get_args(kind)[-1] if get_origin(kind) is dict else None
+    hints: dict[Any, Any] = get_type_hints(kind) if is_dataclass(kind) and not is_list else {}
     for key, child in enumerate(node.value) if is_list else _pairs(node):
-        hint = kind if is_list else hints.get(key)
-        inner = get_args(hint)[0] if get_origin(hint) is tuple else hint
-        if is_dataclass(inner) and isinstance(child, yaml.CollectionNode):
-            keep_typed_text(values[key], child, kind=inner)
+        hint = of_all or hints.get(key)
+        if get_origin(hint) is tuple:
+            hint = get_args(hint)[0]
+        if not is_list and key not in values:
+            continue  # a key that YAML reads as something else than text
+        if isinstance(child, yaml.CollectionNode):
+            keep_typed_text(values[key], child, kind=hint)
         elif hint in _TEXT and (typed := _typed_text(child)) is not None:
             values[key] = typed
 
@@ -115,11 +119,12 @@ def _pairs(node: Any) -> list[tuple[str, Any]]:
 
 
 def _typed_text(node: Any) -> str | None:
-    """Return what stands there for a number, a truth value or a date; ``None`` for all else."""
+    """Return what stands there without quotes; ``None`` for nothing, a list or a mapping.
+
+    Also where YAML 1.1 sees text: OmegaConf reads the number 1e5 there, which begins revisions.
+    """
     is_plain = isinstance(node, yaml.ScalarNode) and not node.style
-    if not is_plain or node.tag in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:null"):
-        return None
-    return str(node.value)
+    return str(node.value) if is_plain and node.tag != "tag:yaml.org,2002:null" else None
 
 
 def _is_text(kind: Any, keys: Sequence[str]) -> bool:

@@ -16,6 +16,7 @@ from launcher.recipe_sections import (
     DataSection,
     Recipe,
     StrategySection,
+    TrackingSection,
 )
 from launcher.strategy import Offload
 
@@ -72,6 +73,7 @@ def impossible_values(recipe: Recipe) -> Iterator[str]:
         "slurm.signal_seconds": recipe.slurm.signal_seconds,
         "strategy.micro_batch_size_per_gpu": recipe.strategy.micro_batch_size_per_gpu,
         "strategy.sequence_parallel_size": recipe.strategy.sequence_parallel_size,
+        "tracking.memory_snapshot_step": recipe.tracking.memory_snapshot_step,
         "data.max_train_samples": recipe.data.max_train_samples,
         "data.max_eval_samples": recipe.data.max_eval_samples,
     }
@@ -100,10 +102,17 @@ def impossible_values(recipe: Recipe) -> Iterator[str]:
             yield f"optim.adam_beta{key} is {beta}, it must be at least 0 and below 1"
     if not recipe.lora.target_modules:
         yield "lora.target_modules is empty, name modules or use all-linear"
-    for name in set(recipe.tracking.report_to) - set(TRACKERS):
-        yield f"tracking.report_to: there is no {name!r}: {did_you_mean(name, TRACKERS)}"
+    yield from _impossible_tracking(recipe.tracking, last_step=recipe.optim.max_steps)
     yield from _not_keys(recipe.recovery.chosen)
     yield from _impossible_strategy(recipe.strategy)
+
+
+def _impossible_tracking(tracking: TrackingSection, *, last_step: int | None) -> Iterator[str]:
+    for name in set(tracking.report_to) - set(TRACKERS):
+        yield f"tracking.report_to: there is no {name!r}: {did_you_mean(name, TRACKERS)}"
+    step = tracking.memory_snapshot_step
+    if step is not None and last_step is not None and step > last_step:
+        yield f"tracking.memory_snapshot_step is {step}, after optim.max_steps {last_step}"
 
 
 def _not_keys(chosen: tuple[str, ...]) -> Iterator[str]:

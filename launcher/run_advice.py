@@ -10,17 +10,19 @@ from typing import Any
 
 from launcher import run_dir as rd
 from launcher.config_facts import is_unknown
+from launcher.data_cache import DATA, SUMMARY, load_summary
 from launcher.errors import LauncherError
 from launcher.hardware import ClusterSpec
 from launcher.model_source import find_config
 from launcher.model_spec import spec_from_config
+from launcher.planning.length_advice import Lengths, packed, shorter, whole_section
 from launcher.planning.plan import Candidate, strategy_from_json
 from launcher.planning.planner import choose_strategy
 from launcher.prepare import may_use_liger, resolve_cluster
 from launcher.recipe import parse_recipe
 from launcher.recipe_sections import Recipe, StrategySection
 from launcher.report.run_report import RunReport
-from launcher.resolve import resolve_workload
+from launcher.resolve import PACKABLE, resolve_workload
 from launcher.strategy import Precision, Strategy
 from launcher.units import format_bytes
 from launcher.workload import Workload
@@ -49,9 +51,13 @@ class _Run:
     def best(self, fixed: StrategySection, *, batch_factor: int = 1) -> Candidate | None:
         """Return the planner's choice under fixed fields, ``None`` when nothing works."""
         batch = self.workload.global_batch_size * batch_factor
+        return self.best_for(replace(self.workload, global_batch_size=batch), fixed)
+
+    def best_for(self, workload: Workload, fixed: StrategySection) -> Candidate | None:
+        """Return the planner's choice for another workload on the same cluster."""
         try:
             choice = choose_strategy(
-                replace(self.workload, global_batch_size=batch),
+                workload,
                 self.cluster,
                 fixed=fixed,
                 raw_deepspeed=self.recipe.deepspeed,
@@ -79,10 +85,12 @@ def advise(directory: Path, report: RunReport) -> tuple[str, ...]:
         plan = rd.read_mapping(directory / rd.PLAN, schema_version=1)
         if report.state == "out_of_memory":
             return tuple(_save_memory(plan))
-        if report.state not in _SPEED_STATES or not report.time.num_steps:
-            return ()
-        crowded = tuple(_leave_room(plan, report))
-        return crowded or tuple(_go_faster(_read_run(directory, plan), report))
+        has_steps = report.state in _SPEED_STATES and report.time.num_steps
+        crowded = tuple(_leave_room(plan, report)) if has_steps else ()
+        if crowded or not has_steps:
+            return crowded
+        run = _read_run(directory, plan)
+        return (*_go_faster(run, report), *_from_lengths(run, directory))
     except LauncherError as error:
         return (f"No advice: {error.problem}.",)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -160,7 +168,7 @@ def _read_run(directory: Path, plan: Mapping[str, Any]) -> _Run:
 
 def _go_faster(run: _Run, report: RunReport) -> Iterator[str]:
     """Yield changes after which more tokens go through in a second, as the planner predicts."""
-    now = run.best(_section_of(run.strategy))
+    now = run.best(whole_section(run.strategy))
     if now is None:
         return
     margin = _measured_over_predicted(report)
@@ -175,6 +183,29 @@ def _go_faster(run: _Run, report: RunReport) -> Iterator[str]:
         yield (
             _sentence(run, report, candidate, gain)
             + f" optim.global_batch_size={batch}. That is another training: fewer, larger steps."
+        )
+
+
+def _from_lengths(run: _Run, directory: Path) -> Iterator[str]:
+    """Yield what the lengths of the data say, where there is data."""
+    if not (directory / DATA / SUMMARY).is_file():
+        return
+    data = load_summary(directory / DATA)
+    lengths = Lengths(
+        max_seq_len=data.max_seq_len,
+        percentile_99=data.train.whole_length_percentiles["99"],
+        mean=data.train.mean_sequence_tokens,
+        can_pack=run.workload.model.model_type in PACKABLE,
+    )
+    now = whole_section(run.strategy)
+    for say in (shorter, packed) if not data.packing else ():
+        yield from say(
+            lengths,
+            run.workload,
+            run.best_for,
+            fixed=run.recipe.strategy,
+            now=now,
+            least_gain=LEAST_GAIN,
         )
 
 
@@ -254,9 +285,3 @@ def _overrides(now: Strategy, then: Strategy) -> str:
 def _plain(value: object) -> str:
     shown = value.value if isinstance(value, Enum) else value
     return str(shown).lower() if isinstance(shown, bool) else str(shown)
-
-
-def _section_of(strategy: Strategy) -> StrategySection:
-    """Return the section that leaves the planner nothing to choose."""
-    names = [item.name for item in fields(StrategySection) if hasattr(strategy, item.name)]
-    return StrategySection(**{name: getattr(strategy, name) for name in names})

@@ -14,13 +14,34 @@ from launcher.ds_config import merge
 from launcher.errors import RecipeError, did_you_mean, list_problems
 from launcher.recipe import parse_recipe, render_recipe
 from launcher.recipe_sections import Recipe
-from launcher.recipe_text import keep_typed_text
+from launcher.recipe_text import read_yaml
 
 _FILE_KEYS = ("defaults", "cases", "matrix")
 _MATRIX_KEYS = ("defaults", "models", "contexts", "zero_stages", "strategies")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # libyaml's parser is ten times as fast as the one in Python; a matrix has hundreds of cases.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ListedCase(Recipe):
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Matrix:
+    models: tuple[str, ...]
+    strategies: dict[str, Recipe]
+    defaults: Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SweepFile:
+    """What is text in a sweep file, and so stays as it was typed."""
+
+    defaults: Recipe
+    cases: tuple[_ListedCase, ...]
+    matrix: tuple[_Matrix, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,17 +111,10 @@ def parse_sweep(text: str, *, source: str, overrides: Sequence[str] = ()) -> tup
 
 
 def _read_mapping(text: str, source: str) -> dict[str, Any]:
-    try:
-        content = yaml.load(text, _LOADER)  # noqa: S506  a safe loader
-    except yaml.YAMLError as error:
-        said = " ".join(str(error).split())
-        raise RecipeError(f"this is not YAML: {said}", where=source, fix="mend that line") from None
-    sweep = _mapping(content, source)
-    nodes: Any = yaml.compose(text, _LOADER)
-    for key, node in nodes.value if sweep else ():
-        if key.value in ("defaults", "cases"):
-            keep_typed_text(sweep[key.value], node, kind=Recipe)
-    return sweep
+    from omegaconf import OmegaConf
+
+    content: Any = OmegaConf.to_container(read_yaml(text, source, kind=_SweepFile))
+    return _mapping(content, source)
 
 
 def _listed_drafts(content: Mapping[str, Any], source: str) -> Iterator[_Draft]:
@@ -134,15 +148,21 @@ def _matrix_drafts(content: Mapping[str, Any], source: str) -> Iterator[_Draft]:
             models, contexts, stages, strategies.items()
         ):
             keys: dict[str, Any] = {"model": {"name_or_path": model}, "max_seq_len": context}
+            if not isinstance(label, str):
+                raise RecipeError(
+                    f"the name {label!r} is no text",
+                    where=f"{where}: strategies",
+                    fix="put it into quotes",
+                )
             parts = [str(model).rstrip("/").rpartition("/")[2], str(context)]
             if stage is not None:
                 keys["strategy"] = {"zero_stage": stage}
                 parts.append(f"z{stage}")
             below = _mapping(settings, f"{where}: strategies: {label}")
             yield _Draft(
-                name="-".join([*parts, str(label)]),
+                name="-".join([*parts, label]),
                 content=merge(merge(defaults, below), keys),
-                strategy_label=str(label),
+                strategy_label=label,
             )
 
 

@@ -75,6 +75,29 @@ def test_overrides_reach_every_case() -> None:
     assert {case.recipe.optim.max_steps for case in cases} == {7}
 
 
+def test_a_matrix_reads_numbers_and_text_as_recipes_do() -> None:
+    # YAML 1.1 reads the text 5e-5, the octal 8, the float 1.1, the date of a day, sexagesimals.
+    text = """
+    matrix:
+      models: [1.10]
+      contexts: [256]
+      strategies:
+        "010": {model: {revision: 010}, deepspeed: {fp16: {hysteresis: 5e-5}}}
+        b: {model: {revision: 2024-05-01}, optim: {learning_rate: 1e-4}, slurm: {time: 1:30:00}}
+      defaults: {slurm: {account: 007}}
+    cases: [{name: 1.10, model: {name_or_path: 1e5}}]
+    """
+    first, second, listed = parse_sweep(text, source="x")
+    assert [case.name for case in (first, second, listed)] == ["1.10-256-010", "1.10-256-b", "1.10"]
+    assert first.recipe.model.name_or_path == "1.10"
+    assert first.recipe.model.revision == "010"
+    assert first.recipe.deepspeed == {"fp16": {"hysteresis": 5e-5}}
+    assert second.recipe.model.revision == "2024-05-01"
+    assert second.recipe.optim.learning_rate == 1e-4
+    assert (second.recipe.slurm.time, second.recipe.slurm.account) == ("1:30:00", "007")
+    assert listed.recipe.model.name_or_path == "1e5"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -104,6 +127,7 @@ def test_overrides_reach_every_case() -> None:
             "zero_stages: it is empty",
         ),
         ("matrix: {model: [a]}", "did you mean 'models'"),
+        ("matrix: {models: [a], contexts: [1], strategies: {no: {}}}", "False is no text"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_an_error_that_says_where(text: str, said: str) -> None:

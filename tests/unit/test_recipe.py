@@ -62,6 +62,11 @@ def test_all_unknown_keys_are_reported_at_once() -> None:
         ("lora: {dropout: 1.0}", "lora.dropout is 1.0"),
         ("lora: {target_modules: []}", "lora.target_modules is empty"),
         ("method: lorra", "method"),
+        ("tracking: {memory_snapshot_step: 0}", "tracking.memory_snapshot_step is 0"),
+        (
+            "tracking: {memory_snapshot_step: 9}\noptim: {max_steps: 8}",
+            "tracking.memory_snapshot_step is 9, after optim.max_steps 8",
+        ),
         ("strategy: {zero_stage: 4}", "strategy.zero_stage"),
         ("strategy: 2", "'strategy' is a section"),
         (
@@ -191,6 +196,10 @@ def test_what_is_text_stays_as_it_was_typed() -> None:
     assert (recipe.slurm.time, recipe.slurm.account) == ("12:30:00", "007")
     assert recipe.tracking.run_name == "yes"
     assert recipe.data.sources[0].split == "1_0"
+    assert (
+        parse_recipe(MINIMAL, source="r.yaml", overrides=["model.revision=1e5"]).model.revision
+        == "1e5"
+    )
     overrides = ["model.revision=1.0", "slurm.time=1:00:00", "optim.learning_rate=1e-3"]
     recipe = parse_recipe(text, source="r.yaml", overrides=overrides)
     assert (recipe.model.revision, recipe.slurm.time) == ("1.0", "1:00:00")
@@ -201,3 +210,6 @@ def test_what_is_text_stays_as_it_was_typed() -> None:
     (case,) = parse_sweep(f"defaults: {{{text.splitlines()[1]}}}\ncases: [{{name: a, model: "
                           "{name_or_path: x, revision: 12.10}}]", source="s.yaml")  # fmt: skip
     assert (case.recipe.model.revision, case.recipe.slurm.time) == ("12.10", "12:30:00")
+    listed = "lora: {target_modules: [010]}\ndata: {columns: {prompt: 1.10}}"
+    recipe = parse_recipe(MINIMAL + listed, source="r.yaml")
+    assert (recipe.lora.target_modules, recipe.data.columns) == (("010",), {"prompt": "1.10"})

@@ -20,6 +20,7 @@ from launcher.report.run_reader import load_run
 from launcher.run_advice import LEAST_GAIN, advise
 from launcher.units import GIB
 
+DATA_RUN = Path(__file__).parents[1] / "data" / "run"
 RECIPE = """
 model: {name_or_path: llama2-7b, random_weights: true}
 method: lora
@@ -88,6 +89,41 @@ def test_a_prediction_that_was_too_low_is_not_trusted_with_more(tmp_path: Path) 
     for line in advice_of(folder):
         size = float(re.search(r"\(([\d.]+) GiB of", line)[1])  # type: ignore[index]
         assert size * used * GIB / plan.memory.device_used_bytes <= plan.limit_bytes / GIB
+
+
+def data_of(folder: Path, *, max_seq_len: int, percentile_99: int, mean: float) -> None:
+    """Put a run's data beside it, of 1,000 records."""
+    summary = json.loads((DATA_RUN / "data" / "summary.json").read_text())
+    summary["max_seq_len"] = max_seq_len
+    summary["train"]["whole_length_percentiles"] |= {"99": percentile_99, "100": max_seq_len}
+    summary["train"]["mean_sequence_tokens"] = mean
+    (folder / "data").mkdir()
+    (folder / "data" / "summary.json").write_text(json.dumps(summary))
+
+
+def test_records_much_shorter_than_planned_for_are_answered_with_a_length_and_with_packing(
+    tmp_path: Path,
+) -> None:
+    # The planner chooses micro-batch 8 of 16 samples on two GPUs; fixed to 1, more go in at once.
+    folder = run_with(tmp_path, "micro_batch_size_per_gpu=1")
+    data_of(folder, max_seq_len=1024, percentile_99=300, mean=100.0)
+    cut, pack = advice_of(folder)[-2:]
+    assert "99 % of the records have at most 300 tokens, and memory is kept for 1,024" in cut
+    assert "max_seq_len=384 cuts the rest" in cut
+    now = planned("strategy.micro_batch_size_per_gpu=1", "max_seq_len=100")
+    micro = re.search(r"micro-batch (\d+) fits", cut)[1]  # type: ignore[index]
+    then = planned(f"strategy.micro_batch_size_per_gpu={micro}", "max_seq_len=100")
+    gain = float(re.search(r"([\d.]+)x faster", cut)[1])  # type: ignore[index]
+    assert gain == pytest.approx(now.time.step_seconds / then.time.step_seconds, rel=0.05)
+    assert "Sequences have 100 tokens on average: packed into 1,024 (data.packing=true)" in pack
+    assert "a step then has 10.2x as many tokens" in pack
+    assert float(re.search(r"([\d.]+)x faster", pack)[1]) > LEAST_GAIN  # type: ignore[index]
+
+
+def test_records_of_about_the_planned_length_are_left_alone(tmp_path: Path) -> None:
+    folder = run_with(tmp_path)
+    data_of(folder, max_seq_len=1024, percentile_99=900, mean=800.0)
+    assert not [line for line in advice_of(folder) if "tokens" in line]
 
 
 def test_out_of_memory_is_answered_with_the_plans_next_rung(tmp_path: Path) -> None:
