@@ -25,9 +25,10 @@ def table(rows: list[Mapping[str, Any]]) -> str:
     order = sorted(last.values(), key=lambda row: _BACKENDS.index(row["backend"]))
     for row in order:
         seconds, lost = row["noticed_seconds"], row["steps_lost"]
+        noticed = "went on" if seconds is None else f"{seconds:.1f} s"
         lines.append(
             f"| {row['fault']} | {row['backend']} | {row['zero_stage']} "
-            f"| {seconds:.1f} s | {lost} | {row['result']} |\n"
+            f"| {noticed} | {lost} | {row['result']} |\n"
         )
     return "".join(lines)
 

@@ -13,7 +13,9 @@ written twice, it strikes twice. On several hosts the variable must be passed on
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ from launcher.predict.memory import Phase
 VARIABLE = "ZEROFIT_FAULT"
 MARKS = ".faults"
 """Folder in the run directory with a mark for each fault that has struck."""
+SLOW_SECONDS = 12.0
+"""How long a slow file system keeps a phase waiting: more than the watchdogs of tests allow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,9 +128,15 @@ def _be_killed(_phase: Phase) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _hang(_phase: Phase) -> None:
-    import time
+def _fill_the_disk(phase: Phase) -> NoReturn:
+    raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (on purpose, in {phase})")
 
+
+def _be_slow(_phase: Phase) -> None:
+    time.sleep(SLOW_SECONDS)
+
+
+def _hang(_phase: Phase) -> None:
     while True:
         time.sleep(3600)
 
@@ -136,4 +146,6 @@ _STRIKES: Mapping[str, Callable[[Phase], None]] = {
     "host_oom": _run_out_of_host_memory,
     "kill": _be_killed,
     "hang": _hang,
+    "disk_full": _fill_the_disk,
+    "slow": _be_slow,
 }
