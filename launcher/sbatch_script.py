@@ -82,6 +82,10 @@ _ONLY_ONCE = (
     "",
 )
 _STEPS = (
+    "# Slurm tells the steps of a preempted job alone, by SIGTERM, and so not this script.",
+    "preempted() {",
+    '  [[ $(scontrol show job -o "$SLURM_JOB_ID" 2> /dev/null) == *" PreemptTime="[0-9]* ]]',
+    "}",
     "# A signal ends a wait, not the step.",
     "step=",
     "run() {",
@@ -92,6 +96,7 @@ _STEPS = (
     '    code=0; wait "$step" || code=$?',
     "  done",
     "  step=",
+    f'  ((code == 0)) || ! preempted || echo "preemption by Slurm" > {STOP_FILE}',
     "}",
     "",
 )
@@ -126,6 +131,7 @@ RESTART_SECONDS = 45
 """Kept free before the time limit for Slurm to take the next job, with a controller that is busy:
 ``slurm_commands`` gives it 30 s for an answer."""
 _ENDING = (
+    f"((code == 0)) || ! preempted || touch {REQUEUE_MARKER}",
     f"[[ ! -e {REQUEUE_MARKER} ]] || next_job || code=1",
     'exit "$code"',
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 SECONDS_TO_ASK = 0.5
 """The launcher looks for signals every 0.2 s (launcher/dispatch/watch.py)."""
+SLURM_SECONDS_TO_ASK = 5.0
+"""Rank 0 asks Slurm, whose controller answers in less than a second unless it is very busy; ranks
+that are to end because another one failed wait as long, and must be gone within 10 s."""
+_PREEMPTED = re.compile(r" PreemptTime=\d")
 
 
 class NothingToSaveError(Exception):
@@ -118,14 +124,48 @@ def leave_for_restart(folder: Path, *, step: int | None, rank: int) -> None:
     dist.destroy_process_group()
 
 
-def is_stopping(folder: Path) -> Callable[[], bool]:
-    """Return what tells a thread of a rank whether the ranks were asked to save and end."""
+def is_stopping(folder: Path, *, rank: int) -> Callable[[], bool]:
+    """Return what tells a thread of a rank whether the ranks were asked to save and end.
+
+    A Slurm job that is preempted with a GraceTime gets no other word than SIGTERM to its ranks,
+    just as when another rank has failed: rank 0 asks which of the two it is, and asks all ranks
+    to stop.
+    """
 
     def is_asked() -> bool:
         if stop_was_requested() or is_asked_to_stop(folder):
             return True
         # Who sends SIGTERM to all processes at once reaches a rank before the launcher has asked.
         time.sleep(SECONDS_TO_ASK)
+        job = os.environ.get("SLURM_JOB_ID")
+        if job is None or is_asked_to_stop(folder):
+            return is_asked_to_stop(folder)
+        if rank == 0:
+            if is_preempted(job):
+                ask_to_stop(folder, "preemption by Slurm")
+            return is_asked_to_stop(folder)
+        deadline = time.monotonic() + SLURM_SECONDS_TO_ASK
+        while not is_asked_to_stop(folder) and time.monotonic() < deadline:
+            time.sleep(SECONDS_TO_ASK)
         return is_asked_to_stop(folder)
 
     return is_asked
+
+
+def is_preempted(job: str) -> bool:
+    """Return whether Slurm says that it takes the job's nodes away; not where it does not answer.
+
+    Source: ``scontrol show job`` of Slurm 22.05 has ``PreemptTime=None`` until then.
+    """
+    try:
+        shown = subprocess.run(
+            ["scontrol", "show", "job", "-o", job],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=SLURM_SECONDS_TO_ASK,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.warning("Slurm cannot be asked whether the job is preempted: %s", error)
+        return False
+    return bool(_PREEMPTED.search(shown.stdout))

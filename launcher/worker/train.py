@@ -342,7 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from launcher.worker.stop_request import is_stopping
 
         recorder = PeakRecorder(heartbeat, device=device)
-        exit_on_signal(recorder.interrupt, is_stopping=is_stopping(options.run_dir))
+        stopping = is_stopping(options.run_dir, rank=ranks.rank)
+        exit_on_signal(recorder.interrupt, is_stopping=stopping)
         recorder.start()
         if ranks.rank == 0:
             # Also when job.sh was started by hand, perhaps after an interruption.

@@ -40,6 +40,8 @@ KillWait=5
 MinJobAge=600
 CompleteWait=0
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SchedulerParameters=batch_sched_delay=0,bf_interval=2,sched_min_interval=0
 SchedulerType=sched/backfill
 SlurmctldPidFile=/run/slurm/slurmctld.pid
@@ -55,8 +57,12 @@ JobCompLoc={folder}/jobcomp.log
 AccountingStorageType=accounting_storage/none
 NodeName=node[1-{num_nodes}] CPUs={cpus} Boards=1 SocketsPerBoard=1 CoresPerSocket={cpus} \
 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:h100:{gpus} State=UNKNOWN
-PartitionName=main Nodes=node[1-{num_nodes}] Default=YES MaxTime=1-0 DefMemPerCPU=500 State=UP
-PartitionName=short Nodes=node[1-{num_nodes}] MaxTime=2 DefMemPerCPU=500 State=UP
+PartitionName=main Nodes=node[1-{num_nodes}] Default=YES MaxTime=1-0 DefMemPerCPU=500 State=UP \
+PriorityTier=10 PreemptMode=OFF
+PartitionName=short Nodes=node[1-{num_nodes}] MaxTime=2 DefMemPerCPU=500 State=UP \
+PriorityTier=10 PreemptMode=OFF
+PartitionName=low Nodes=node[1-{num_nodes}] MaxTime=1-0 DefMemPerCPU=500 State=UP \
+PriorityTier=1 GraceTime=120
 """
 # The null device as each GPU: slurmd refuses plain files.
 _GRES_CONF = """\
@@ -88,7 +94,8 @@ class Slurm:
     """A Slurm cluster; made by the fixture ``slurm``.
 
     Two fake GPUs a node (``gres/gpu:h100:2``; jobs get CUDA_VISIBLE_DEVICES), four fake cores,
-    partitions ``main`` and ``short`` (two minutes at most), SlurmdTimeout 15 s, KillWait 5 s.
+    partitions ``main``, ``short`` (two minutes at most) and ``low``, whose jobs those of the others
+    preempt with two minutes of grace, SlurmdTimeout 15 s, KillWait 5 s.
     Run commands with ``cluster.run("head", ["sbatch", …])``; every process is root's.
     """
 

@@ -1,4 +1,4 @@
-"""A Slurm job that is told to stop, then loses a node, and still ends.
+"""A Slurm job that is preempted, told to stop, then loses a node, and still ends.
 
 Keeps rows of the fault table in docs/reliability.md (``make test-faults``).
 """
@@ -33,6 +33,7 @@ data: {{path: {folder}/chats.jsonl}}
 optim: {{global_batch_size: 4, max_steps: {steps}, save_steps: 20}}
 strategy: {{zero_stage: 2}}
 cluster: {{backend: slurm, num_nodes: 2, gpus_per_node: 1}}
+slurm: {{partition: low}}
 """
 
 
@@ -83,7 +84,7 @@ class Job:
         return int(newest.name.rpartition("-")[2])
 
 
-def test_a_job_that_is_told_to_stop_and_then_loses_a_node_ends(
+def test_a_job_that_is_preempted_told_to_stop_and_then_loses_a_node_ends(
     slurm: Slurm,
     cluster: VirtualCluster,
     shared_folder: Path,
@@ -92,11 +93,25 @@ def test_a_job_that_is_told_to_stop_and_then_loses_a_node_ends(
     again = "has been put back into the queue"
 
     job.until_step(25)
+    preempted = time.time()
+    more = ["sbatch", "--partition=main", "--nodes=4", "--exclusive", "--wrap=true"]
+    cluster.run("head", more, cwd=shared_folder, check=True)
+    noticed = job.until(again)
+    assert job.saved_step == job.last_step >= 25
+    assert "preemption by Slurm: saved after step" in (job.run / rd.LAUNCHER_LOG).read_text()
+    add_row(
+        fault="a job of higher priority preempts (GraceTime, SIGTERM)", backend="slurm",
+        zero_stage=2, noticed_seconds=noticed - preempted, steps_lost=0,
+        result="saved, requeued and resumed",
+    )  # fmt: skip
+    job.start_now()
+
+    job.until_step(job.last_step + 10)
     signalled = time.time()
     signal = ["scancel", "--signal=USR1", "--batch", job.runs.job_id(job.run)]
     cluster.run("head", signal, check=True)
-    noticed = job.until(again)
-    assert job.saved_step == job.last_step > 25
+    noticed = job.until(again, times=2)
+    assert job.saved_step == job.last_step > 35
     add_row(
         fault="USR1 from Slurm, as before a time limit", backend="slurm", zero_stage=2,
         noticed_seconds=noticed - signalled, steps_lost=0, result="saved, requeued and resumed",
@@ -108,7 +123,7 @@ def test_a_job_that_is_told_to_stop_and_then_loses_a_node_ends(
     cluster.will_need_reboot("node2")
     killed = time.time()
     cluster.run("node2", ["sh", "-c", 'kill -9 "$(cat /run/slurm/slurmd.pid)"'], check=True)
-    noticed = job.until(again, times=2)
+    noticed = job.until(again, times=3)
     lost = job.last_step - job.saved_step
     add_row(
         fault="a node's slurmd is killed (SlurmdTimeout 15 s)", backend="slurm", zero_stage=2,
