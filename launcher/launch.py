@@ -33,6 +33,7 @@ from launcher.planning.plan import plan_to_json
 from launcher.prepare import Prepared
 from launcher.recipe import parse_recipe, render_recipe
 from launcher.recipe_paths import (
+    DEFAULT_PARENT,
     check_data_paths,
     check_names_data,
     is_hub_id,
@@ -43,7 +44,6 @@ from launcher.sbatch_script import NEEDS
 from launcher.strategy import Method
 from launcher.units import MIB, format_bytes
 
-DEFAULT_PARENT = Path("runs")
 # What a run depends on; recorded with it, so that a result can be traced to versions.
 _STACK = (
     "zerofit", "torch", "deepspeed", "transformers", "accelerate", "peft", "datasets",

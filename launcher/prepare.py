@@ -24,10 +24,11 @@ from launcher.planning.planner import can_fit, make_plan
 from launcher.predict.site_constants import with_site_constants
 from launcher.predict.step_time import run_estimate, speedup_over_one_node
 from launcher.recipe import parse_recipe
-from launcher.recipe_paths import with_absolute_paths
+from launcher.recipe_paths import DEFAULT_PARENT, with_absolute_paths
 from launcher.recipe_sections import ClusterSection, Recipe, StrategySection
 from launcher.resolve import resolve_workload
 from launcher.run_dir import read_text
+from launcher.saves_timed import rate_beside
 from launcher.site_file import read_constants, site_path
 from launcher.units import GIB
 from launcher.workload import Workload
@@ -155,7 +156,14 @@ def _with_run(plan: Plan, recipe: Recipe, summary: DataSummary | None) -> Plan:
     if num_steps is not None and seconds is not None:
         run = run_estimate(num_steps, seconds, plan.cluster, price_per_gpu_hour=price)
     speedup = speedup_over_one_node(plan.workload, plan.strategy, plan.cluster)
-    return replace(plan, run=run, price_per_gpu_hour=price, speedup_over_one_node=speedup)
+    target = Path(recipe.output_dir).parent if recipe.output_dir else DEFAULT_PARENT
+    return replace(
+        plan,
+        run=run,
+        price_per_gpu_hour=price,
+        speedup_over_one_node=speedup,
+        save_rate=rate_beside(target),
+    )
 
 
 def resolve_cluster(section: ClusterSection) -> ClusterSpec:

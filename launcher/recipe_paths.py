@@ -10,6 +10,8 @@ from launcher.errors import DataError, RecipeError
 from launcher.model_source import weights_source
 from launcher.recipe_sections import Recipe
 
+DEFAULT_PARENT = Path("runs")
+"""Of run directories, where nothing names another one."""
 # As huggingface_hub checks repository ids (utils/_validators.py), but with an owner.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]", re.ASCII)
 DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")

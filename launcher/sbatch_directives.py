@@ -36,12 +36,12 @@ def suggest_time_limit_minutes(num_steps: int, step_seconds: float) -> int:
     return math.ceil(minutes / _ROUND_MINUTES) * _ROUND_MINUTES
 
 
-def suggest_signal_seconds(checkpoint_bytes: int, step_seconds: float) -> int:
+def suggest_signal_seconds(write_seconds: float, step_seconds: float) -> int:
     """Return how long before the time limit the ranks must hear of it to save a checkpoint.
 
     Slurm's own words are "up to 60 seconds earlier"; see :mod:`launcher.checkpoint_time`.
     """
-    needed = save_seconds(checkpoint_bytes, step_seconds=step_seconds)
+    needed = save_seconds(write_seconds, step_seconds=step_seconds)
     return _SIGNAL_RESOLUTION_SECONDS + max(60, math.ceil(needed))
 
 

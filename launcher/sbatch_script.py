@@ -17,15 +17,23 @@ from launcher.job_script import (
 )
 from launcher.recipe_sections import SlurmSection
 from launcher.sbatch_directives import directive, directives, looks_at_nodes
-from launcher.starter_lock import LOCK
+from launcher.sbatch_parts import (
+    ENDING,
+    FIRST_PORT,
+    IN_ALLOCATION_VARIABLE,
+    NEXT_JOB,
+    NUM_PORTS,
+    ONLY_ONCE,
+    RENDEZVOUS,
+    REQUEUE,
+    REQUEUE_MARKER,
+    RESUBMIT,
+    STEPS,
+)
 from launcher.stop_file import STOP_FILE
 
 JOB_SBATCH = "job.sbatch"
 LOG = "logs/launcher.log"
-REQUEUE_MARKER = "requeue"
-"""Left in the run directory by rank 0 when it was told to stop and has saved a checkpoint."""
-IN_ALLOCATION_VARIABLE = "ZEROFIT_IN_ALLOCATION"
-"""Set where the script is one command of somebody else's allocation: it requeues nothing."""
 NEEDS = "needs.json"
 """What the run needs of each node; read by the job's look at its nodes."""
 PREFLIGHT = "preflight.json"
@@ -34,107 +42,12 @@ NODES = "nodes"
 """Names of the nodes to use, separated by commas, that the look at them has chosen."""
 PREFLIGHT_MODULE = "launcher.dispatch.job_preflight"
 RECOVERY_MODULE = "launcher.recovery.in_job"
-FIRST_PORT = 20_000
-NUM_PORTS = 12_000
-"""Ports end below 32768, where Linux's range for outgoing connections begins."""
-
 # A rank that inherits these from the shell that submitted would take itself for another one.
 _OTHERS_RANKS = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
 
-_RENDEZVOUS = (
-    "# The ranks meet on the first host; without its name every host would wait for itself.",
-    'hosts=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?not inside a Slurm job}") || {',
-    '  echo "error: scontrol cannot name the hosts of job $SLURM_JOB_ID" >&2',
-    "  exit 1",
-    "}",
-    "MASTER_ADDR=${hosts%%$'\\n'*}",
-    '[[ -n $MASTER_ADDR ]] || { echo "error: job $SLURM_JOB_ID has no hosts" >&2; exit 1; }',
-    "# Two jobs must not share a port on a host.",
-    f"MASTER_PORT=$(({FIRST_PORT} + SLURM_JOB_ID % {NUM_PORTS}))",
-    "export MASTER_ADDR MASTER_PORT",
-    'echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, rendezvous $MASTER_ADDR:$MASTER_PORT"',
-)
-_ONLY_ONCE = (
-    ': "${SLURM_JOB_ID:?not inside a Slurm job}"',
-    'if grep -qs \'"state": "finished"\' status.json; then',
-    '  echo "this run has finished: there is nothing to do"',
-    "  exit 0",
-    "fi",
-    f"if [[ -z ${{{IN_ALLOCATION_VARIABLE}:-}} ]]; then",
-    "  # One job at a time: Slurm says whether the one that holds `lock` still runs; any other",
-    "  # holder shows signs of life.",
-    """  me=$(printf '{"host": "%s", "pid": %d, "slurm_job": "%s", "since": "%s"}' \\""",
-    '    "$HOSTNAME" $$ "$SLURM_JOB_ID" "$(date -u +%FT%TZ)")',
-    f'  until (set -o noclobber; echo "$me" > {LOCK}) 2> /dev/null; do',
-    rf"""    other=$(sed -n 's/.*"slurm_job": "\([0-9_]*\)".*/\1/p' {LOCK})""",
-    '    state=$(squeue -h -j "${other:-0}" -o %T 2>&1) || true',
-    f"    if [[ -z $other && -z $(find {LOCK} -mmin +2) ]] ||",
-    '      [[ -n $other && $other != "$SLURM_JOB_ID" && -n $state && $state != PENDING &&',
-    "        $state != *Invalid* ]]; then",
-    f'      echo "error: this run is held by $(< {LOCK})" >&2',
-    "      exit 1",
-    "    fi",
-    f"    rm -f {LOCK}",
-    "  done",
-    f"  trap 'rm -f {LOCK}; kill ${{timer:-}} 2> /dev/null || true' EXIT",
-    "fi",
-    f"rm -f {STOP_FILE} {REQUEUE_MARKER}",
-    "",
-)
-_STEPS = (
-    "# Slurm tells the steps of a preempted job alone, by SIGTERM, and so not this script.",
-    "preempted() {",
-    '  [[ $(scontrol show job -o "$SLURM_JOB_ID" 2> /dev/null) == *" PreemptTime="[0-9]* ]]',
-    "}",
-    "# A signal ends a wait, not the step.",
-    "step=",
-    "run() {",
-    '  "$@" < /dev/null &',
-    "  step=$!",
-    '  code=0; wait "$step" || code=$?',
-    '  while ((code > 128)) && kill -0 "$step" 2> /dev/null; do',
-    '    code=0; wait "$step" || code=$?',
-    "  done",
-    "  step=",
-    f'  ((code == 0)) || ! preempted || echo "preemption by Slurm" > {STOP_FILE}',
-    "}",
-    "",
-)
-_NEXT_JOB = (
-    "# The next job of the chain goes on from the newest checkpoint. Three jobs in a row that come",
-    "# to no new one end the chain.",
-    "newest() { ls -dv checkpoints/checkpoint-* 2> /dev/null | tail -n 1 || true; }",
-    "before=$(newest)",
-    "next_job() {",
-    f"  [[ -z ${{{IN_ALLOCATION_VARIABLE}:-}} ]] || return 0",
-    "  # What has made progress starts the count anew.",
-    '  [[ $(newest) == "$before" ]] || rm -f idle-jobs',
-    '  [[ $(newest) != "$before" ]] || echo "$SLURM_JOB_ID" >> idle-jobs',
-    "  if [[ -e idle-jobs ]] && (($(wc -l < idle-jobs) >= 3)); then",
-    '    echo "error: three jobs in a row have come to no new checkpoint" >&2',
-    "    return 1",
-    "  fi",
-)
-_REQUEUE = (
-    '  echo "asking Slurm to start job $SLURM_JOB_ID again"',
-    '  scontrol requeue "$SLURM_JOB_ID"',
-    "}",
-)
-_RESUBMIT = (
-    "  # singleton: when this one has ended, whatever it does until then.",
-    f'  new=$(sbatch --parsable --dependency=singleton --job-name="$SLURM_JOB_NAME" {JOB_SBATCH})',
-    """  sed -i 's/"job_id": "[0-9_]*"/"job_id": "'${new%%;*}'"/' job.json""",
-    '  echo "the chain goes on as job $new"',
-    "}",
-)
 RESTART_SECONDS = 45
 """Kept free before the time limit for Slurm to take the next job, with a controller that is busy:
 ``slurm_commands`` gives it 30 s for an answer."""
-_ENDING = (
-    f"((code == 0)) || ! preempted || touch {REQUEUE_MARKER}",
-    f"[[ ! -e {REQUEUE_MARKER} ]] || next_job || code=1",
-    'exit "$code"',
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,9 +165,9 @@ def _body(job: SlurmJob) -> list[str]:
             f"module load {shlex.join(job.settings.modules)} || exit",
         ]
     lines += ["set -euo pipefail", f"cd -- {shlex.quote(str(job.ranks.run_dir))}", ""]
-    lines += [*_ONLY_ONCE, *_STEPS, *_NEXT_JOB]
-    lines += [*(_RESUBMIT if job.settings.requeue is False else _REQUEUE), *_signal(job)]
-    lines += [*_environment(job), "", *_RENDEZVOUS, "", *_preflight(job)]
+    lines += [*ONLY_ONCE, *STEPS, *NEXT_JOB]
+    lines += [*(RESUBMIT if job.settings.requeue is False else REQUEUE), *_signal(job)]
+    lines += [*_environment(job), "", *RENDEZVOUS, "", *_preflight(job)]
     if job.ranks.has_data:
         tokenise = shlex.join(_program(job, DATA_MODULE))
         where = _node_list(job, "$MASTER_ADDR") + _container_options(job)
@@ -267,7 +180,7 @@ def _body(job: SlurmJob) -> list[str]:
             "fi",
             "",
         ]
-    return [*lines, *_ranks(job), *_ENDING]
+    return [*lines, *_ranks(job), *ENDING]
 
 
 def _signal(job: SlurmJob) -> list[str]:

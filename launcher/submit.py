@@ -19,9 +19,9 @@ from launcher.dispatch.interruptions import Interruptions
 from launcher.dispatch.slurm import SlurmBackend, check_accepted, handle_of, keep_handles
 from launcher.dispatch.worker_command import check_train_extra
 from launcher.errors import DoesNotFitError, RecipeError, list_problems
-from launcher.launch import DEFAULT_PARENT, create_run, prepare_run_data, remove_run, run_files
+from launcher.launch import create_run, prepare_run_data, remove_run, run_files
 from launcher.prepare import Prepared
-from launcher.recipe_paths import check_data_paths, with_absolute_paths
+from launcher.recipe_paths import DEFAULT_PARENT, check_data_paths, with_absolute_paths
 from launcher.recipe_sections import Recipe
 from launcher.sbatch_script import render_array
 

@@ -12,6 +12,8 @@ STEP_FACTOR = 10.0
 """Of the predicted step time; the worst run measured took 1.62 times its prediction (README)."""
 FLOOR_SECONDS = 100.0
 """torchtitan's limit for a collective after the first step (``comm.train_timeout_seconds``)."""
+SAVE_FACTOR = 4.0
+"""Of the predicted time of a save: as long as ranks that were told to stop may take."""
 PHASE_SECONDS = 1800.0
 """When DeepSpeed's collectives give up, and with them the ranks that wait for this one
 (0.19.8 ``constants.py``: ``default_pg_timeout``)."""
@@ -36,7 +38,11 @@ class Patience:
 
 
 def patience(
-    *, watchdog_seconds: float | None, phase_seconds: float | None, step_seconds: float | None
+    *,
+    watchdog_seconds: float | None,
+    phase_seconds: float | None,
+    step_seconds: float | None,
+    write_seconds: float | None = None,
 ) -> Patience:
     """Return what holds for a run.
 
@@ -44,9 +50,11 @@ def patience(
         watchdog_seconds: the recipe's limit in training, if it has one.
         phase_seconds: the recipe's limit in other phases, if it has one.
         step_seconds: predicted time of an optimizer step, if there is a prediction.
+        write_seconds: predicted time of writing a checkpoint, if there is one.
     """
     default = max(FLOOR_SECONDS, STEP_FACTOR * (step_seconds or 0.0))
     training = default if watchdog_seconds is None else watchdog_seconds
-    other = max(PHASE_SECONDS, training) if phase_seconds is None else phase_seconds
+    slowest = max(PHASE_SECONDS, training, SAVE_FACTOR * (write_seconds or 0.0))
+    other = slowest if phase_seconds is None else phase_seconds
     # Who turns the watchdog off means all of it.
     return Patience(training_seconds=training, phase_seconds=other if training else 0.0)

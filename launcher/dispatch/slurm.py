@@ -72,7 +72,7 @@ class SlurmBackend:
             has_data=self.has_data,
         )
         limit = self._limit_minutes(step_seconds)
-        signal_seconds = suggest_signal_seconds(plan.memory.checkpoint_bytes, step_seconds)
+        signal_seconds = suggest_signal_seconds(plan.checkpoint_seconds, step_seconds)
         if limit is not None:
             # Else there is no time to train in.
             signal_seconds = min(signal_seconds, int(limit * 60 / 2))

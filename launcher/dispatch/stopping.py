@@ -92,7 +92,7 @@ def grace_seconds(run_dir: Path) -> float:
             return set_seconds
         plan = rd.read_json(run_dir / rd.PLAN)
         predicted = save_seconds(
-            plan["memory"]["checkpoint_bytes"], step_seconds=plan["time"]["step_seconds"]
+            plan["checkpoint"]["write_seconds"], step_seconds=plan["time"]["step_seconds"]
         )
     except (LauncherError, KeyError, TypeError) as error:
         # Now is not the time to refuse a file: the ranks have read theirs.

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from launcher.checkpoint_time import USUAL_RATE, SaveRate
 from launcher.errors import RunDirError
 from launcher.hardware import ClusterSpec, SiteConstants
 from launcher.predict.memory import MemoryEstimate
@@ -80,6 +81,12 @@ class Plan:
     price_per_gpu_hour: float | None = None
     speedup_over_one_node: float = 1.0
     """At equal global batch; below 1 the network costs more than the other nodes bring."""
+    save_rate: SaveRate = USUAL_RATE
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        """Predicted time in which all ranks together write a checkpoint."""
+        return self.memory.checkpoint_bytes / self.save_rate.bytes_per_s
 
     @property
     def headroom_bytes(self) -> int:
@@ -131,6 +138,12 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "run": None if plan.run is None else asdict(plan.run),
         "price_per_gpu_hour": plan.price_per_gpu_hour,
         "speedup_over_one_node": plan.speedup_over_one_node,
+        "checkpoint": {
+            "bytes": plan.memory.checkpoint_bytes,
+            "write_seconds": plan.checkpoint_seconds,
+            "write_bytes_per_s": plan.save_rate.bytes_per_s,
+            "source": plan.save_rate.source,
+        },
         "calibrated": None if cluster.site is None else _site_to_json(cluster.site),
     }
 

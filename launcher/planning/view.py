@@ -9,7 +9,6 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from launcher.checkpoint_time import save_seconds
 from launcher.hardware import SiteConstants
 from launcher.planning.plan import Plan
 from launcher.planning.wording import METHOD_NAME, changes, fit_words, label, plain_part, short_size
@@ -150,8 +149,7 @@ def _total_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     )
     if memory.nvme_bytes_per_node:
         host += f", {short_size(memory.nvme_bytes_per_node)} on its NVMe drive"
-    # No step belongs to the writing itself.
-    written = format_seconds(save_seconds(memory.checkpoint_bytes, step_seconds=0.0))
+    written = format_seconds(plan.checkpoint_seconds)
     disk = f"{short_size(memory.checkpoint_bytes)} of disk and about {written} per checkpoint"
     yield "host", f"{host}; {disk}"
     tokens = time.tokens_per_second_per_gpu * cluster.world_size

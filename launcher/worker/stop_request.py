@@ -16,8 +16,8 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from launcher import run_dir
-from launcher.sbatch_script import REQUEUE_MARKER
-from launcher.stop_file import clear_stop, is_asked_to_stop, stop_reason
+from launcher.sbatch_parts import REQUEUE_MARKER
+from launcher.stop_file import ask_to_stop, clear_stop, is_asked_to_stop, stop_reason
 from launcher.worker.interruption import stop_was_requested
 
 logger = logging.getLogger(__name__)

@@ -92,6 +92,7 @@ def read_inputs(folder: Path) -> Inputs:
             watchdog_seconds=recipe.recovery.watchdog_seconds,
             phase_seconds=recipe.recovery.phase_seconds,
             step_seconds=plan.get("time", {}).get("step_seconds"),
+            write_seconds=plan.get("checkpoint", {}).get("write_seconds"),
         ),
     )
 

@@ -27,6 +27,14 @@ def test_phases_without_micro_steps_and_the_first_step_have_their_own_allowance(
     assert limits.limit_seconds(phase, steps_done=steps_done) == 1800
 
 
+def test_a_slow_save_may_take_four_times_what_the_plan_predicts() -> None:
+    # 1 TB at 200 MB/s: 5,000 s, longer than half an hour.
+    limits = patience(
+        watchdog_seconds=5, phase_seconds=None, step_seconds=1.0, write_seconds=5000.0
+    )
+    assert limits.limit_seconds("save", steps_done=9) == 20_000
+
+
 def test_zero_turns_the_watchdog_off_everywhere() -> None:
     limits = patience(watchdog_seconds=0, phase_seconds=None, step_seconds=1.0)
     assert limits.limit_seconds("forward", steps_done=3) == 0
