@@ -13,6 +13,7 @@ from launcher import run_dir as rd
 from launcher.dispatch.base import read_handle, run_to_end
 from launcher.dispatch.process_group import find_processes
 from launcher.dispatch.run_state import observe
+from launcher.dispatch.warm import ForkServers
 from launcher.errors import RecipeError, RunDirError, list_problems
 from launcher.launch import check_can_start, disk_bytes, render_again
 from launcher.post_mortem import POST_MORTEM
@@ -159,7 +160,12 @@ def check_has_stopped(run_dir: Path) -> None:
 
 
 def resume_run(
-    run_dir: Path, prepared: Prepared, *, say: Callable[[str], None], console: BinaryIO
+    run_dir: Path,
+    prepared: Prepared,
+    *,
+    say: Callable[[str], None],
+    console: BinaryIO,
+    servers: ForkServers | None = None,
 ) -> Path:
     """Go on with a run to its end; return its absolute directory.
 
@@ -170,6 +176,7 @@ def resume_run(
         prepared: a plan that fits.
         say: shows a line of text.
         console: where the job's output is copied.
+        servers: fork the ranks, where they run on this machine.
 
     Raises:
         LauncherError: it cannot be started (exit status 2), failed (4) or was interrupted.
@@ -179,6 +186,8 @@ def resume_run(
     # Half a checkpoint would count as used space; the ranks remove it too.
     shutil.rmtree(run_dir / rd.CHECKPOINTS / UNFINISHED, ignore_errors=True)
     backend, request = render_again(prepared, run_dir)
+    if servers is not None:
+        backend = servers.warmed(backend, prepared.plan)
     kept_bytes = sum(
         path.stat().st_size for path in (run_dir / rd.CHECKPOINTS).rglob("*") if path.is_file()
     )

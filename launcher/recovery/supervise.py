@@ -14,6 +14,7 @@ from typing import BinaryIO
 from launcher.backends import choose_backend
 from launcher.dispatch.base import run_to_end
 from launcher.dispatch.run_lock import hold
+from launcher.dispatch.warm import ForkServers
 from launcher.errors import JobFailedError
 from launcher.launch import check_can_start, create_run, prepare_data
 from launcher.prepare import Prepared
@@ -26,7 +27,12 @@ _SUPERVISED_HERE = ("local", "deepspeed", "allocation")
 
 
 def train_to_end(
-    prepared: Prepared, output_dir: Path | None, *, say: Callable[[str], None], console: BinaryIO
+    prepared: Prepared,
+    output_dir: Path | None,
+    *,
+    say: Callable[[str], None],
+    console: BinaryIO,
+    servers: ForkServers | None = None,
 ) -> Path:
     """Make a run directory, train to the end, and return the directory.
 
@@ -35,6 +41,7 @@ def train_to_end(
         output_dir: the directory to make; ``None`` leaves it to the recipe, or picks a name.
         say: shows a line of text.
         console: where the job's output is copied.
+        servers: fork the ranks of all attempts, where they run on this machine.
 
     Raises:
         LauncherError: it cannot be started (exit status 2), failed for good (4) or was
@@ -42,12 +49,15 @@ def train_to_end(
     """
     check_can_start(prepared)
     run_dir, backend, request = create_run(prepared, output_dir)
+    if servers is not None:
+        backend = servers.warmed(backend, prepared.plan)
     with hold(run_dir):
         say(f"run directory: {run_dir}")
         prepare_data(run_dir, request, say=say)
         first = partial(run_to_end, backend, request, run_dir=run_dir, console=console)
         if backend.name in _SUPERVISED_HERE:
-            _supervise(run_dir, prepared, first, say=say, console=console)
+            again = partial(resume_run, run_dir, say=say, console=console, servers=servers)
+            _supervise(run_dir, prepared, first, again, say=say)
         else:
             first()
     return run_dir
@@ -68,13 +78,14 @@ def resume_to_end(
         LauncherError: as :func:`train_to_end`.
     """
     run_dir = run_dir.absolute()
-    first = partial(resume_run, run_dir, prepared, say=say, console=console)
+    again = partial(resume_run, run_dir, say=say, console=console)
+    first = partial(again, prepared)
     backend = choose_backend(prepared.recipe).name
     # A job of its own in Slurm holds the run itself, on its first node.
     with nullcontext() if backend == "slurm" else hold(run_dir):
         check_has_stopped(run_dir)  # once more: it may have gone on since it was planned
         if backend in _SUPERVISED_HERE:
-            _supervise(run_dir, prepared, first, say=say, console=console)
+            _supervise(run_dir, prepared, first, again, say=say)
         else:
             first()
     return run_dir
@@ -84,9 +95,9 @@ def _supervise(
     run_dir: Path,
     prepared: Prepared,
     attempt: Callable[[], object],
+    again: Callable[[Prepared], object],
     *,
     say: Callable[[str], None],
-    console: BinaryIO,
 ) -> None:
     """Run an attempt, and further ones for as long as there is something sensible to try.
 
@@ -107,6 +118,6 @@ def _supervise(
             time.sleep(verdict.following.wait_seconds)
             failed.append(verdict.record)
             prepared = verdict.following.prepared
-            attempt = partial(resume_run, run_dir, prepared, say=say, console=console)
+            attempt = partial(again, prepared)
         else:
             return
