@@ -25,6 +25,7 @@ from launcher.run_checkpoints import newest_checkpoint
 pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.slow]
 
 NUM_STEPS = 120
+AGAIN = "has been put back into the queue"
 RECIPE = """\
 model: {{name_or_path: {folder}/model, precision: fp32}}
 method: lora
@@ -33,23 +34,25 @@ data: {{path: {folder}/chats.jsonl}}
 optim: {{global_batch_size: 4, max_steps: {steps}, save_steps: 20}}
 strategy: {{zero_stage: 2}}
 cluster: {{backend: slurm, num_nodes: 2, gpus_per_node: 1}}
-slurm: {{partition: low}}
+slurm: {slurm}
 """
 
 
 class Job:
     """``zerofit train`` on the login node, which watches a job of two nodes."""
 
-    def __init__(self, runs: SlurmRuns) -> None:
+    def __init__(
+        self, runs: SlurmRuns, *, steps: int = NUM_STEPS, slurm: str, **variables: str
+    ) -> None:
         folder = runs.folder
         make_model(folder / "model")
         write_chats(folder / "chats.jsonl", 16)
-        (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, steps=NUM_STEPS))
+        (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, steps=steps, slurm=slurm))
         argv = [sys.executable, "-m", "launcher.cli", "train", "recipe.yaml"]
         self.runs = runs
         self.run = folder / "run"
         self.process: HostProcess = runs.cluster.start(
-            "head", [*argv, "--output-dir", "run"], cwd=folder, env=runs.environment()
+            "head", [*argv, "--output-dir", "run"], cwd=folder, env=runs.environment(**variables)
         )
 
     def until(self, text: str, *, path: Path | None = None, times: int = 1) -> float:
@@ -89,14 +92,16 @@ def test_a_job_that_is_preempted_told_to_stop_and_then_loses_a_node_ends(
     cluster: VirtualCluster,
     shared_folder: Path,
 ) -> None:
-    job = Job(SlurmRuns(cluster=cluster, folder=shared_folder))
-    again = "has been put back into the queue"
+    # A save in which Slurm has the time to miss the node's daemon, however fast the steps are.
+    slow = ",".join(["slow:save:step=80"] * 4)
+    runs = SlurmRuns(cluster=cluster, folder=shared_folder)
+    job = Job(runs, slurm="{partition: low}", ZEROFIT_FAULT=slow)
 
     job.until_step(25)
     preempted = time.time()
     more = ["sbatch", "--partition=main", "--nodes=4", "--exclusive", "--wrap=true"]
     cluster.run("head", more, cwd=shared_folder, check=True)
-    noticed = job.until(again)
+    noticed = job.until(AGAIN)
     assert job.saved_step == job.last_step >= 25
     assert "preemption by Slurm: saved after step" in (job.run / rd.LAUNCHER_LOG).read_text()
     add_row(
@@ -110,7 +115,7 @@ def test_a_job_that_is_preempted_told_to_stop_and_then_loses_a_node_ends(
     signalled = time.time()
     signal = ["scancel", "--signal=USR1", "--batch", job.runs.job_id(job.run)]
     cluster.run("head", signal, check=True)
-    noticed = job.until(again, times=2)
+    noticed = job.until(AGAIN, times=2)
     assert job.saved_step == job.last_step > 35
     add_row(
         fault="USR1 from Slurm, as before a time limit", backend="slurm", zero_stage=2,
@@ -118,12 +123,12 @@ def test_a_job_that_is_preempted_told_to_stop_and_then_loses_a_node_ends(
     )  # fmt: skip
     job.start_now()
 
-    step = job.last_step + 30
-    job.until_step(step)
+    marks = job.run / ".faults"
+    job.runs.until(lambda: list(marks.glob("0-*")), seconds=300)
     cluster.will_need_reboot("node2")
     killed = time.time()
     cluster.run("node2", ["sh", "-c", 'kill -9 "$(cat /run/slurm/slurmd.pid)"'], check=True)
-    noticed = job.until(again, times=3)
+    noticed = job.until(AGAIN, times=3)
     lost = job.last_step - job.saved_step
     add_row(
         fault="a node's slurmd is killed (SlurmdTimeout 15 s)", backend="slurm", zero_stage=2,
@@ -136,3 +141,39 @@ def test_a_job_that_is_preempted_told_to_stop_and_then_loses_a_node_ends(
     entries = [json.loads(line) for line in (job.run / rd.TRAINER_LOG).read_text().splitlines()]
     assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, NUM_STEPS + 1))
     assert "node2" not in {peaks.host for peaks in rd.read_ranks(job.run)}
+
+
+def test_a_job_goes_on_after_signals_at_its_start_and_a_real_time_limit(
+    slurm: Slurm,
+    cluster: VirtualCluster,
+    shared_folder: Path,
+) -> None:
+    runs = SlurmRuns(cluster=cluster, folder=shared_folder)
+    job = Job(runs, steps=100_000, slurm="{time: '4', signal_seconds: 60}")
+    log = job.run / rd.LAUNCHER_LOG
+
+    job.until("rendezvous", path=log)
+    signalled = time.time()
+    for number in (1, 2):
+        signal = ["scancel", "--signal=USR1", "--batch", runs.job_id(job.run)]
+        cluster.run("head", signal, check=True)
+        job.until("Slurm says stop", path=log, times=number)
+    noticed = job.until(AGAIN)
+    assert newest_checkpoint(job.run) is None
+    add_row(
+        fault="USR1 from Slurm, twice, seconds after the start", backend="slurm", zero_stage=2,
+        noticed_seconds=noticed - signalled, steps_lost=0, result="requeued; nothing was to save",
+    )  # fmt: skip
+    job.start_now()
+
+    # Slurm's clock, and not ours.
+    signalled = job.until("Slurm says stop", path=log, times=3)
+    noticed = job.until(AGAIN, times=2)
+    assert "DUE TO TIME LIMIT" not in log.read_text()
+    assert job.saved_step == job.last_step
+    add_row(
+        fault="the time limit of a job (4 minutes) is near", backend="slurm", zero_stage=2,
+        noticed_seconds=noticed - signalled, steps_lost=0, result="saved, requeued and resumed",
+    )  # fmt: skip
+    job.start_now()
+    job.until_step(job.last_step + 1)
