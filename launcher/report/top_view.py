@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from rich.console import Group
 from rich.table import Table
@@ -28,7 +29,13 @@ _SORTINGS: dict[Sorting, Callable[[SeenRank], float]] = {
 SILENT_SECONDS = 60.0
 """A rank writes its file every 5 s, or with each step where a step takes longer."""
 _COLOURS = {"running": "green", "finished": "green", "out_of_memory": "red", "failed": "red"}
-_WIDE_COLUMNS = 100
+_TITLES = (
+    ("rank", 0), ("host name", 80), ("phase", 0), ("step", 0), ("s/step", 0), ("tok/s", 80),
+    ("now", 100), ("alloc", 0), ("resv", 100), ("device", 0), ("host", 0), ("of plan", 0),
+    ("silent", 0),
+)  # fmt: skip
+"""Of the ranks' columns, and the columns that a terminal must have to show them."""
+_Cell = TypeVar("_Cell", str, str | Text)
 _MAX_MISSING_SHOWN = 8
 
 
@@ -137,7 +144,7 @@ def _is_silent(seen: SeenRank) -> bool:
 def _summary(view: RunView) -> Table:
     """Return the least, median and most of each quantity over all ranks."""
     table = Table(box=None, pad_edge=False)
-    table.add_column(f"{len(view.ranks)} ranks on {_num_hosts(view)} hosts")
+    table.add_column(f"{_count(len(view.ranks), 'rank')} on {_count(_num_hosts(view), 'host')}")
     for title in ("least", "median", "most"):
         table.add_column(title, justify="right")
     quantities: list[tuple[str, list[float | None], Callable[[float], str]]] = [
@@ -156,45 +163,56 @@ def _summary(view: RunView) -> Table:
     return table
 
 
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" + "s" * (number != 1)
+
+
 def _num_hosts(view: RunView) -> int:
     return len({seen.peaks.host for seen in view.ranks})
 
 
 def _ranks(view: RunView, page: Page) -> Table:
-    is_wide = page.num_columns >= _WIDE_COLUMNS
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
-    table.add_column("rank", justify="right", no_wrap=True)
-    table.add_column("host", overflow="ellipsis", no_wrap=True, max_width=20)
-    table.add_column("phase", no_wrap=True)
-    sizes = ("now", "alloc", "resv", "device", "host") if is_wide else ("alloc", "device", "host")
-    for title in ("step", "s/step", "tok/s", *sizes, "of plan", "silent"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.caption = "sizes in GiB" + (", peaks but for now" if is_wide else "; peaks")
+    shown = [least_columns <= page.num_columns for _, least_columns in _TITLES]
+    for title in _only(shown, [title for title, _ in _TITLES]):
+        is_text = title in {"host name", "phase"}
+        width = 20 if title == "host name" else None
+        justify: Literal["left", "right"] = "left" if is_text else "right"
+        table.add_column(title, justify=justify, no_wrap=True, overflow="ellipsis", max_width=width)
+    table.caption = "sizes in GiB, peaks but for now"
     ordered = sorted(view.ranks, key=lambda s: (_SORTINGS[page.sorting](s), s.peaks.rank))
     number = min(page.number, num_pages(len(ordered), page.num_rows) - 1)
     for seen in ordered[number * page.num_rows : (number + 1) * page.num_rows]:
-        peaks, seconds, rate = seen.peaks, seen.step_seconds, seen.tokens_per_second
-        now = [_gib(peaks.now.allocated_bytes if peaks.now else None)] if is_wide else []
-        reserved = [_gib(seen.peak_reserved_bytes)] if is_wide else []
-        table.add_row(
-            str(peaks.rank),
-            Text(printable(peaks.host)),
-            Text(_doing(seen), style=_COLOURS.get(peaks.state, "yellow")),
-            f"{peaks.steps_done:,}",
-            NOTHING if seconds is None else f"{seconds:.3g}",
-            NOTHING if rate is None else f"{rate:,.0f}",
-            *now,
-            _gib(seen.peak_allocated_bytes),
-            *reserved,
-            _gib(seen.device_used_bytes),
-            _gib(seen.host_rss_bytes),
-            _of_plan(seen, view.prediction),
-            Text(
-                format_seconds(round(seen.age_seconds)) if peaks.state == "running" else NOTHING,
-                style="yellow" if _is_silent(seen) else "",
-            ),
-        )
+        table.add_row(*_only(shown, _cells(seen, view.prediction)))
     return table
+
+
+def _only(shown: list[bool], items: list[_Cell]) -> Iterator[_Cell]:
+    return itertools.compress(items, shown)
+
+
+def _cells(seen: SeenRank, prediction: Prediction) -> list[str | Text]:
+    """Return what stands below each of the titles."""
+    peaks, seconds, rate = seen.peaks, seen.step_seconds, seen.tokens_per_second
+    is_running = peaks.state == "running"
+    return [
+        str(peaks.rank),
+        Text(printable(peaks.host)),
+        Text(_doing(seen), style=_COLOURS.get(peaks.state, "yellow")),
+        f"{peaks.steps_done:,}",
+        NOTHING if seconds is None else f"{seconds:.3g}",
+        NOTHING if rate is None else f"{rate:,.0f}",
+        _gib(peaks.now.allocated_bytes if peaks.now else None),
+        _gib(seen.peak_allocated_bytes),
+        _gib(seen.peak_reserved_bytes),
+        _gib(seen.device_used_bytes),
+        _gib(seen.host_rss_bytes),
+        _of_plan(seen, prediction),
+        Text(
+            format_seconds(round(seen.age_seconds)) if is_running else NOTHING,
+            style="yellow" if _is_silent(seen) else "",
+        ),
+    ]
 
 
 def _doing(seen: SeenRank) -> str:

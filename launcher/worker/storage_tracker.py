@@ -54,7 +54,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     view of them. Scratch buffers inside one kernel are invisible: they never become tensors.
 
     Meta tensors are ignored unless ``include_meta`` is set (fake tensors have meta storages).
-    The result of an operation whose tensors were all moved to the host is host memory too.
+    The result of an operation whose tensors are all on the host is host memory too.
 
     Source:
         The technique of ``torch/distributed/_tools/mem_tracker.py`` (torch 2.13), reduced to
@@ -90,7 +90,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of the live storages that were moved to the host's account."""
+        """Bytes of the live storages in the host's account."""
         return self._host_bytes
 
     @property
@@ -126,16 +126,6 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Count several tensors, as :meth:`add_external` does."""
         for tensor in tensors:
             self.add_external(tensor, op=op)
-
-    def move_to_host(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage as host memory from now on (pinned or offloaded)."""
-        self.add_external(tensor)
-        record = self._live.get(id(tensor.untyped_storage()))
-        if record is None or record.on_host:
-            return
-        self._leave(record)
-        record.on_host = True
-        self._join(record)
 
     def live_at_peak(self) -> tuple[LiveTensors, ...]:
         """Return what was alive at the peak, grouped by origin, largest first."""
@@ -283,16 +273,4 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._current_bytes -= record.num_bytes
         if record.born <= self._peak_sequence:
-            # Copied, because moving to the host changes the record that stays alive.
-            self._gone_since_peak.append(
-                _Storage(
-                    num_bytes=record.num_bytes,
-                    op=record.op,
-                    shape=record.shape,
-                    dtype=record.dtype,
-                    tag=record.tag,
-                    born=record.born,
-                    on_host=False,
-                    reference=record.reference,
-                )
-            )
+            self._gone_since_peak.append(record)

@@ -88,13 +88,12 @@ def test_tensors_made_before_the_mode_count_only_when_added_and_once() -> None:
         assert tracker.current_bytes == 4 * KIB
 
 
-def test_moving_to_the_host_takes_the_bytes_off_the_device_until_they_are_freed() -> None:
+def test_the_host_has_an_account_of_its_own() -> None:
     with StorageTracker() as tracker:
+        tracker.placement = "host"
         tensor = torch.empty(KIB)
-        tracker.move_to_host(tensor)
-        tracker.move_to_host(tensor)
         assert (tracker.current_bytes, tracker.host_bytes) == (0, 4 * KIB)
-        assert tracker.peak_bytes == 4 * KIB
+        assert tracker.peak_bytes == 0
         del tensor
         assert (tracker.host_bytes, tracker.peak_host_bytes) == (0, 4 * KIB)
 
@@ -117,11 +116,11 @@ def test_the_listing_names_what_lived_at_the_peak_and_nothing_else() -> None:
     del kept, later
 
 
-def test_the_listing_sums_to_the_peak_after_resizes_and_moves() -> None:
+def test_the_listing_sums_to_the_peak_after_resizes() -> None:
     with StorageTracker() as tracker:
         a, b = torch.empty(KIB), torch.empty(2 * KIB)
         a.untyped_storage().resize_(100)
-        tracker.move_to_host(b)
+        del b
         assert tracker.peak_bytes == 12 * KIB
         assert sum(g.num_bytes for g in tracker.live_at_peak()) == 12 * KIB
         tracker.reset_peak()
@@ -166,8 +165,9 @@ def test_non_reentrant_checkpointing_is_counted_as_it_runs() -> None:
 
 def test_what_is_computed_from_host_tensors_alone_is_host_memory() -> None:
     with StorageTracker() as tracker:
+        tracker.placement = "host"
         host = torch.empty(KIB)
-        tracker.move_to_host(host)
+        tracker.placement = None
         states = torch.zeros_like(host)
         assert (tracker.current_bytes, tracker.host_bytes) == (0, 8 * KIB)
         mixed = states + torch.ones(KIB)

@@ -15,7 +15,6 @@ from launcher.errors import ModelError, RecipeError
 from launcher.model_spec import spec_from_config
 from launcher.strategy import (
     Attention,
-    Checkpointing,
     Loss,
     Method,
     Offload,
@@ -25,7 +24,6 @@ from launcher.strategy import (
 )
 from launcher.worker.trace import TraceRequest, request_from_json, request_to_json
 from launcher.worker.trace_engine import trace_engine
-from launcher.worker.trace_layers import LayerTraceRequest, trace_layers
 from launcher.workload import LoraSpec, Workload
 
 pytestmark = pytest.mark.integration
@@ -179,64 +177,3 @@ def test_a_request_of_another_version_or_with_a_missing_key_is_refused() -> None
         request_from_json({**value, "schema_version": 99})
     with pytest.raises(RecipeError, match="world_size"):
         request_from_json({key: item for key, item in value.items() if key != "world_size"})
-
-
-def layer_request(**changes: Any) -> LayerTraceRequest:
-    base = LayerTraceRequest(
-        hf_config=LLAMA_2_7B, max_seq_len=2048, strategy=Strategy(zero_stage=2)
-    )
-    return replace(base, **changes)
-
-
-def test_a_llama_layer_saves_what_its_operations_keep() -> None:
-    """Hand count: bs(16h + 4ad + 4kd + 8f) + 8bs + 4bas bytes.
-
-    Two RMSNorms at 8 bsh (fp32 input 4, normalised 2, output 2) and 4 bs; q, k, v and the
-    attention's output at 2 bs(ad) or 2 bs(kd); log-sum-exp 4 bas; four tensors of 2 bsf.
-    """
-    s, h, f, a, d = 2048, 4096, 11008, 32, 128
-    expected = s * (16 * h + 4 * a * d + 4 * a * d + 8 * f) + 8 * s + 4 * a * s
-    assert trace_layers(layer_request()).saved_bytes_per_layer == expected
-
-
-def test_checkpointing_keeps_only_each_layer_s_input() -> None:
-    strategy = Strategy(zero_stage=2, gradient_checkpointing=Checkpointing.full)
-    trace = trace_layers(layer_request(strategy=strategy))
-    assert trace.saved_bytes_per_layer == 2 * 2048 * 4096
-    assert trace.saved_bytes(32) == trace.fixed_saved_bytes + 32 * 2 * 2048 * 4096
-
-
-def test_eager_attention_adds_six_bytes_a_score() -> None:
-    """The fp32 softmax (4) and its bf16 copy (2), for 32 heads; no log-sum-exp (4 bas)."""
-    fused = trace_layers(layer_request())
-    eager = trace_layers(layer_request(strategy=Strategy(zero_stage=2, attention=Attention.eager)))
-    difference = eager.saved_bytes_per_layer - fused.saved_bytes_per_layer
-    assert difference == 6 * 32 * 2048**2 - 4 * 32 * 2048
-
-
-def test_the_full_loss_needs_twelve_bytes_a_logit() -> None:
-    """Three fp32 copies at once in cross-entropy's backward."""
-    trace = trace_layers(layer_request(max_seq_len=8192))
-    assert trace.loss_transient_bytes == pytest.approx(12 * 8192 * 32000, rel=0.001)
-
-
-def test_the_chunked_loss_needs_three_gradients_of_the_head_instead() -> None:
-    """Autograd adds a chunk's weight gradient to the sum so far, in a third tensor of 2Vh."""
-    strategy = Strategy(zero_stage=2, loss=Loss.chunked)
-    trace = trace_layers(layer_request(max_seq_len=8192, strategy=strategy))
-    hidden_gradient = 2 * 8192 * 4096
-    head = 3 * 2 * 32000 * 4096
-    assert head <= trace.loss_transient_bytes <= head + 2 * hidden_gradient
-
-
-def test_an_architecture_without_a_closed_form_is_traced_too() -> None:
-    config = {**LLAMA_2_7B, "model_type": "olmo2"}
-    trace = trace_layers(layer_request(hf_config=config))
-    llama = trace_layers(layer_request())
-    # OLMo-2 norms queries and keys as well, over all heads: two more norms of width 4096.
-    assert trace.saved_bytes_per_layer > llama.saved_bytes_per_layer + 2 * 2 * 2048 * 4096
-
-
-def test_an_unknown_architecture_is_a_model_error() -> None:
-    with pytest.raises(ModelError, match="cannot be traced"):
-        trace_layers(layer_request(hf_config={**LLAMA_2_7B, "model_type": "no-such-model"}))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import pty
+import sys
+import termios
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +18,7 @@ from report_inputs import PLAN, phase, rank
 from rich.console import Console
 
 from launcher import run_dir
-from launcher.commands.top import _turn, top
+from launcher.commands.top import _keys, _turn, top
 from launcher.peaks import peaks_to_json
 from launcher.report.live import Progress, RankFolder, SeenRank
 from launcher.report.prediction import Prediction
@@ -51,7 +54,7 @@ def shown(run: Path, *options: str) -> str:
 def test_a_running_run_shows_each_rank_beside_the_plan(run: Path) -> None:
     text = shown(run)
     assert "a-run  running  step 4/9  loss 2.5000  1,234 tokens/s" in text
-    assert "2 ranks on 1 hosts" in text
+    assert "2 ranks on 1 host" in text
     # 7 GiB of the 8 that the plan promised for the device.
     assert text.count("88%") == 2
 
@@ -93,7 +96,7 @@ def test_missing_and_broken_files_are_counted(run: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"world_size": "many"}', "\x00\n", "null\n"])
 def test_no_broken_file_of_a_run_breaks_the_view(run: Path, name: str, content: str) -> None:
     (run / name).write_text(content)
-    assert "2 ranks on 1 hosts" in shown(run)
+    assert "2 ranks on 1 host" in shown(run)
 
 
 def test_a_run_that_has_not_started_is_shown(tmp_path: Path) -> None:
@@ -170,6 +173,27 @@ def test_keys_turn_pages_and_sort() -> None:
     assert _turn(Page(num_rows=10, number=2), "n", num_ranks=25).number == 2
     assert _turn(Page(number=2), "m", num_ranks=25) == Page(sorting="memory", number=0)
     assert _turn(page, "\x1b", num_ranks=25) == page
+
+
+@pytest.mark.parametrize("num_columns", [62, 80, 120])
+def test_no_number_is_cut_off_on_a_narrow_terminal(num_columns: int) -> None:
+    text = drawn(many(3), Page(num_columns=num_columns))
+    table = text[text.index("rank host") if num_columns >= 80 else text.index("rank phase") :]
+    assert "…" not in table
+
+
+def test_a_key_is_read_from_a_terminal_without_enter_and_the_terminal_is_left_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    user, terminal = pty.openpty()
+    before = termios.tcgetattr(terminal)
+    with os.fdopen(terminal, "r") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with _keys() as read_key:
+            os.write(user, b"mq")
+            assert [read_key(60.0), read_key(60.0), read_key(0.0)] == ["m", "q", ""]
+        assert termios.tcgetattr(terminal) == before
+    os.close(user)
 
 
 @pytest.mark.parametrize("num_columns", [80, 160])
