@@ -15,14 +15,32 @@ _COLUMNS = (
 )
 
 
+_MAY_BE_ALIKE = frozenset({"GPUs", "driver, CUDA", "python", "torch", "deepspeed", "NCCL"})
+
+
 def render_preflight(made: Preflight) -> Group:
-    """Return the table for the terminal, with reasons and the measured rates below it."""
+    """Return the table for the terminal, with reasons and the measured rates below it.
+
+    What is the same on all nodes is said once below the table, which fits a terminal then.
+    """
+    rows = [_cells(node) for node in made.nodes]
+    values = {
+        title: {row[index].plain for row in rows if index < len(row)}
+        for index, title in enumerate(_COLUMNS)
+    }
+    alike = [name for name in _COLUMNS if name in _MAY_BE_ALIKE and len(values[name]) == 1]
+    left_out = {*alike, *(title for title in _COLUMNS if values[title] <= {""})}
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in _COLUMNS:
-        table.add_column(title, overflow="fold")
-    for node in made.nodes:
-        table.add_row(*_cells(node))
+        if title not in left_out:
+            table.add_column(title, overflow="fold")
+    for row in rows:
+        cells = zip(_COLUMNS, row, strict=False)
+        table.add_row(*(cell for title, cell in cells if title not in left_out))
     lines = [Text()]
+    if alike:
+        said = "; ".join(f"{name} {next(iter(values[name]))}" for name in alike)
+        lines.append(Text(f"on all: {said}"))
     for node in made.nodes:
         name = (f"{node.host.name}: ", "bold red")
         lines += [Text.assemble(name, problem) for problem in node.problems]
@@ -39,7 +57,7 @@ def _cells(node: Node) -> list[Text]:
     cells = [state, Text(node.host.name)]
     report = node.report
     if report is None:
-        return [*cells, Text("no answer", style="red")]
+        return cells
     gpus = f"{len(report.gpu_names)} x {report.gpu_names[0]}" if report.gpu_names else "none"
     free = report.smallest_gpu_free_bytes
     driver = f"{report.driver}, {report.cuda}" if report.driver else "none"

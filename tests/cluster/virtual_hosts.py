@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from host_files import write_configuration
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -27,27 +28,6 @@ NETWORK = "10.77.0"
 NETWORK_V6 = "fd77:"
 PROGRAMS = ("ip", "nsenter", "pdsh", "setpriv", "ssh", "ssh-keygen", "sshd", "unshare")
 BOOT_SECONDS = 20.0
-_SSHD_CONFIG = """\
-Port 22
-HostKey /etc/ssh/host_key
-PidFile none
-AuthorizedKeysFile /etc/ssh/authorized_keys
-StrictModes no
-PermitRootLogin prohibit-password
-PasswordAuthentication no
-KbdInteractiveAuthentication no
-UsePAM no
-UseDNS no
-MaxStartups 100:30:200
-MaxSessions 100
-"""
-_SSH_CONFIG = """\
-Host *
-  IdentityFile /etc/ssh/id_ed25519
-  UserKnownHostsFile /etc/ssh/known_hosts
-  GlobalKnownHostsFile none
-  StrictHostKeyChecking yes
-"""
 
 
 def missing_requirement(programs: Sequence[str] = PROGRAMS) -> str | None:
@@ -134,7 +114,10 @@ class VirtualCluster:
 
     def up(self) -> None:
         """Start all hosts; takes about half a second."""
-        self._write_configuration()
+        addresses = {
+            name: (self.address(name), f"{NETWORK_V6}:{self._number(name)}") for name in self.names
+        }
+        write_configuration(self.folder / "etc", addresses)
         self._switch = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "sleep", "infinity"],
             stdin=subprocess.DEVNULL,
@@ -312,31 +295,6 @@ class VirtualCluster:
 
     def _number(self, name: str) -> int:
         return 254 if name == "head" else int(name.removeprefix("node"))
-
-    def _write_configuration(self) -> None:
-        etc = self.folder / "etc"
-        for folder in ("ssh", "slurm", "munge"):
-            (etc / folder).mkdir(parents=True)
-        lines = ["127.0.0.1 localhost", "::1 localhost"]
-        for name in self.names:
-            # A host's own name must not mean 127.0.1.1: gloo would connect to itself.
-            lines += [f"{self.address(name)} {name}", f"{NETWORK_V6}:{self._number(name)} {name}-6"]
-        (etc / "hosts").write_text("\n".join(lines) + "\n")
-        ssh = etc / "ssh"
-        for key in ("id_ed25519", "host_key"):
-            keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", ssh / key]
-            subprocess.run(keygen, check=True)
-        shutil.copy(ssh / "id_ed25519.pub", ssh / "authorized_keys")
-        host_key = " ".join((ssh / "host_key.pub").read_text().split()[:2])
-        (ssh / "known_hosts").write_text(
-            "".join(
-                f"{name},{name}-6,{self.address(name)},{NETWORK_V6}:{self._number(name)} "
-                f"{host_key}\n"
-                for name in self.names
-            )
-        )
-        (ssh / "sshd_config").write_text(_SSHD_CONFIG)
-        (ssh / "ssh_config").write_text(_SSH_CONFIG)
 
     def _power_on(self, name: str) -> None:
         assert self._switch is not None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from launcher.dispatch.job_preflight import why_not
 from launcher.dispatch.node_report import MISSING, NodeReport, hash_tree
 from launcher.dispatch.on_nodes import Answer, run_by_srun, run_by_ssh
 from launcher.dispatch.preflight import Needs, Preflight, judge, needs_from_json
+from launcher.dispatch.preflight_view import render_preflight
 from launcher.errors import HardwareError, HostfileError
 from launcher.hostfile import Host
 from launcher.machine_file import hosts_of_node_list, parse_machine_file
@@ -201,3 +204,18 @@ def test_gpu_memory_that_somebody_else_uses_is_a_reason() -> None:
     needs = replace(NEEDS, gpu_memory_bytes=80 * GIB)
     nodes = judge(hosts, [Answer(host="n0", value=asdict(REPORT), at_seconds=1000)], needs)
     assert nodes[0].problems == ("GPU memory: 79.00 GiB free, 80.00 GiB needed",)
+
+
+def test_what_is_the_same_on_all_nodes_is_said_once_and_the_rest_fits_a_terminal() -> None:
+    hosts = tuple(Host(name=f"node{number}", slots=8) for number in (1, 2, 3))
+    reports = [replace(REPORT, host="node1"), replace(REPORT, host="node2", driver="1.2")]
+    answers = [Answer(host=item.host, value=asdict(item), at_seconds=1000.0) for item in reports]
+    answers.append(Answer(host="node3", problem="it is down"))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render_preflight(Preflight(nodes=judge(hosts, answers, NEEDS))))
+    lines = console.export_text().splitlines()
+    assert "python" not in lines[0]
+    starts = [line.split()[:2] for line in lines if "GiB" in line]
+    assert starts == [["ok", "node1"], ["fail", "node2"]]
+    assert "torch 2.13.0; deepspeed 0.19.8" in " ".join(" ".join(lines).split())
+    assert "node3: it is down" in lines
