@@ -19,7 +19,8 @@ from launcher import run_dir as rd
 
 pytestmark = pytest.mark.cluster
 
-KNOWN_WITHIN_SECONDS = 15.0
+KNOWN_WITHIN_SECONDS = 30.0
+"""15 s from the event on a quiet machine; the tests count the start, too, and share theirs."""
 _ports = itertools.count(21_000)
 
 
@@ -77,7 +78,7 @@ def test_a_host_without_sshd_is_named_before_anything_starts(
 ) -> None:
     cluster.stop_sshd("node2")
     job("wait").fails("node2: it refuses ssh connections", "start sshd on node2")
-    assert cluster.leftovers(within=3) == {}
+    assert cluster.leftovers(within=15) == {}
 
 
 def test_a_host_with_another_key_is_named_before_anything_starts(
@@ -96,7 +97,7 @@ def test_a_host_with_another_key_is_named_before_anything_starts(
         job("wait").fails("node2: its host key is unknown, or not the one that it had before")
     finally:
         (ssh / "known_hosts").write_text(known)
-    assert cluster.leftovers(within=3) == {}
+    assert cluster.leftovers(within=15) == {}
 
 
 def test_a_host_that_accepts_the_connection_and_hangs_is_named(
@@ -126,7 +127,7 @@ def test_a_host_that_crashes_in_mid_run_is_named_and_all_others_are_cleared(
     running.wait_for_ranks()
     cluster.crash("node2")
     running.fails("node2 was lost: the connection broke")
-    left = cluster.leftovers(within=3)
+    left = cluster.leftovers(within=15)
     left.pop("node2", None)
     assert left == {}
 
@@ -140,8 +141,8 @@ def test_a_host_that_is_cut_off_or_frozen_in_mid_run_is_named_and_all_others_are
     cluster.cut("node2")
     cluster.freeze("node4")
     on_cut.fails("node2 was lost: it has not answered for")
-    on_frozen.fails("node4 was lost: it has not answered for", within=5)
-    left = cluster.leftovers(within=3)
+    on_frozen.fails("node4 was lost: it has not answered for")
+    left = cluster.leftovers(within=15)
     # It cannot be told; it notices that nobody is there, and ends the run by itself.
     deadline = time.monotonic() + 25
     while any("probe_rank" in line for line in left.get("node2", [])):
@@ -158,8 +159,8 @@ def test_ranks_that_raise_or_are_killed_are_named_with_their_host(
     raising.wait_for_ranks()
     killed.wait_for_ranks()
     raising.fails("rank 1 on node2 failed in phase forward: ValueError: deliberate")
-    killed.fails("rank 1 on node4 was killed by signal 9 (SIGKILL)", within=5)
-    assert cluster.leftovers(within=3) == {}
+    killed.fails("rank 1 on node4 was killed by signal 9 (SIGKILL)")
+    assert cluster.leftovers(within=15) == {}
 
 
 def test_a_signal_ends_this_run_everywhere_and_no_other_and_no_secret_is_seen(
@@ -204,4 +205,4 @@ def test_200_mb_of_output_end_in_the_log_and_on_the_terminal(
     assert running.process.log.stat().st_size >= log.stat().st_size
     log.unlink()
     running.process.log.unlink()
-    assert cluster.leftovers(within=3) == {}
+    assert cluster.leftovers(within=15) == {}

@@ -102,7 +102,7 @@ def test_ctrl_c_lets_the_job_go_on_and_twice_cancels_it(
     runs.zerofit("cancel", runs.folder / "once")
     watching = runs.start("twice", "sleep")
     watching.signal(signal.SIGINT)
-    time.sleep(0.5)
+    runs.until(lambda: "Ctrl-C again within" in watching.output)
     watching.signal(signal.SIGINT)
     assert watching.wait(timeout=30) == 4
     assert re.search(r"job \d+ is cancelled", watching.output)
