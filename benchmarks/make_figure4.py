@@ -315,7 +315,9 @@ def _today(found: list[Cell]) -> list[str]:
     ]
     for name in PUBLISHED:
         before, now = longest(name, today=False), longest(name, today=True)
-        lines.append(f"| {name} | {before:,} | {now:,} | {now / before:.2g}x |")
+        gain = now / before
+        shown = f"{gain:.1f}" if gain < 10 else f"{gain:.0f}"
+        lines.append(f"| {name} | {before:,} | {now:,} | {shown}x |")
     return lines
 
 

@@ -158,7 +158,7 @@ def _sequences(setting: Setting) -> str:
         )
 
     def name(value: object) -> str:
-        return "whole sequences" if value == 1 else f"sharing by {value}"
+        return "keeping sequences whole" if value == 1 else f"sharing each by {value}"
 
     return f"{meaning}. {_rivals(setting, lambda s: s.sequence_parallel_size, name)}"
 

@@ -22,6 +22,7 @@ from launcher.planning.search import (
     smaller_micro_batches,
     weigh_all,
 )
+from launcher.planning.sequences import can_fit_shared, shared_by, weigh_shared
 from launcher.planning.wording import fit_words
 from launcher.recipe_sections import StrategySection
 from launcher.strategy import Checkpointing, Offload, Strategy, ZeroStage
@@ -93,6 +94,15 @@ def choose_strategy(
             where="strategy",
             fix="leave that field out and the planner chooses one that works",
         )
+    choice = _best_of(space, weighed, impossible)
+    shared = weigh_shared(space, choice.best)
+    return _best_of(space, [*weighed, *shared], impossible) if shared else choice
+
+
+def _best_of(
+    space: SearchSpace, weighed: list[Candidate], impossible: Mapping[Strategy, str]
+) -> Choice:
+    """Choose among what was weighed, without what gains nothing."""
     pointless = _find_unneeded(space, weighed)
     while True:
         allowed = [candidate for candidate in weighed if candidate.strategy not in pointless]
@@ -101,8 +111,9 @@ def choose_strategy(
         if reason is None:
             break
         pointless[best.strategy] = reason
+    degree = best.strategy.sequence_parallel_size
     return Choice(
-        space=space,
+        space=space if degree == space.sequence_parallel_size else shared_by(space, degree),
         best=best,
         weighed=weighed,
         smaller=smaller,
@@ -131,7 +142,7 @@ def can_fit(
         safety_fraction=safety_fraction,
         ceiling=ceiling,
     )
-    return anything_fits(space)
+    return anything_fits(space) or can_fit_shared(space)
 
 
 def make_plan(
@@ -191,6 +202,8 @@ def _comparable(space: SearchSpace, candidate: Candidate, best: Candidate) -> Ca
     Ties are broken towards less memory; a rival that was not would look hungrier than it is.
     """
     size = best.strategy.micro_batch_size_per_gpu
+    if candidate.strategy.sequence_parallel_size != best.strategy.sequence_parallel_size:
+        return candidate
     if not candidate.fits or candidate.strategy.micro_batch_size_per_gpu <= size:
         return candidate
     same = space.weigh(candidate.strategy, size)
@@ -264,7 +277,10 @@ def _find_unneeded(space: SearchSpace, weighed: list[Candidate]) -> dict[Strateg
     if space.fixed.zero_stage is not None:
         return {}
     has_simpler = any(
-        item.fits and item.strategy.zero_stage < 3 and not _moves_states(item, space.fixed)
+        item.fits
+        and item.strategy.sequence_parallel_size == space.sequence_parallel_size
+        and item.strategy.zero_stage < 3
+        and not _moves_states(item, space.fixed)
         for item in weighed
     )
     if not has_simpler:

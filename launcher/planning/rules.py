@@ -114,12 +114,17 @@ def _reasons(strategy: Strategy, workload: Workload, cluster: ClusterSpec) -> It
         yield from _qlora_reasons(strategy, workload)
     yield from _accumulation_reasons(strategy, workload)
     if strategy.sequence_parallel_size > 1:
-        yield from _sequence_reasons(strategy, workload.model, workload)
+        yield from _sequence_reasons(strategy, workload)
 
 
-def _sequence_reasons(strategy: Strategy, model: ModelSpec, workload: Workload) -> Iterator[str]:
-    """Yield why ranks cannot share this model's sequences, as launcher/worker/sequence.py does."""
-    size = strategy.sequence_parallel_size
+def why_not_shared(strategy: Strategy, workload: Workload) -> str | None:
+    """Return the first reason why GPUs cannot share this workload's sequences, or ``None``."""
+    return next(_sequence_reasons(strategy, workload), None)
+
+
+def _sequence_reasons(strategy: Strategy, workload: Workload) -> Iterator[str]:
+    """Yield what ``launcher/worker/sequence.py`` cannot do."""
+    model, size = workload.model, strategy.sequence_parallel_size
     heads, key_heads = model.num_attention_heads, model.num_key_value_heads
     if heads % size or (key_heads % size and size % key_heads):
         yield (

@@ -120,7 +120,7 @@ def _kinds_that_work(space: SearchSpace) -> tuple[list[_Bounded], dict[Strategy,
     """Return the possible variants of every kind, the fastest first; and the impossible ones."""
     impossible: dict[Strategy, str] = {}
     kinds: list[_Bounded] = []
-    for _, shapes in groupby(_shapes(space), key=kind):
+    for _, shapes in groupby(all_shapes(space), key=kind):
         variants = []
         for shape in shapes:
             reason = why_impossible(shape, space.workload, space.cluster)
@@ -146,7 +146,7 @@ def _weigh_kind(space: SearchSpace, variants: _Bounded) -> list[Candidate]:
     for bound, shape in variants:
         if bound > best_seconds * (1 + TIE_FRACTION):
             break
-        candidate = _largest_that_fits(space, shape)
+        candidate = largest_that_fits(space, shape)
         weighed.append(candidate)
         if candidate.fits:
             best_seconds = min(best_seconds, candidate.time.step_seconds)
@@ -176,7 +176,7 @@ def _is_hopeless(space: SearchSpace, probe: Candidate) -> bool:
 def anything_fits(space: SearchSpace) -> bool:
     """Return whether any strategy fits, asking the most frugal ones first."""
     smallest, last = space.micro_batch_sizes[0], space.micro_batch_sizes[-1]
-    for shape in reversed(tuple(_shapes(space))):
+    for shape in reversed(tuple(all_shapes(space))):
         if why_impossible(shape, space.workload, space.cluster) is None and any(
             space.weigh(shape, size).fits for size in {smallest, last}
         ):
@@ -211,7 +211,7 @@ def divisors(number: int) -> tuple[int, ...]:
     return tuple(sorted({*low, *(number // d for d in low)}))
 
 
-def _largest_that_fits(space: SearchSpace, shape: Strategy) -> Candidate:
+def largest_that_fits(space: SearchSpace, shape: Strategy) -> Candidate:
     """Return a shape at its largest micro-batch that fits, or at the smallest if none does.
 
     Memory grows with the micro-batch, with one exception: the last one needs no accumulation,
@@ -233,7 +233,7 @@ def _largest_that_fits(space: SearchSpace, shape: Strategy) -> Candidate:
     return found
 
 
-def _shapes(space: SearchSpace) -> Iterator[Strategy]:
+def all_shapes(space: SearchSpace) -> Iterator[Strategy]:
     """Yield every strategy to weigh, at micro-batch 1, kind by kind; fixed fields have one value.
 
     Left out: ZeRO-0, which sends as much as ZeRO-1 and needs more memory; 8-bit optimizers, which

@@ -222,6 +222,11 @@ def _layer_setting(
         has_liger=choices.has_liger,
         is_cuda=choices.is_cuda,
         has_cudnn_attention=choices.has_cudnn_attention,
+        exchanged_key_copies=(
+            max(1, choices.sequence_parallel_size // workload.model.num_key_value_heads)
+            if choices.sequence_parallel_size > 1
+            else 0
+        ),
     )
 
 

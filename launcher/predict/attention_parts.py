@@ -31,13 +31,20 @@ class AttentionParts(LayerParts):
         inputs = [w for w in self.attention_linears if w.module not in ATTENTION_OUTPUTS]
         (output,) = [w for w in self.attention_linears if w.module in ATTENTION_OUTPUTS]
         query, key, content, kept = self._query_key_value(value, inputs)
+        named: tuple[int, ...] = (value, query, key, content)
+        if self.setting.exchanged_key_copies:
+            query, key, content = self._exchange_all(query, key, content)
+            kept = (content,)
         if self.setting.attention == "math":
             attended = self._math(query, key, content)
         elif self.setting.attention == "eager":
             attended = self._eager(query, key, content, kept)
         else:
             attended = self._fused(query, key, content, kept)
-        self.tape.hold((value, query, key, content))  # variables of the attention's forward
+        if self.setting.exchanged_key_copies:
+            attended = self._exchange(attended, self.model.num_attention_heads)
+            named = (*named, query, key, content)
+        self.tape.hold(named)  # variables of the attention's forward
         return self.linear(attended, output)
 
     def _query_key_value(
@@ -73,6 +80,30 @@ class AttentionParts(LayerParts):
         ]
         kept = packed
         return self.rope(parts[0], queries), self.rope(parts[1], keys), parts[2], (kept,)
+
+    def _exchange_all(self, query: int, key: int, content: int) -> tuple[int, int, int]:
+        """Write what a rank that shares sequences does before attention: its heads' tokens of all.
+
+        Source: ``launcher/worker/sequence.py``.
+        """
+        model, copies = self.model, self.setting.exchanged_key_copies
+        heads = model.num_key_value_heads * copies
+        if copies > 1:
+            size = self.per_token(heads * model.head_dim)
+            key = self.tape.record("copy key heads", (key,), size)
+            content = self.tape.record("copy value heads", (content,), size)
+        return (
+            self._exchange(query, model.num_attention_heads),
+            self._exchange(key, heads),
+            self._exchange(content, heads),
+        )
+
+    def _exchange(self, value: int, heads: int) -> int:
+        """Write an all-to-all: ordered for sending, received, and ordered for use."""
+        size = self.per_token(heads * self.model.head_dim)
+        return self.tape.record(
+            "exchange of tokens for heads", (value,), size, extra=Extra(forward=size, backward=size)
+        )
 
     def rope(self, value: int, elements: int) -> int:
         """Write the rotary embedding of q or k, ``elements`` per token."""
@@ -116,7 +147,9 @@ class AttentionParts(LayerParts):
                 backward=backward,
             ),
         )  # fmt: skip
-        if self._keeps_query_order() and model.model_type in _ROPE_BY_HEAD:
+        # An exchange orders by head, too.
+        is_by_head = model.model_type in _ROPE_BY_HEAD or self.setting.exchanged_key_copies > 0
+        if self._keeps_query_order() and is_by_head:
             attended = self.tape.record("attention output copy", (attended,), whole)
         return attended
 

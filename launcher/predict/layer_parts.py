@@ -46,6 +46,8 @@ class LayerSetting:
     has_cudnn_attention: bool = False
     """cuDNN's kernel takes the place of the memory-efficient one."""
     has_dora: bool = False
+    exchanged_key_copies: int = 0
+    """Of each key head, where ranks that share sequences exchange tokens for heads; 0: none do."""
 
 
 class LayerParts:

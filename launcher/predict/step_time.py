@@ -273,7 +273,7 @@ def _communication(
     else:
         micro = 2 * _stored_bytes(workload, totals) + trainable
     share = (ranks - 1) / ranks / bus
-    exchanged = _sequence_parallel_seconds(workload, strategy, cluster)
+    exchanged = _sequence_parallel_seconds(workload, strategy, cluster, calibration)
     return _Transfers(
         micro_seconds=micro * share + exchanged + (latency * buckets if stage >= 2 else 0.0),
         boundary_seconds=boundary * share + latency * buckets,
@@ -281,21 +281,28 @@ def _communication(
 
 
 def _sequence_parallel_seconds(
-    workload: Workload, strategy: Strategy, cluster: ClusterSpec
+    workload: Workload, strategy: Strategy, cluster: ClusterSpec, calibration: TimeCalibration
 ) -> float:
-    """Return the time of Ulysses' four all-to-alls per layer and pass (arXiv:2309.14509)."""
+    """Return the time of Ulysses' four all-to-alls per layer and pass (arXiv:2309.14509).
+
+    Before and after each, ``launcher/worker/sequence.py`` orders the tensor anew: a copy.
+    """
     degree = strategy.sequence_parallel_size
     if degree == 1:
         return 0.0
     model = workload.model
     tokens = strategy.micro_batch_size_per_gpu * workload.max_seq_len / degree
-    heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
+    heads = 2 * model.num_attention_heads + 2 * max(model.num_key_value_heads, degree)
     per_pass = workload.precision.bytes_per_element * tokens * heads * model.head_dim
     passes = 2 if strategy.gradient_checkpointing is Checkpointing.none else 3
     bus = cluster.gpu.peer_link_bytes_per_s
     if degree > cluster.gpus_per_node:
         bus = min(bus, cluster.inter_node_bytes_per_s / cluster.gpus_per_node)
-    return passes * model.num_hidden_layers * per_pass * (degree - 1) / degree / bus
+    memory_fraction = calibration.efficiency_of(cluster.gpu).memory_fraction
+    seconds = per_pass * (degree - 1) / degree / bus
+    seconds += 4 * per_pass / (cluster.gpu.memory_bytes_per_s * memory_fraction)
+    seconds += 4 * calibration.collective_latency_seconds * math.log2(degree)
+    return passes * model.num_hidden_layers * seconds
 
 
 def _stored_bytes(workload: Workload, totals: WeightTotals) -> float:

@@ -123,9 +123,11 @@ class SequenceGroup:
             # Of this rank's part; kernels look for packed sequences in them.
             options.pop("position_ids", None)
             copies = max(1, self.size // key_bnld.shape[1])
+            if copies > 1:
+                key_bnld = key_bnld.repeat_interleave(copies, dim=1)
+                value_bnld = value_bnld.repeat_interleave(copies, dim=1)
             query_bnsd = self._all_tokens(query_bnld)
-            key_bnsd = self._all_tokens(key_bnld.repeat_interleave(copies, dim=1))
-            value_bnsd = self._all_tokens(value_bnld.repeat_interleave(copies, dim=1))
+            key_bnsd, value_bnsd = self._all_tokens(key_bnld), self._all_tokens(value_bnld)
             groups = getattr(module, "num_key_value_groups", None)
             if groups is not None:
                 module.num_key_value_groups = query_bnsd.shape[1] // key_bnsd.shape[1]

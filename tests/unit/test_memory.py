@@ -16,6 +16,7 @@ from launcher.predict.zero_runtime import zero_runtime
 from launcher.strategy import (
     Attention,
     Checkpointing,
+    Loss,
     Method,
     Offload,
     Optimizer,
@@ -24,7 +25,7 @@ from launcher.strategy import (
     ZeroKnobs,
     ZeroStage,
 )
-from launcher.units import GB, GIB
+from launcher.units import GB, GIB, MIB
 from launcher.workload import LoraSpec, QuantizationSpec, Workload
 
 TRAINING = ("forward", "loss", "backward", "step")
@@ -314,6 +315,36 @@ def test_sequence_parallelism_divides_activations_by_its_degree() -> None:
     assert alone.phase("loss").components[part] == pytest.approx(
         8 * split.phase("loss").components[part], rel=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "checkpointing", "measured_mib"),
+    [
+        (1, Checkpointing.none, 212.41),
+        (2, Checkpointing.none, 148.18),
+        (2, Checkpointing.full, 88.82),
+    ],
+)
+def test_two_ranks_that_share_sequences_need_what_was_counted(
+    size: int, checkpointing: Checkpointing, measured_mib: float
+) -> None:
+    # Storages that two ranks of the worker held on a processor, at the peak of two steps.
+    config = {
+        "model_type": "llama", "vocab_size": 300, "hidden_size": 256, "intermediate_size": 688,
+        "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "max_position_embeddings": 4096,
+    }  # fmt: skip
+    work = Workload(
+        model=spec_from_config(config, name="tiny"), method=Method.full, max_seq_len=2048,
+        global_batch_size=2, precision=Precision.fp32, has_random_weights=True,
+    )  # fmt: skip
+    strategy = Strategy(
+        zero_stage=2, gradient_checkpointing=checkpointing, loss=Loss.chunked,
+        sequence_parallel_size=size, gradient_accumulation_steps=size,
+        zero=ZeroKnobs(reduce_bucket_size=3_056_640, overlap_comm=size == 2 or None),
+    )  # fmt: skip
+    found = estimate_memory(work, strategy, processors(2)).peak_allocated_bytes
+    assert found / MIB == pytest.approx(measured_mib, rel=0.005)
 
 
 def test_more_ranks_never_need_more_memory_each() -> None:

@@ -92,7 +92,8 @@ def test_a_micro_batch_by_hand_is_given_up_first_and_that_is_said(tmp_path: Path
 
 
 def test_other_keys_by_hand_are_given_up_where_nothing_else_is_left(tmp_path: Path) -> None:
-    by_hand = prepared("strategy.micro_batch_size_per_gpu=1", "strategy.loss=full",
+    by_hand = prepared("cluster.gpus_per_node=1",
+                       "strategy.micro_batch_size_per_gpu=1", "strategy.loss=full",
                        "strategy.gradient_checkpointing=none", "strategy.zero_stage=2")  # fmt: skip
     rung = rung_of(tmp_path, by_hand, "forward")
     assert rung.prepared.plan.fits
@@ -112,9 +113,24 @@ def test_a_second_rung_may_change_what_the_first_has_set(tmp_path: Path) -> None
     assert again.recovery.chosen == first.recipe.recovery.chosen
 
 
+def test_gpus_share_sequences_before_a_key_by_hand_is_given_up(tmp_path: Path) -> None:
+    by_hand = prepared("strategy.micro_batch_size_per_gpu=1", "strategy.loss=full",
+                       "strategy.gradient_checkpointing=none", "strategy.zero_stage=2")  # fmt: skip
+    rung = rung_of(tmp_path, by_hand, "forward")
+    assert rung.given_up == ()
+    # One group of two instead of two GPUs: each has 16 samples a step, in halves.
+    assert rung.changes == {
+        "sequence_parallel_size": (1, 2), "gradient_accumulation_steps": (8, 16)
+    }  # fmt: skip
+    after = rung.prepared.recipe
+    assert after.strategy.sequence_parallel_size == 2
+    assert "sequence_parallel_size" in after.recovery.chosen
+
+
 def test_a_recipe_may_keep_its_keys(tmp_path: Path) -> None:
     by_hand = prepared("strategy.micro_batch_size_per_gpu=1", "strategy.loss=full",
                        "strategy.gradient_checkpointing=none", "strategy.zero_stage=2",
+                       "strategy.sequence_parallel_size=1",
                        "recovery.oom=within_recipe")  # fmt: skip
     rung = rung_of(tmp_path, by_hand, "forward")
     assert not rung.prepared.plan.fits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from generators import script
@@ -187,6 +188,46 @@ def test_gpus_that_share_sequences_share_the_batch_as_one() -> None:
         make_plan(replace(work, global_batch_size=7), place, fixed=fixed)
     with pytest.raises(RecipeError, match="8 GPUs cannot be divided into groups of 3"):
         make_plan(work, place, fixed=replace(fixed, sequence_parallel_size=3))
+
+
+def test_long_sequences_are_shared_where_that_saves_computing_layers_twice() -> None:
+    work = workload("llama3.1-8b", method=Method.full, tokens=32768)
+    whole = choose_strategy(work, cluster(), fixed=StrategySection(sequence_parallel_size=1)).best
+    assert whole.strategy.gradient_checkpointing is not Checkpointing.none
+    made = make_plan(work, cluster())
+    assert made.strategy.sequence_parallel_size > 1
+    assert made.strategy.gradient_checkpointing is Checkpointing.none
+    assert made.time.step_seconds <= 0.9 * whole.time.step_seconds
+    decision = next(d for d in made.decisions if d.field == "sequence_parallel_size")
+    assert "GPUs share each sequence" in decision.reason
+    assert "Keeping sequences whole" in decision.reason
+    assert any(item.strategy.sequence_parallel_size == 1 for item in made.rejected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokens": 2048},  # parts would be too short to be worth sending
+        {"has_padding": True},  # packed examples
+        {"name": "gemma2-9b", "tokens": 8192},  # eager attention
+        {"place": cluster(gpus=1)},
+    ],
+)
+def test_sequences_are_not_shared_where_that_gains_nothing_or_cannot_be(
+    changes: dict[str, Any],
+) -> None:
+    values = {"name": "llama3.1-8b", "method": Method.full, "tokens": 32768, **changes}
+    best = choose_strategy(workload(**values), changes.get("place", cluster())).best
+    assert best.strategy.sequence_parallel_size == 1
+
+
+def test_sequences_that_fit_on_no_gpu_alone_are_shared() -> None:
+    work = workload("llama3.1-70b", method=Method.full, tokens=131072)
+    assert not can_fit(work, cluster(), fixed=StrategySection(sequence_parallel_size=1))
+    assert can_fit(work, cluster())
+    best = choose_strategy(work, cluster()).best
+    assert best.fits
+    assert best.strategy.sequence_parallel_size > 1
 
 
 def test_divisors_of_a_huge_batch_are_found_at_once() -> None:
