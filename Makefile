@@ -15,7 +15,8 @@ demo: $(VENV)/train.stamp  ## fine-tune a real model on real text on this machin
 
 test: $(VENV)/dev.stamp  ## all tests that this machine can run
 	$(BIN)/pytest -n 2 tests/unit
-	$(BIN)/pytest -m 'not slow' tests/integration tests/cluster
+	$(BIN)/pytest -n 2 --dist loadgroup -m 'not slow and not alone' tests/integration tests/cluster
+	$(BIN)/pytest -m 'alone and not slow' tests/integration
 
 test-unit: $(VENV)/dev.stamp  ## the quick tests alone
 	$(BIN)/pytest -n 2 tests/unit

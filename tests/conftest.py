@@ -26,6 +26,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say which tests ``-n 2 --dist loadgroup`` leaves together: those that share a fixture."""
+    for item in items:
+        folder = item.path.parent.name
+        if folder != "unit":
+            name = folder if folder == "cluster" else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(name))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a GPU where there is none, and say so."""
     if item.get_closest_marker("gpu") is not None:

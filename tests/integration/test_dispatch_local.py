@@ -225,6 +225,7 @@ def small_cgroup() -> Iterator[Path]:
     folder.rmdir()
 
 
+@pytest.mark.alone
 def test_a_rank_that_the_kernel_kills_for_want_of_memory_is_told_from_one_that_was_killed(
     tmp_path: Path, fake_rank: str, small_cgroup: Path
 ) -> None:
