@@ -100,7 +100,7 @@ def test_a_hostfile_s_hosts_train_together(  # noqa: PLR0917
     log = (folder / "logs" / "launcher.log").read_text()
     assert (f"peaks of {len(places)} ranks came through MPI" in log) == (launcher == "openmpi")
     assert re.search(rf"fullest rank: \d of {len(places)}, ", log)
-    assert cluster.leftovers(within=5) == {}
+    assert cluster.leftovers(within=20) == {}
     # The secret reached the hosts by a file that is gone again.
     assert not (folder / "environment.sh").exists()
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -120,7 +120,7 @@ def test_sigterm_on_one_host_saves_on_all_of_them(cluster: VirtualCluster, workp
         time.sleep(0.2)
     started.signal(signal.SIGTERM)
     assert started.wait(timeout=120) == 4, started.output
-    assert cluster.leftovers(within=8) == {}
+    assert cluster.leftovers(within=20) == {}
     run = workplace / "stopped"
     assert "Traceback" not in started.output
     newest, skipped = find_newest(run / rd.CHECKPOINTS)

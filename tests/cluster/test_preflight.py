@@ -42,7 +42,7 @@ def test_good_hosts_are_compared_and_the_network_between_them_is_measured(
     for rate in ("intra_node_all_reduce_gbit_per_s", "inter_node_all_reduce_gbit_per_s"):
         assert 0.01 < found[rate] < 1000
     assert 0.0001 < found["gemm_tflop_per_s"] < 10
-    assert cluster.leftovers(within=3) == {}
+    assert cluster.leftovers(within=20) == {}
 
 
 def test_bad_hosts_are_named_with_the_reason_and_can_be_left_out(

@@ -14,7 +14,7 @@ import pytest
 
 from launcher.dispatch.run_lock import STALE_SECONDS, RunLockedError, find_holder, hold
 from launcher.errors import RunDirError
-from launcher.sbatch_script import LOCK
+from launcher.starter_lock import LOCK
 
 pytestmark = pytest.mark.integration
 
