@@ -23,15 +23,21 @@ def tracker_environment(tracking: TrackingSection, folder: Path) -> Mapping[str,
         documentation of environment variables.
     """
     root = folder.resolve() / FOLDER
-    return {
-        "TENSORBOARD_LOGGING_DIR": str(root / "tensorboard"),
-        "WANDB_MODE": "offline",
-        "WANDB_DIR": str(root),
-        "WANDB_PROJECT": tracking.project,
-        "WANDB_SILENT": "true",
-        "WANDB_DISABLE_GIT": "true",
-        "MLFLOW_TRACKING_URI": (root / "mlruns").as_uri(),
-        "MLFLOW_EXPERIMENT_NAME": tracking.project,
-        # mlflow 3.17 warns that plain files are in maintenance; they need no server.
-        "MLFLOW_ALLOW_FILE_STORE": "true",
+    every = {
+        "tensorboard": {"TENSORBOARD_LOGGING_DIR": str(root / "tensorboard")},
+        # transformers prints a line about wandb, used or not, where it finds the mode.
+        "wandb": {
+            "WANDB_MODE": "offline",
+            "WANDB_DIR": str(root),
+            "WANDB_PROJECT": tracking.project,
+            "WANDB_SILENT": "true",
+            "WANDB_DISABLE_GIT": "true",
+        },
+        "mlflow": {
+            "MLFLOW_TRACKING_URI": (root / "mlruns").as_uri(),
+            "MLFLOW_EXPERIMENT_NAME": tracking.project,
+            # mlflow 3.17 warns that plain files are in maintenance; they need no server.
+            "MLFLOW_ALLOW_FILE_STORE": "true",
+        },
     }
+    return {name: value for used in tracking.report_to for name, value in every[used].items()}
