@@ -223,10 +223,13 @@ def _why(cell: Cell) -> str:
         parts = ", ".join(f"{plain_part(name)} {size / GIB:.1f}" for name, size in largest)
         return f"theirs would need {memory.device_used_bytes / GIB:.1f} GiB ({parts})"
     ratio = cell.theirs.time.step_seconds / cell.ours.time.step_seconds
-    return (
-        f"both fit by our prediction and theirs takes {ratio:.2f} times as long; zerofit keeps "
-        "LoRA off ZeRO-3 while ZeRO-2 fits"
-    )
+    why = "zerofit keeps LoRA off ZeRO-3 while ZeRO-2 fits"
+    if cell.ours.strategy.zero_stage == 3:
+        why = (
+            "with checkpointing DeepSpeed 0.19.8 gathers frozen layers three times over the "
+            "network, not two; what the study's did in 2024 is not known"
+        )
+    return f"both fit by our prediction and theirs takes {ratio:.2f} times as long; {why}"
 
 
 def page() -> str:

@@ -10,7 +10,10 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from launcher.hardware import GpuSpec
 from launcher.model_spec import ModelSpec
+from launcher.predict.attention_kernel import attention_kernel
+from launcher.predict.layer_parts import AttentionKernel
 from launcher.predict.time_calibration import TimeCalibration
 from launcher.strategy import LOSS_CHUNK_ELEMENTS, Attention, Checkpointing, Loss, Method, Strategy
 from launcher.workload import Workload
@@ -22,8 +25,11 @@ class MicroStepWork:
 
     tokens: float
     matmul_flops: float
-    attention_flops: float
-    has_flash_attention: bool
+    flash_attention_flops: float
+    masked_attention_flops: float
+    """In the memory-efficient kernel, or in eager attention's products."""
+    fp32_attention_flops: float
+    """In SDPA's fall-back to plain products, which computes in fp32 whatever it is given."""
     elementwise_bytes: float
     weight_bytes: float
     """Weights read for the matrices, and dequantized before them."""
@@ -37,6 +43,11 @@ class MicroStepWork:
     trainable_tensors: int
     num_passes: int
     """2, or 3 when the forward is recomputed."""
+
+    @property
+    def attention_flops(self) -> float:
+        """FLOPs of attention in all kernels."""
+        return self.flash_attention_flops + self.masked_attention_flops + self.fp32_attention_flops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +75,7 @@ def micro_step_work(
     strategy: Strategy,
     calibration: TimeCalibration,
     *,
-    has_flash_kernel: bool = True,
+    gpu: GpuSpec,
 ) -> MicroStepWork:
     """Return the work of one micro-step.
 
@@ -72,7 +83,7 @@ def micro_step_work(
         workload: model, method and sequence length.
         strategy: micro-batch, checkpointing, attention, loss and kernels.
         calibration: operation counts of adapters and quantized layers.
-        has_flash_kernel: whether the GPU runs FlashAttention-2 kernels.
+        gpu: decides which attention kernel runs.
 
     Source:
         FLOPs: Korthikanti et al., arXiv:2205.05198, appendix A, split into forward, input
@@ -91,25 +102,25 @@ def micro_step_work(
     body_flops = 2 * totals.matmul_params * tokens
     head_flops = 2 * totals.head_params * tokens
     lora_flops = 2 * totals.lora_params * tokens
-    has_flash = has_flash_kernel and _is_unmasked(workload, strategy)
-    attention_flops = _attention_forward_flops(workload, strategy, tokens)
-    # Flash backward recomputes the scores: 5 products for the forward's 2.
-    attention_passes = 3.5 if strategy.attention is not Attention.eager else 3.0
+    attention = _AttentionWork(workload, strategy, gpu)
     return MicroStepWork(
         tokens=tokens,
         matmul_flops=(products + recomputes) * body_flops
         + head_products * head_flops
         + (3 + recomputes) * lora_flops,
-        attention_flops=(attention_passes + recomputes) * attention_flops,
-        has_flash_attention=has_flash,
-        elementwise_bytes=_elementwise_bytes(workload, strategy, totals, tokens),
+        flash_attention_flops=attention.flops({"flash"}),
+        masked_attention_flops=attention.flops({"efficient", "efficient_masked", "eager"}),
+        fp32_attention_flops=attention.flops({"math"}),
+        elementwise_bytes=_elementwise_bytes(workload, strategy, totals, tokens)
+        + attention.score_bytes(),
         weight_bytes=_weight_bytes(workload, totals, products + recomputes, num_passes)
-        + _head_weight_bytes(workload, strategy, totals, tokens),
+        + _head_weight_bytes(workload, strategy, totals, tokens, calibration),
         # zero/stage_1_and_2.py (DeepSpeed 0.19.8): copied into the bucket, divided by the
         # number of ranks in place, copied out of the bucket: 4 bytes each for 16-bit numbers.
         gradient_bytes=6 * workload.precision.bytes_per_element * totals.num_trainable_params,
         host_ops=_host_ops(workload, strategy, totals, calibration),
-        model_flops=products * (body_flops + head_flops) + 3 * (lora_flops + attention_flops),
+        model_flops=products * (body_flops + head_flops)
+        + 3 * (lora_flops + attention.forward_flops()),
         modules_with_params=num_passes * _modules_with_params(workload, totals),
         trainable_tensors=totals.num_tensors if is_full else 2 * totals.lora_linears,
         num_passes=num_passes,
@@ -149,28 +160,78 @@ def weight_totals(workload: Workload) -> WeightTotals:
     )
 
 
-def _is_unmasked(workload: Workload, strategy: Strategy) -> bool:
-    """Return whether attention can skip the upper triangle and needs no mask tensor."""
-    if strategy.attention is Attention.flash_attention_2:
-        return True
-    window = workload.model.sliding_window
-    has_window_mask = window is not None and workload.max_seq_len > window
-    return strategy.attention is Attention.sdpa and not workload.has_padding and not has_window_mask
+class _AttentionWork:
+    """Attention of one micro-step, by the kernel that runs it."""
 
+    def __init__(self, workload: Workload, strategy: Strategy, gpu: GpuSpec) -> None:
+        self._model, self._seq_len = workload.model, workload.max_seq_len
+        self._strategy, self._width = strategy, workload.precision.bytes_per_element
+        self._tokens = (
+            strategy.micro_batch_size_per_gpu * self._seq_len / strategy.sequence_parallel_size
+        )
+        self._recomputes = strategy.gradient_checkpointing is not Checkpointing.none
+        sliding = self._model.num_sliding_layers
+        layers = {True: sliding, False: self._model.num_hidden_layers - sliding}
+        self._layers: list[tuple[AttentionKernel, bool, int]] = [
+            (attention_kernel(workload, strategy, gpu, has_window=windowed), windowed, count)
+            for windowed, count in layers.items()
+            if count
+        ]
 
-def _attention_forward_flops(workload: Workload, strategy: Strategy, tokens: float) -> float:
-    """Return 4 x tokens x visible keys x heads x head_dim, summed over layers."""
-    model, seq_len = workload.model, workload.max_seq_len
-    # Kernels without a mask skip the upper triangle; the others compute it and throw it away.
-    causal_keys = seq_len / 2 if _is_unmasked(workload, strategy) else seq_len
-    window_keys = causal_keys
-    window = model.sliding_window
-    if window is not None and window < seq_len and strategy.attention is not Attention.eager:
-        has_blocks = strategy.attention is Attention.flash_attention_2
-        window_keys = window - window**2 / (2 * seq_len) if has_blocks else seq_len
-    sliding = model.num_sliding_layers
-    keys = sliding * window_keys + (model.num_hidden_layers - sliding) * causal_keys
-    return 4 * tokens * keys * model.num_attention_heads * model.head_dim
+    def forward_flops(self) -> float:
+        """Return 4 x tokens x visible keys x heads x head_dim, summed over layers."""
+        return sum(
+            self._forward_flops(kernel, windowed=windowed, count=count)
+            for kernel, windowed, count in self._layers
+        )
+
+    def flops(self, kernels: set[AttentionKernel]) -> float:
+        """Return the FLOPs of forward, backward and recomputation in these kernels."""
+        total = 0.0
+        for kernel, windowed, count in self._layers:
+            if kernel in kernels:
+                # Fused kernels compute the scores again in backward: 5 products for 2.
+                passes = 3.0 if kernel in ("eager", "math") else 3.5
+                total += (passes + self._recomputes) * self._forward_flops(
+                    kernel, windowed=windowed, count=count
+                )
+        return total
+
+    def score_bytes(self) -> float:
+        """Return the bytes that attention moves for scores that a kernel writes out."""
+        per_head = 0.0
+        for kernel, _, count in self._layers:
+            if kernel == "eager":
+                # Forward: scores written 2, scaled 4, masked 6, softmax in fp32 2 + 4, cast 6,
+                # read 2; backward: 2 + 6 casts, softmax gradient 12, scale 4, two products 4.
+                per_head += count * self._width / 2 * (26 * (1 + self._recomputes) + 28)
+            elif kernel == "math":
+                # All in fp32, torch 2.13 transformers/attention.cpp. Forward: written 4, masked
+                # 8, softmax 8, rows without a key sought (5 + 1) and zeroed 8, read 4; backward:
+                # written 4, read for the values 4, times the output 12, softmax gradient 16,
+                # read by two products 8.
+                per_head += count * (38 * (1 + self._recomputes) + 44)
+        return per_head * self._tokens * self._model.num_attention_heads * self._seq_len
+
+    def _forward_flops(self, kernel: AttentionKernel, *, windowed: bool, count: int) -> float:
+        keys = self._keys(kernel, windowed=windowed)
+        return (
+            4
+            * count
+            * self._tokens
+            * keys
+            * self._model.num_attention_heads
+            * (self._model.head_dim)
+        )
+
+    def _keys(self, kernel: AttentionKernel, *, windowed: bool) -> float:
+        """Return the keys that a query meets; a kernel with a mask computes all of them."""
+        if kernel not in ("flash", "efficient"):
+            return self._seq_len
+        window = self._model.sliding_window if windowed else None
+        if window is None or window >= self._seq_len:
+            return self._seq_len / 2
+        return window - window**2 / (2 * self._seq_len)
 
 
 def _weight_bytes(
@@ -188,18 +249,22 @@ def _weight_bytes(
 
 
 def _head_weight_bytes(
-    workload: Workload, strategy: Strategy, totals: WeightTotals, tokens: float
+    workload: Workload,
+    strategy: Strategy,
+    totals: WeightTotals,
+    tokens: float,
+    calibration: TimeCalibration,
 ) -> float:
     """Return bytes moved for the output layer's weight and gradient; chunked losses repeat it."""
     is_full = workload.method is Method.full
-    touches = {
-        Loss.full: 2 + is_full,
+    touches: float = {
+        Loss.full: 2.0 + is_full,
         # Read in forward, again in backward, and for the input's gradient; autograd writes each
         # chunk's weight gradient (1) and adds it to the sum (3).
-        Loss.chunked: 3 + 4 * is_full,
+        Loss.chunked: 3.0 + 4 * is_full,
         # liger_kernel 0.8 ops/fused_linear_cross_entropy.py: read for the logits and for the
         # input's gradient; the weight's gradient is read and written (addmm).
-        Loss.liger: 2 + 2 * is_full,
+        Loss.liger: 2 + calibration.liger_gradient_touches * is_full,
     }[strategy.loss]
     num_chunks = _num_loss_chunks(workload.model, strategy.loss, tokens)
     return workload.precision.bytes_per_element * totals.head_params * touches * num_chunks
@@ -232,24 +297,11 @@ def _elementwise_bytes(
     # Logits: float 6, log_softmax 8, their gradients 4 + 12, cast back 6, written 2 and read 2;
     # Liger reads and writes each 16-bit logit about twice.
     per_logit = 8 if strategy.loss is Loss.liger else 40
+    if strategy.loss is Loss.chunked:
+        per_logit += 14  # float and log_softmax again, in backward
     per_logit += 12 if model.logit_softcap else 0
-    scores = _score_bytes(workload, strategy, recomputes=recomputes) * tokens
     width = workload.precision.bytes_per_element / 2
-    return width * (
-        tokens * ((1 + recomputes) * forward + backward + per_logit * model.vocab_size) + scores
-    )
-
-
-def _score_bytes(workload: Workload, strategy: Strategy, *, recomputes: bool) -> float:
-    """Return bytes per token that eager attention moves for its scores."""
-    if strategy.attention is not Attention.eager:
-        return 0.0
-    model = workload.model
-    # Forward: scores written 2, scaled 4, masked 6, softmax in fp32 2 + 4, cast 6, read 2;
-    # backward: 2 + 6 casts, softmax gradient 12, scale 4, two products 4.
-    per_score = 26 * (1 + recomputes) + 28
-    heads = model.num_hidden_layers * model.num_attention_heads
-    return float(per_score * heads * workload.max_seq_len)
+    return width * tokens * ((1 + recomputes) * forward + backward + per_logit * model.vocab_size)
 
 
 def _layer_bytes(model: ModelSpec, *, fused: bool, is_full: bool) -> tuple[float, float]:
@@ -324,14 +376,17 @@ def _host_ops(
     per_layer = norms + rope + attention + activation + experts + 2
     forward = per_layer * model.num_hidden_layers + totals.num_linears
     forward += calibration.lora_linear_ops * totals.lora_linears
-    # Embedding, masks, head, loss: about 60 in all, and 12 for every further chunk of the loss.
+    # Embedding, masks, head, loss: about 60 in all, and more for every further chunk of the loss.
     tokens = strategy.micro_batch_size_per_gpu * workload.max_seq_len
     num_chunks = _num_loss_chunks(model, strategy.loss, tokens / strategy.sequence_parallel_size)
-    outside = 60.0 + 12 * (num_chunks - 1)
+    recomputed = 2 * (1 + calibration.checkpoint_hook_fraction) + 1
+    # Ours is checkpointed chunk by chunk: slice, product, float, log_softmax, two of nll, sum.
+    per_chunk = 7 * recomputed if strategy.loss is Loss.chunked else 12
+    outside = 60.0 + per_chunk * (num_chunks - 1)
     recomputes = strategy.gradient_checkpointing is not Checkpointing.none
     if workload.method is Method.qlora:
         # One autograd function around each product: it saves little, so hooks add little.
         outside += (2 + recomputes) * calibration.quantized_linear_ops * totals.num_linears
     if not recomputes:
         return 2 * forward + outside
-    return (2 * (1 + calibration.checkpoint_hook_fraction) + 1) * forward + outside
+    return recomputed * forward + outside

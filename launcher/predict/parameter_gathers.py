@@ -40,6 +40,8 @@ class GatheredBytes:
     """In the embedding's backward."""
     num_gathers: int
     """Collectives of one micro-step that gather."""
+    gathered_in_all: int
+    """By all of them together."""
 
 
 def gathered_bytes(
@@ -69,6 +71,7 @@ def gathered_bytes(
         backward=tuple(element_bytes * elements for elements in reversed(backward)),
         end=element_bytes * found.end,
         num_gathers=found.num_gathers,
+        gathered_in_all=element_bytes * found.gathered_in_all,
     )
 
 
@@ -85,6 +88,7 @@ class _Replayed:
     backward_from_host: tuple[int, ...]
     end: int
     num_gathers: int
+    gathered_in_all: int
 
 
 @functools.lru_cache(maxsize=512)
@@ -103,6 +107,7 @@ def replay(setting: CallSetting, knobs: ZeroKnobs, *, world_size: int) -> _Repla
     def of_all(replayed_layers: Sequence[int]) -> tuple[int, ...]:
         return tuple(replayed_layers[index] for index in order)
 
+    middle = min(head, replayed - 1)
     return _Replayed(
         forward=of_all(coordinator.forward),
         forward_from_host=of_all(coordinator.forward_from_host),
@@ -111,8 +116,8 @@ def replay(setting: CallSetting, knobs: ZeroKnobs, *, world_size: int) -> _Repla
         backward=of_all(coordinator.backward),
         backward_from_host=of_all(coordinator.backward_from_host),
         end=coordinator.alive,
-        num_gathers=coordinator.num_gathers
-        + alike * coordinator.gathers_in[min(head, replayed - 1)],
+        num_gathers=coordinator.num_gathers + alike * coordinator.gathers_in[middle],
+        gathered_in_all=coordinator.gathered + alike * coordinator.gathered_in[middle],
     )
 
 
@@ -130,7 +135,9 @@ def _layers_to_replay(model: ModelSpec, knobs: ZeroKnobs) -> tuple[int, int]:
     return head, head + math.ceil(behind)
 
 
-NOTHING_GATHERED = GatheredBytes(forward=(0,), loss=0, turn=0, backward=(0,), end=0, num_gathers=0)
+NOTHING_GATHERED = GatheredBytes(
+    forward=(0,), loss=0, turn=0, backward=(0,), end=0, num_gathers=0, gathered_in_all=0
+)
 
 
 @dataclass(slots=True)
@@ -176,17 +183,17 @@ class _Coordinator:
         self.active: dict[int, None] = {}
         self.gathers: dict[int, _Gather] = {}
         self.available = self.alive = self.highest = 0
-        self.num_gathers = 0
+        self.num_gathers = self.gathered = 0
 
     def run(self) -> None:
         """Replay all calls, and note the most gathered elements of each place."""
         layers = 1 + max(call.layer for call in self.calls.calls)
         self.forward, self.backward = [0] * layers, [0] * layers
         self.forward_from_host, self.backward_from_host = [0] * layers, [0] * layers
-        self.gathers_in = [0] * layers
+        self.gathers_in, self.gathered_in = [0] * layers, [0] * layers
         self.loss = self.turn = 0
         for call in self.calls.calls:
-            before, self.highest = self.num_gathers, 0
+            before, self.highest = (self.num_gathers, self.gathered), 0
             if call.is_fetch:
                 self._fetch(call)
             else:
@@ -199,7 +206,8 @@ class _Coordinator:
                 most[call.layer] = max(most[call.layer], self.alive)
                 most = self.forward_from_host if is_forward else self.backward_from_host
                 most[call.layer] = max(most[call.layer], self.alive, self.highest)
-                self.gathers_in[call.layer] += self.num_gathers - before
+                self.gathers_in[call.layer] += self.num_gathers - before[0]
+                self.gathered_in[call.layer] += self.gathered - before[1]
             if call.place == "backward" and not self.turn:
                 self.turn = self.alive
 
@@ -252,6 +260,7 @@ class _Coordinator:
             self.state[index] = _IN_FLIGHT
         self.available += elements
         self.num_gathers += 1
+        self.gathered += elements
         self.alive += elements
         if self.world_size == 1:
             return

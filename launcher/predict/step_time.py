@@ -53,6 +53,18 @@ class _Transfers:
     boundary_seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Gathers:
+    """ZeRO-3's gathers in one micro-step."""
+
+    count: int
+    total_bytes: float
+    """All that they bring together; a weight that is released and used again counts again."""
+
+
+_NO_GATHERS = _Gathers(count=0, total_bytes=0.0)
+
+
 # Which part bounds a step, and what helps: shown to the user as they stand, so they must also
 # be true where the device is a processor.
 _ADVICE: Mapping[str, str] = {
@@ -94,15 +106,42 @@ def estimate_time(
     Returns:
         Seconds, tokens (padding included) per second per GPU, MFU (0-1), and the bottleneck.
     """
-    calibration = calibration or time_constants(cluster)
-    gpu, totals = cluster.gpu, weight_totals(workload)
-    work = micro_step_work(
-        workload, strategy, calibration, has_flash_kernel=gpu.has_flash_attention_2
+    return _estimate(
+        workload,
+        strategy,
+        cluster,
+        calibration or time_constants(cluster),
+        _gathers(workload, strategy, cluster.world_size),
     )
+
+
+def least_step_seconds(workload: Workload, strategy: Strategy, cluster: ClusterSpec) -> float:
+    """Return seconds that a step takes at least: with ZeRO-3 gathering each weight once.
+
+    Counting how often it does takes a hundred times longer than all the rest, and a planner
+    asks this of strategies that it then leaves out.
+    """
+    once = _NO_GATHERS
+    if strategy.zero_stage == 3:
+        once = _Gathers(count=0, total_bytes=_stored_bytes(workload, weight_totals(workload)))
+    return _estimate(workload, strategy, cluster, time_constants(cluster), once).step_seconds
+
+
+def _estimate(
+    workload: Workload,
+    strategy: Strategy,
+    cluster: ClusterSpec,
+    calibration: TimeCalibration,
+    gathers: _Gathers,
+) -> TimeEstimate:
+    gpu, totals = cluster.gpu, weight_totals(workload)
+    work = micro_step_work(workload, strategy, calibration, gpu=gpu)
     compute = _compute_seconds(work, workload, cluster, calibration)
-    host, hooks = _host_seconds(work, workload, strategy, cluster.world_size, calibration)
-    links = _communication(workload, strategy, cluster, calibration, totals=totals)
-    copies = _host_copies(workload, strategy, cluster, totals)
+    host, hooks = _host_seconds(work, strategy, calibration, num_gathers=gathers.count)
+    links = _communication(
+        workload, strategy, cluster, calibration, gathered_bytes=gathers.total_bytes
+    )
+    copies = _host_copies(workload, strategy, cluster, gathered_bytes=gathers.total_bytes)
     device = _overlapped(
         sum(compute.values()),
         links.micro_seconds,
@@ -131,16 +170,6 @@ def estimate_time(
         mfu=steps * work.model_flops / (step_seconds * gpu.matmul_flops_per_s),
         bound_by=_ADVICE[_bottleneck(components, work, strategy, cluster)],
     )
-
-
-def least_step_seconds(workload: Workload, strategy: Strategy, cluster: ClusterSpec) -> float:
-    """Return seconds that a step takes at least: without launching ZeRO-3's gathers.
-
-    Counting those takes a hundred times longer than all the rest, and a planner asks this of
-    strategies that it then leaves out.
-    """
-    bound = replace(time_constants(cluster), gather_seconds=0.0)
-    return estimate_time(workload, strategy, cluster, calibration=bound).step_seconds
 
 
 def run_estimate(
@@ -200,29 +229,40 @@ def _compute_seconds(
     gpu, width = cluster.gpu, workload.precision.bytes_per_element
     reached = calibration.efficiency_of(gpu)
     peak = gpu.matmul_flops_per_s
-    if width == 4 and gpu.device_type == "cuda":
+    fp32_peak = peak
+    if gpu.device_type == "cuda":
         # Without TF32 (torch's default) fp32 runs outside the tensor cores: 15.7 of 125 TFLOPS
         # on V100, 19.5 of 312 on A100, 67 of 989 on H100 (NVIDIA datasheets).
-        peak /= 8 if not gpu.has_bf16 else 15
+        fp32_peak /= 8 if not gpu.has_bf16 else 15
+    masked_fraction = reached.masked_fraction
+    if width == 4:
+        # Outside the tensor cores products take longer than what a mask adds to them.
+        peak, masked_fraction = fp32_peak, reached.flash_fraction
     memory_rate = gpu.memory_bytes_per_s * reached.memory_fraction
-    attention_fraction = (
-        reached.flash_fraction if work.has_flash_attention else reached.masked_fraction
-    )
     return {
         # Adding the weights' read time gives small micro-batches their lower efficiency.
         "matmul": work.matmul_flops / (peak * reached.matmul_fraction)
         + work.weight_bytes / memory_rate,
-        "attention": work.attention_flops / (peak * attention_fraction),
+        "attention": work.flash_attention_flops / (peak * reached.flash_fraction)
+        + work.masked_attention_flops / (peak * masked_fraction)
+        + work.fp32_attention_flops / (fp32_peak * reached.matmul_fraction),
         "memory_traffic": (work.elementwise_bytes + work.gradient_bytes) / memory_rate,
     }
 
 
+def _gathers(workload: Workload, strategy: Strategy, world_size: int) -> _Gathers:
+    runtime = zero_runtime(workload, strategy, world_size=world_size)
+    if not runtime.gathers:
+        return _NO_GATHERS
+    return _Gathers(
+        # A single rank brings its weights from the host without a collective.
+        count=runtime.gathered.num_gathers if world_size > 1 else 0,
+        total_bytes=runtime.gathered.gathered_in_all,
+    )
+
+
 def _host_seconds(
-    work: MicroStepWork,
-    workload: Workload,
-    strategy: Strategy,
-    world_size: int,
-    calibration: TimeCalibration,
+    work: MicroStepWork, strategy: Strategy, calibration: TimeCalibration, *, num_gathers: int
 ) -> tuple[float, float]:
     """Return the host's time for launches, and for ZeRO-3's hooks, in one micro-step."""
     launches = calibration.host_op_seconds * work.host_ops
@@ -230,10 +270,7 @@ def _host_seconds(
     if strategy.zero_stage < 3:
         return launches, 0.0
     hooks = calibration.zero3_module_seconds * work.modules_with_params
-    if world_size > 1 and calibration.gather_seconds:
-        runtime = zero_runtime(workload, strategy, world_size=world_size)
-        hooks += calibration.gather_seconds * runtime.gathered.num_gathers
-    return launches, hooks
+    return launches, hooks + calibration.gather_seconds * num_gathers
 
 
 def _overlapped(compute_seconds: float, link_seconds: float, overlap_fraction: float) -> float:
@@ -247,7 +284,7 @@ def _communication(
     cluster: ClusterSpec,
     calibration: TimeCalibration,
     *,
-    totals: WeightTotals,
+    gathered_bytes: float,
 ) -> _Transfers:
     """Return the time of ZeRO's collectives and of sequence parallelism's all-to-alls.
 
@@ -258,20 +295,20 @@ def _communication(
     ranks, stage = cluster.world_size, strategy.zero_stage
     if ranks == 1:
         return _Transfers(micro_seconds=0.0, boundary_seconds=0.0)
-    width = workload.precision.bytes_per_element
-    trainable = width * totals.num_trainable_params
+    num_trainable = workload.num_trainable_params
+    trainable = workload.precision.bytes_per_element * num_trainable
     bus = cluster.gpu.peer_link_bytes_per_s
     if cluster.num_nodes > 1:
         bus = min(bus, cluster.inter_node_bytes_per_s)
     latency = calibration.collective_latency_seconds * math.log2(ranks)
-    buckets = 1 + totals.num_trainable_params // strategy.zero.reduce_bucket_size
+    buckets = 1 + num_trainable // strategy.zero.reduce_bucket_size
     micro = boundary = 0.0
     if stage <= 1:
         boundary = (2 + stage) * trainable
     elif stage == 2:
         micro, boundary = 2 * trainable, trainable
     else:
-        micro = 2 * _stored_bytes(workload, totals) + trainable
+        micro = gathered_bytes + trainable
     share = (ranks - 1) / ranks / bus
     exchanged = _sequence_parallel_seconds(workload, strategy, cluster, calibration)
     return _Transfers(
@@ -315,7 +352,7 @@ def _stored_bytes(workload: Workload, totals: WeightTotals) -> float:
 
 
 def _host_copies(
-    workload: Workload, strategy: Strategy, cluster: ClusterSpec, totals: WeightTotals
+    workload: Workload, strategy: Strategy, cluster: ClusterSpec, *, gathered_bytes: float
 ) -> _Transfers:
     """Return the time of PCIe and NVMe traffic; each GPU has its own link to the host."""
     gpu, ranks = cluster.gpu, cluster.world_size
@@ -323,7 +360,7 @@ def _host_copies(
     micro = boundary = 0.0
     if strategy.offload_optimizer is not Offload.none:
         # Gradients go down in fp32 (cast on the GPU); updated weights come back in 16 bits.
-        owned = totals.num_trainable_params / ranks
+        owned = workload.num_trainable_params / ranks
         down = 4 * owned / gpu.host_link_bytes_per_s
         boundary += width * owned / gpu.host_link_bytes_per_s
         if strategy.zero_stage >= 2:
@@ -331,8 +368,8 @@ def _host_copies(
         else:
             boundary += down
     if strategy.offload_param is not Offload.none:
-        # Fetched before forward and again before backward; the fetch is waited for.
-        fetched = 2 * _stored_bytes(workload, totals) / ranks
+        # Each rank's part comes from its host before it is gathered; the fetch is waited for.
+        fetched = gathered_bytes / ranks
         micro += fetched / gpu.host_link_bytes_per_s
         if strategy.offload_param is Offload.nvme:
             micro += fetched * cluster.gpus_per_node / cluster.nvme_bytes_per_s

