@@ -14,122 +14,26 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
+from measured import (
+    FITTED,
+    HALVES,
+    QUANTITIES,
+    RESULTS,
+    Row,
+    finished_runs,
+    read_rows,
+    recorded_row,
+)
 from published import read_published
 
 from launcher.bench.result import FINISHED, parse_results
-from launcher.hardware import default_cluster, find_gpu, match_device_name
-from launcher.model_source import resolve_model
-from launcher.planning.plan import strategy_from_json
-from launcher.predict.memory import PHASES, estimate_memory
-from launcher.predict.step_time import estimate_time
-from launcher.recipe import parse_recipe
-from launcher.resolve import resolve_workload
-
-RESULTS = Path(__file__).parent / "results"
-FITTED = "h100"
-"""The only file that constants were fitted to."""
-HALVES = ("fit", "held out", "blind")
-QUANTITIES = {
-    "peak_allocated_bytes": "allocated",
-    "peak_reserved_bytes": "reserved",
-    "device_used_bytes": "in use",
-    "step_seconds": "step",
-}
+from launcher.predict.memory import PHASES
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One measured run; values are (predicted, measured) by quantity."""
-
-    case: str
-    half: str
-    """``fit``, ``held out`` or ``blind``."""
-    values: dict[str, tuple[float, float]]
-    phases: dict[str, tuple[int, int]]
-
-    @property
-    def is_held_out(self) -> bool:
-        """Whether no constant was fitted to it."""
-        return self.half != "fit"
-
-    def error(self, quantity: str) -> float | None:
-        """Return (predicted - measured) / measured, ``None`` where nothing was measured."""
-        if quantity not in self.values:
-            return None
-        predicted, measured = self.values[quantity]
-        return (predicted - measured) / measured
-
-
-def read_rows(paths: Iterable[Path]) -> Iterator[Row]:
-    """Yield every finished run with the prediction of today."""
-    for path in paths:
-        for position, run in enumerate(finished_runs(path)):
-            half = ("fit", "held out")[position % 2] if path.stem == FITTED else "blind"
-            yield _row(run, half=half)
-
-
-def finished_runs(path: Path) -> list[Mapping[str, Any]]:
-    """Return the results of the runs that reached their end."""
-    results = parse_results(path.read_text(encoding="utf-8"), source=str(path))
-    return [result.content for result in results if result.state == FINISHED]
-
-
-def recorded_row(run: Mapping[str, Any]) -> Row:
-    """Return a run with the prediction that was recorded before it was made."""
-    predicted, fullest = run["predicted"], _fullest(run)
-    return Row(
-        case=run["case"],
-        half="blind",
-        values={key: (predicted[key], fullest[key]) for key in QUANTITIES if fullest[key]},
-        phases={
-            name: (size, fullest["phases"][name])
-            for name, size in predicted["phases"].items()
-            if fullest["phases"].get(name)
-        },
-    )
-
-
-def _fullest(run: Mapping[str, Any]) -> dict[str, Any]:
-    ranks: list[dict[str, Any]] = run["measured"]
-    return max(ranks, key=lambda rank: int(rank["peak_allocated_bytes"]))
-
-
-def _row(run: Mapping[str, Any], *, half: str) -> Row:
-    recipe = parse_recipe(yaml.safe_dump(run["recipe"]), source=run["case"])
-    model, _ = resolve_model(recipe.model.name_or_path)
-    name = match_device_name(run["device_name"])
-    gpu = find_gpu(name or run["device_name"])
-    cluster = default_cluster(gpu, gpus_per_node=len(run["measured"]))
-    workload = resolve_workload(recipe, model, gpu, source=run["case"])
-    strategy = strategy_from_json(run["predicted"]["strategy"])
-    memory = estimate_memory(workload, strategy, cluster)
-    time = estimate_time(workload, strategy, cluster)
-    fullest = _fullest(run)
-    guesses = {
-        "peak_allocated_bytes": memory.peak_allocated_bytes,
-        "peak_reserved_bytes": memory.peak_reserved_bytes,
-        "device_used_bytes": memory.device_used_bytes,
-        "step_seconds": time.step_seconds,
-    }
-    return Row(
-        case=run["case"],
-        half=half,
-        values={key: (guess, fullest[key]) for key, guess in guesses.items() if fullest[key]},
-        phases={
-            phase.phase: (phase.allocated_bytes, fullest["phases"][phase.phase])
-            for phase in memory.phases
-            if fullest["phases"].get(phase.phase)
-        },
-    )
-
-
-def summary_lines(rows: list[Row]) -> Iterator[str]:
+def summary_lines(rows: Sequence[Row]) -> Iterator[str]:
     """Yield mean and worst absolute error of every quantity for each half of the runs."""
     halves = {half: [row for row in rows if row.half == half] for half in HALVES}
     chosen_by_title = {half: chosen for half, chosen in halves.items() if chosen}
@@ -145,7 +49,7 @@ def summary_lines(rows: list[Row]) -> Iterator[str]:
         yield f"{title} ({len(chosen)} runs): " + "; ".join(parts)
 
 
-def table_lines(rows: list[Row]) -> Iterator[str]:
+def table_lines(rows: Sequence[Row]) -> Iterator[str]:
     """Yield a Markdown table: predicted / measured and the error, by run and quantity."""
     yield "| run | half | " + " | ".join(f"{name}" for name in QUANTITIES.values()) + " |"
     yield "|---|---|" + "---|" * len(QUANTITIES)
@@ -198,8 +102,8 @@ def document_lines() -> Iterator[str]:
     """Yield accuracy.md: how far predictions are from measurements, ours and others'."""
     yield from _INTRODUCTION
     yield "## Measured runs"
-    for path in sorted(RESULTS.glob("*.jsonl")):
-        rows = list(read_rows([path]))
+    for path in RESULTS:
+        rows = read_rows(path)
         yield ""
         yield f"### {path.stem}"
         yield ""
@@ -240,7 +144,7 @@ def document_lines() -> Iterator[str]:
 
 def _recorded_lines(path: Path) -> Iterator[str]:
     """Yield what was predicted before the runs, and which of them reached no end."""
-    rows = [recorded_row(run) for run in finished_runs(path)]
+    rows = [recorded_row(result.content) for result in finished_runs(path)]
     yield "Predicted before the runs:"
     yield ""
     yield from (f"- {line}" for line in summary_lines(rows))
@@ -255,7 +159,7 @@ def _recorded_lines(path: Path) -> Iterator[str]:
     yield ""
 
 
-def phase_lines(rows: list[Row]) -> Iterator[str]:
+def phase_lines(rows: Sequence[Row]) -> Iterator[str]:
     """Yield a Markdown table of every phase's error, a dash where it was not measured."""
     names = [name for name in PHASES if any(name in row.phases for row in rows)]
     yield "| run | " + " | ".join(names) + " |"
@@ -278,7 +182,8 @@ def main() -> None:
     if options.markdown:
         print("\n".join(document_lines()))
         return
-    rows = list(read_rows(options.results or sorted(RESULTS.glob("*.jsonl"))))
+    paths = options.results or RESULTS
+    rows = [row for path in paths for row in read_rows(path)]
     print("\n".join(table_lines(rows)))
     if options.phases:
         for row in rows:

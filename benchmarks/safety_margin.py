@@ -10,106 +10,54 @@ it, is the margin, rounded up to a thousandth. It belongs into ``launcher/planni
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import yaml
+from measured import RESULTS, Row, read_rows
 
-from launcher.hardware import default_cluster, find_gpu, gpu_names, match_device_name
-from launcher.model_source import resolve_model
-from launcher.planning.plan import strategy_from_json
-from launcher.predict.memory import estimate_memory
-from launcher.recipe import parse_recipe
-from launcher.resolve import resolve_workload
-from launcher.strategy import Method, Optimizer, Precision, Strategy
-from launcher.workload import Workload
+from launcher.hardware import find_gpu, gpu_names
 
 SMALLEST_DEVICE_BYTES = min(find_gpu(name).memory_bytes for name in gpu_names())
-RESULTS = sorted((Path(__file__).resolve().parent / "results").glob("*.jsonl"))
-# When these were made, the worker held gathered 4-bit weights until the step was over, and did
-# not yet copy grouped heads where FlashAttention does not run.
-OUTDATED = {"7b-qlora-z3-2048-gc", "8b-qlora-z3-4096-gc-liger", "1b-full-z2-1024-fp32"}
+
+# Rank 0's device had 7.1 GB more in use than rank 1's, whose process reserved as much: something
+# else was on it.
+SHARED_DEVICES = {("h200x2_again", "7b-qlora-z3-2048-gc")}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Device memory of one run: what was predicted and what the driver showed."""
+def needed_fraction(row: Row) -> float:
+    """Return the share of a device, just large enough for the run, that had to be left free.
 
-    case: str
-    predicted_bytes: int
-    measured_bytes: int
-    is_planned: bool
-    """Whether the planner chooses such settings by itself."""
-
-    @property
-    def needed_fraction(self) -> float:
-        """Share of a device, just large enough for the run, that had to be left free.
-
-        No device is smaller than the smallest known one: what a run of 5 GiB needed beyond its
-        prediction is a share of 15 GiB, not of 5.
-        """
-        device_bytes = max(self.measured_bytes, SMALLEST_DEVICE_BYTES)
-        return (self.measured_bytes - self.predicted_bytes) / device_bytes
-
-
-def comparisons() -> Iterator[Comparison]:
-    """Yield every finished run, predicted anew."""
-    lines = (line for path in RESULTS for line in path.read_text(encoding="utf-8").splitlines())
-    for line in lines:
-        run = json.loads(line)
-        used = [rank["device_used_bytes"] for rank in run["measured"] if rank["device_used_bytes"]]
-        if run["state"] != "finished" or not used or run["case"] in OUTDATED:
-            continue
-        gpu = find_gpu(match_device_name(run["device_name"]) or run["device_name"])
-        cluster = default_cluster(gpu, gpus_per_node=len(run["measured"]))
-        recipe = parse_recipe(yaml.safe_dump(run["recipe"]), source=run["case"])
-        model, _ = resolve_model(recipe.model.name_or_path)
-        workload = resolve_workload(recipe, model, cluster.gpu, source=run["case"])
-        strategy = _strategy(run["predicted"]["strategy"])
-        yield Comparison(
-            case=run["case"],
-            predicted_bytes=estimate_memory(workload, strategy, cluster).device_used_bytes,
-            measured_bytes=max(used),
-            is_planned=is_planned(workload, strategy),
-        )
-
-
-def _strategy(content: Mapping[str, Any]) -> Strategy:
-    return strategy_from_json(content)
-
-
-def is_planned(workload: Workload, strategy: Strategy) -> bool:
-    """Return whether the planner would choose such settings without being told to.
-
-    It takes torch's fused AdamW, 16 bits on a GPU and gradients accumulated in them, ZeRO 1 to 3,
-    and 4-bit storage for QLoRA; what a recipe asks for beyond that is the user's own risk.
+    No device is smaller than the smallest known one: what a run of 5 GiB needed beyond its
+    prediction is a share of 15 GiB, not of 5.
     """
-    return (
-        strategy.optimizer is Optimizer.adamw
-        and strategy.grad_accum_dtype is None
-        and strategy.zero_stage > 0
-        and workload.precision is not Precision.fp32
-        and not (workload.method is Method.qlora and workload.quantization.kind == "int8")
-    )
+    predicted_bytes, measured_bytes = row.values["device_used_bytes"]
+    return (measured_bytes - predicted_bytes) / max(measured_bytes, SMALLEST_DEVICE_BYTES)
 
 
-def margin(found: list[Comparison]) -> float:
+def counted_rows() -> list[Row]:
+    """Return the runs of today's worker whose use of a device was measured, the worst last."""
+    rows = [
+        row
+        for path in RESULTS
+        for row in read_rows(path)
+        if (path.stem, row.case) not in SHARED_DEVICES
+    ]
+    counted = [row for row in rows if "device_used_bytes" in row.values and not row.is_outdated]
+    return sorted(counted, key=needed_fraction)
+
+
+def margin(rows: list[Row]) -> float:
     """Return the safety margin, rounded up to a thousandth."""
-    worst = max(item.needed_fraction for item in found if item.is_planned)
+    worst = max(needed_fraction(row) for row in rows if row.is_planned)
     return math.ceil(1000 * max(0.0, worst)) / 1000
 
 
 def main() -> None:
     """Print all runs, the worst last, and the margin."""
-    found = sorted(comparisons(), key=lambda item: item.needed_fraction)
-    for item in found:
-        note = "" if item.is_planned else "  (not planned, does not count)"
-        print(f"{item.needed_fraction:+7.1%}  {item.case}{note}")
-    print(f"\n{len(found)} runs; SAFETY_FRACTION = {margin(found)}")
+    rows = counted_rows()
+    for row in rows:
+        note = "" if row.is_planned else "  (not planned, does not count)"
+        print(f"{needed_fraction(row):+7.1%}  {row.case}{note}")
+    print(f"\n{len(rows)} runs; SAFETY_FRACTION = {margin(rows)}")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from launcher.model_spec import spec_from_config
 from launcher.planning.ceiling import NO_CEILING, Ceiling
 from launcher.planning.plan import Plan
 from launcher.planning.planner import can_fit, make_plan
+from launcher.predict.run_cost import run_estimate
 from launcher.predict.site_constants import with_site_constants
-from launcher.predict.step_time import run_estimate, speedup_over_one_node
+from launcher.predict.step_time import speedup_over_one_node
 from launcher.recipe import parse_recipe
 from launcher.recipe_paths import DEFAULT_PARENT, with_absolute_paths
 from launcher.recipe_sections import ClusterSection, Recipe, StrategySection

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -77,7 +78,7 @@ def _with_typed_sources(recipe: Recipe, source: str) -> Recipe:
 
 @functools.cache
 def _empty_tree(kind: type) -> Any:
-    """Return the tree with all defaults, which takes longest to build; merging copies it."""
+    """Return the tree with all defaults, which takes longest to build; to be copied."""
     from omegaconf import OmegaConf
 
     return OmegaConf.structured(kind, flags={"readonly": False})
@@ -97,12 +98,13 @@ def merge_strictly(kind: type, parts: Sequence[tuple[str, Any]], *, source: str)
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    tree = _empty_tree(kind)
+    tree = copy.deepcopy(_empty_tree(kind))
     problems = [line for where, part in parts for line in _unknown_keys(part, kind, where)]
     if not problems:
         for where, part in parts:
             try:
-                tree = OmegaConf.merge(tree, part)
+                # Without another copy of the tree, which takes longer than the merge.
+                tree = OmegaConf.unsafe_merge(tree, part)
                 OmegaConf.to_container(part, resolve=True)
             except OmegaConfBaseException as error:
                 problems.append(describe(error, where))
@@ -157,12 +159,17 @@ def _parse_options(options: Mapping[str, str]) -> Any:
     return given
 
 
+@functools.cache
+def _type_hints(section: type) -> Mapping[str, Any]:
+    return get_type_hints(section)
+
+
 def _unknown_keys(part: Any, kind: type, where: str) -> Iterator[str]:
     """Yield a line for each key that no field reads: a typo must not become a default."""
     from omegaconf import OmegaConf
 
     def walk(node: Any, section: type, prefix: str) -> Iterator[str]:
-        hints = get_type_hints(section)
+        hints = _type_hints(section)
         for key in node:
             name = f"{prefix}{key}"
             if str(key) not in hints:

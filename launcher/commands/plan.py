@@ -50,6 +50,10 @@ def plan(
     show_prepared(prepared, as_json=as_json, show_all=show_all)
     if not prepared.plan.fits:
         leave_unfit()
+    if not as_json:
+        say(
+            "\nNext: zerofit train with the same arguments; zerofit init writes them into a recipe."
+        )
 
 
 def _plan_matrix(

@@ -295,7 +295,9 @@ def _rivals(
             rivals[value] = candidate
     told: dict[str, list[str]] = {}
     for value, rival in sorted(rivals.items(), key=lambda item: _nearness(item[1], best)):
-        told.setdefault(_reason(rival, setting), []).append(name_of(value))
+        name = name_of(value)
+        reason = _reason(rival, setting).replace(f"({name}, ", "(")
+        told.setdefault(reason, []).append(name)
     return " ".join(
         f"{_capitalized(' or '.join(names))} {reason}." for reason, names in list(told.items())[:2]
     )

@@ -11,7 +11,8 @@ from launcher.checkpoint_time import USUAL_RATE, SaveRate
 from launcher.errors import RunDirError
 from launcher.hardware import ClusterSpec, SiteConstants
 from launcher.predict.memory import MemoryEstimate
-from launcher.predict.step_time import RunEstimate, TimeEstimate
+from launcher.predict.run_cost import RunEstimate
+from launcher.predict.step_time import TimeEstimate
 from launcher.strategy import (
     Attention,
     Checkpointing,

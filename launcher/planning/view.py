@@ -34,6 +34,13 @@ _PHASE_MEANING = {
 }
 
 
+_TERMS = (
+    "Terms: ZeRO-1, 2 and 3 share more and more of what training keeps among the GPUs. "
+    "Checkpointing computes layers twice to save memory; a checkpoint is what is saved to disk. A "
+    "micro-batch is what a GPU works on at once, an optimizer step one change of the weights."
+)
+
+
 def render_plan(plan: Plan, *, show_all: bool = False) -> RenderableType:
     """Return headline, choices, memory by phase, and what was not chosen.
 
@@ -60,6 +67,7 @@ def render_plan(plan: Plan, *, show_all: bool = False) -> RenderableType:
             _title("If memory runs out after all, in this order (the same plan, but with …)"),
             _ladder(plan),
         ]
+    parts.append(Text(f"\n{fit_words(_TERMS, plan.cluster.gpu)}", style="dim"))
     return Group(*parts)
 
 
@@ -139,8 +147,8 @@ def _total_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     )
     if is_gpu:
         used += (
-            f" (allocated {short_size(memory.peak_allocated_bytes)}, reserved by torch "
-            f"{short_size(memory.peak_reserved_bytes)})"
+            f" (of which tensors take {short_size(memory.peak_allocated_bytes)}, and with what "
+            f"torch reserves {short_size(memory.peak_reserved_bytes)})"
         )
     yield "memory", used
     host = (

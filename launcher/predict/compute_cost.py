@@ -43,6 +43,7 @@ class MicroStepWork:
     trainable_tensors: int
     num_passes: int
     """2, or 3 when the forward is recomputed."""
+    trains_adapters: bool
 
     @property
     def attention_flops(self) -> float:
@@ -124,6 +125,7 @@ def micro_step_work(
         modules_with_params=num_passes * _modules_with_params(workload, totals),
         trainable_tensors=totals.num_tensors if is_full else 2 * totals.lora_linears,
         num_passes=num_passes,
+        trains_adapters=not is_full,
     )
 
 

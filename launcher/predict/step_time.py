@@ -35,17 +35,6 @@ class TimeEstimate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunEstimate:
-    """Time and cost of a whole run."""
-
-    num_steps: int
-    seconds: float
-    gpu_hours: float
-    cost: float | None
-    """In the price's currency; ``None`` without a price."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Transfers:
     """Seconds of collectives and host copies: every micro-step, and once a step."""
 
@@ -65,6 +54,9 @@ class _Gathers:
 _NO_GATHERS = _Gathers(count=0, total_bytes=0.0)
 
 
+_ON_HOST = frozenset({"host", "zero3_hooks"})
+_ON_DEVICE = frozenset({"matmul", "attention", "memory_traffic", "communication"})
+
 # Which part bounds a step, and what helps: shown to the user as they stand, so they must also
 # be true where the device is a processor.
 _ADVICE: Mapping[str, str] = {
@@ -73,9 +65,13 @@ _ADVICE: Mapping[str, str] = {
     "attention": "attention over long sequences: FlashAttention and sequence parallelism help",
     "memory_traffic": "memory traffic of small kernels: enable Liger kernels",
     "fused_traffic": "memory traffic of small kernels: faster memory, or fewer LoRA modules",
-    "host": "launch overhead: raise the micro-batch or pack sequences",
+    "host": "launch overhead: raise the micro-batch or pack sequences (Python starts work more "
+    "slowly than the device does it)",
     "zero3_hooks": "ZeRO-3's work on every module: use ZeRO-2 if it fits, or raise the micro-batch",
     "communication": "the links between ranks: raise gradient accumulation or use LoRA",
+    "communication_of_adapters": "the links between ranks: use ZeRO-2 if it fits, or longer "
+    "micro-batches",
+    "network_of_adapters": "the network between nodes: use fewer nodes, or longer micro-batches",
     "network": "the network between nodes: use fewer nodes, LoRA, or more gradient accumulation",
     "offload_copies": "copies between GPU and host: offload less, or raise the micro-batch",
     "cpu_optimizer": "the optimizer on the CPU: raise gradient accumulation or keep it on the GPU",
@@ -170,26 +166,6 @@ def _estimate(
         mfu=steps * work.model_flops / (step_seconds * gpu.matmul_flops_per_s),
         bound_by=_ADVICE[_bottleneck(components, work, strategy, cluster)],
     )
-
-
-def run_estimate(
-    num_steps: int,
-    seconds: float,
-    cluster: ClusterSpec,
-    *,
-    price_per_gpu_hour: float | None = None,
-) -> RunEstimate:
-    """Return what a run takes of a cluster; start, evaluation and saving come on top.
-
-    Args:
-        num_steps: optimizer steps.
-        seconds: of all of them.
-        cluster: gives the number of GPUs paid for.
-        price_per_gpu_hour: in any currency; the cost comes back in the same.
-    """
-    gpu_hours = seconds * cluster.world_size / 3600
-    cost = None if price_per_gpu_hour is None else gpu_hours * price_per_gpu_hour
-    return RunEstimate(num_steps=num_steps, seconds=seconds, gpu_hours=gpu_hours, cost=cost)
 
 
 def speedup_over_one_node(
@@ -415,9 +391,16 @@ def _optimizer_seconds(
 def _bottleneck(
     components: Mapping[str, float], work: MicroStepWork, strategy: Strategy, cluster: ClusterSpec
 ) -> str:
-    largest = max(components, key=lambda name: components[name])
+    """Return the largest part; of host and GPU, which work side by side, the slower's largest."""
+    host = sum(components[name] for name in _ON_HOST)
+    device = sum(components[name] for name in _ON_DEVICE)
+    idle = _ON_HOST if host < device else _ON_DEVICE
+    largest = max(components.keys() - idle, key=lambda name: (components[name], name))
+    has_adapters = work.trains_adapters
     if largest == "communication" and cluster.num_nodes > 1:
-        return "network"
+        return "network_of_adapters" if has_adapters else "network"
+    if largest == "communication" and has_adapters:
+        return "communication_of_adapters"
     if largest == "memory_traffic" and (strategy.liger_kernels or cluster.gpu.device_type == "cpu"):
         return "fused_traffic"
     return "recompute" if largest == "matmul" and work.num_passes == 3 else largest

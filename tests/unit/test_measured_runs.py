@@ -7,30 +7,22 @@ on the runs at even positions, so the others judge them.
 
 from __future__ import annotations
 
-import functools
 import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
-from generators import ROOT, script
+from generators import script
 
-RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))
-# When these were made, the worker held gathered 4-bit weights until the step was over, and did
-# not yet copy grouped heads where FlashAttention does not run.
-OUTDATED = {
-    ("h200x2", "7b-qlora-z3-2048-gc"), ("h200x2", "8b-qlora-z3-4096-gc-liger"),
-    ("h100", "1b-full-z2-1024-fp32"),
-}  # fmt: skip
+from launcher.planning.safety import SAFETY_FRACTION
+
+measured = script("measured")
+RESULTS = measured.RESULTS
 WORST_ALLOCATED, MEAN_ALLOCATED, MEAN_RESERVED = 0.06, 0.02, 0.04
 
 
-@functools.cache
 def rows(path: Path) -> tuple[Any, ...]:
-    script("load_replay")  # published.py imports it from its own folder
-    script("published")  # and accuracy.py that from its own folder
-    found = script("accuracy").read_rows([path])
-    return tuple(row for row in found if (path.stem, row.case) not in OUTDATED)
+    return tuple(row for row in measured.read_rows(path) if not row.is_outdated)
 
 
 def errors(path: Path, quantity: str, *, held_out_only: bool = False) -> list[float]:
@@ -81,3 +73,11 @@ def test_every_phase_of_every_run_is_within_6_percent_or_20_mb() -> None:
     arriving = {("7b-lora-z3-2048-gc-offload-param", "forward")}
     partitioned_in_init = {("3b-qlora-all-z3-2048-gc", "init")}
     assert worse.keys() <= reset | arriving | partitioned_in_init
+
+
+def test_the_safety_margin_covers_every_measured_run_that_the_planner_may_choose() -> None:
+    # After a change of the prediction: python benchmarks/safety_margin.py
+    safety_margin = script("safety_margin")
+    found = safety_margin.counted_rows()
+    assert sum(row.is_planned for row in found) >= 40
+    assert safety_margin.margin(found) <= SAFETY_FRACTION

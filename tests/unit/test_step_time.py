@@ -10,7 +10,8 @@ import pytest
 from launcher.hardware import ClusterSpec, cpu_spec, default_cluster, find_gpu
 from launcher.model_source import load_catalogue_entry
 from launcher.model_spec import ModelSpec, spec_from_config
-from launcher.predict.step_time import estimate_time, run_estimate, speedup_over_one_node
+from launcher.predict.run_cost import run_estimate
+from launcher.predict.step_time import estimate_time, speedup_over_one_node
 from launcher.predict.time_calibration import KernelEfficiency, TimeCalibration
 from launcher.strategy import (
     Attention,
@@ -363,6 +364,19 @@ def test_sequence_parallelism_splits_the_work_of_a_sample() -> None:
 )
 def test_bottleneck_is_named_with_what_helps(run: Run, words: str) -> None:
     assert words in estimate_time(*run.inputs()).bound_by
+
+
+def test_the_bottleneck_is_of_the_slower_of_host_and_device() -> None:
+    # The host's one part is larger than any of the device's, which together take longer.
+    estimate = estimate_time(
+        job("phi-2", Method.lora, 2048),
+        Strategy(zero_stage=2, micro_batch_size_per_gpu=2),
+        default_cluster(find_gpu("H100"), gpus_per_node=1),
+    )
+    parts = estimate.components
+    device = [parts[name] for name in ("matmul", "attention", "memory_traffic")]
+    assert max(device) < parts["host"] < sum(device)
+    assert "launch overhead" not in estimate.bound_by
 
 
 def test_fp32_runs_outside_the_tensor_cores() -> None:
