@@ -370,7 +370,7 @@ def test_the_bottleneck_is_of_the_slower_of_host_and_device() -> None:
     # The host's one part is larger than any of the device's, which together take longer.
     estimate = estimate_time(
         job("phi-2", Method.lora, 2048),
-        Strategy(zero_stage=2, micro_batch_size_per_gpu=2),
+        Strategy(zero_stage=2, micro_batch_size_per_gpu=3),
         default_cluster(find_gpu("H100"), gpus_per_node=1),
     )
     parts = estimate.components
