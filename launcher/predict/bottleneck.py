@@ -1,0 +1,58 @@
+"""What bounds a step, and what helps against it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from launcher.hardware import ClusterSpec
+from launcher.predict.compute_cost import MicroStepWork
+from launcher.strategy import Strategy
+
+_ON_HOST = frozenset({"host", "zero3_hooks"})
+_ON_DEVICE = frozenset({"matmul", "attention", "memory_traffic", "communication"})
+
+# Which part bounds a step, and what helps: shown to the user as they stand, so they must also
+# be true where the device is a processor.
+_ADVICE: Mapping[str, str] = {
+    "matmul": "matrix products: the hardware is busy with useful work",
+    "recompute": "matrix products, a third of them recomputed: turn checkpointing off if it fits",
+    "attention": "attention over long sequences: FlashAttention and sequence parallelism help",
+    "memory_traffic": "memory traffic of small kernels: enable Liger kernels",
+    "fused_traffic": "memory traffic of small kernels: faster memory, or fewer LoRA modules",
+    "host": "launch overhead: raise the micro-batch or pack sequences (Python starts work more "
+    "slowly than the device does it)",
+    "zero3_hooks": "ZeRO-3's work on every module: use ZeRO-2 if it fits, or raise the micro-batch",
+    "communication": "the links between ranks: raise gradient accumulation or use LoRA",
+    "communication_of_adapters": "the links between ranks: use ZeRO-2 if it fits, or longer "
+    "micro-batches",
+    "network_of_adapters": "the network between nodes: use fewer nodes, or longer micro-batches",
+    "network": "the network between nodes: use fewer nodes, LoRA, or more gradient accumulation",
+    "offload_copies": "copies between GPU and host: offload less, or raise the micro-batch",
+    "cpu_optimizer": "the optimizer on the CPU: raise gradient accumulation or keep it on the GPU",
+    "optimizer": "the optimizer step: raise gradient accumulation",
+}
+
+
+def what_bounds(
+    components: Mapping[str, float], work: MicroStepWork, strategy: Strategy, cluster: ClusterSpec
+) -> str:
+    """Return what to change first, in words, from the seconds of a step's parts."""
+    return _ADVICE[_bottleneck(components, work, strategy, cluster)]
+
+
+def _bottleneck(
+    components: Mapping[str, float], work: MicroStepWork, strategy: Strategy, cluster: ClusterSpec
+) -> str:
+    """Return the key of the largest part; of host and GPU, which work side by side, the slower's largest."""
+    host = sum(components[name] for name in _ON_HOST)
+    device = sum(components[name] for name in _ON_DEVICE)
+    idle = _ON_HOST if host < device else _ON_DEVICE
+    largest = max(components.keys() - idle, key=lambda name: (components[name], name))
+    has_adapters = work.trains_adapters
+    if largest == "communication" and cluster.num_nodes > 1:
+        return "network_of_adapters" if has_adapters else "network"
+    if largest == "communication" and has_adapters:
+        return "communication_of_adapters"
+    if largest == "memory_traffic" and (strategy.liger_kernels or cluster.gpu.device_type == "cpu"):
+        return "fused_traffic"
+    return "recompute" if largest == "matmul" and work.num_passes == 3 else largest
