@@ -43,7 +43,7 @@ def what_bounds(
 def _bottleneck(
     components: Mapping[str, float], work: MicroStepWork, strategy: Strategy, cluster: ClusterSpec
 ) -> str:
-    """Return the key of the largest part; of host and GPU, which work side by side, the slower's largest."""
+    """Return the largest part's key; host and GPU work side by side, so the slower's."""
     host = sum(components[name] for name in _ON_HOST)
     device = sum(components[name] for name in _ON_DEVICE)
     idle = _ON_HOST if host < device else _ON_DEVICE
