@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
 from launcher.errors import ModelError
 from launcher.strategy import Attention, Strategy
@@ -63,6 +64,19 @@ class SequenceGroup:
             yield
         finally:
             self._is_paused = False
+
+    def deal(self, batches: DataLoader[Any], device: torch.device) -> DataLoader[Any]:
+        """Return this group's part of held-out batches, the same on all of its ranks."""
+        from accelerate.data_loader import prepare_data_loader
+
+        dealt: DataLoader[Any] = prepare_data_loader(
+            batches,
+            device,
+            num_processes=self.num_groups,
+            process_index=self.index,
+            put_on_device=True,
+        )
+        return dealt
 
     def share_attention(self, model: Any, attention: Attention) -> None:
         """Put the exchange of tokens for heads around the model's attention function.

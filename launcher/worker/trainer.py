@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -186,9 +185,8 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Return this rank's part of the held-out batches; a group's ranks read the same ones."""
-        dealt: DataLoader[Any]
         if self._sequences is None:
-            dealt = super().get_eval_dataloader(eval_dataset)
+            dealt: DataLoader[Any] = super().get_eval_dataloader(eval_dataset)
             return dealt
         batches = DataLoader(
             self.eval_dataset,
@@ -196,15 +194,7 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        index, num_shares = self._share
-        dealt = prepare_data_loader(
-            batches,
-            self.args.device,
-            num_processes=num_shares,
-            process_index=index,
-            put_on_device=True,
-        )
-        return dealt
+        return self._sequences.deal(batches, self.args.device)
 
     def prediction_step(self, *arguments: Any, **options: Any) -> Any:
         """Return a held-out batch's loss, of which each part of a sequence has only its share."""
@@ -213,6 +203,13 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
             dist.all_reduce(loss)
             loss /= self.args.world_size
         return (loss, *others)
+
+    def _once_a_sample(self, losses: torch.Tensor) -> torch.Tensor:
+        """Return the step's loss, the same on all ranks, as often as the step has samples."""
+        count, state = losses.numel() * self._share[1], self.accelerator.gradient_state
+        if state.end_of_dataloader and state.remainder > 0:
+            count = state.remainder
+        return losses[:1].repeat(count)
 
     def whole_sequences(self) -> AbstractContextManager[None]:
         """Let this rank run whole sequences by itself, as generation does."""
@@ -271,6 +268,9 @@ class MeasuredTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """Evaluate on the held-out set, as a phase of its own; nothing if it was cut short."""
         metrics: dict[str, float] = {}
+        if self._sequences is not None:
+            # transformers takes its own again after each evaluation.
+            self.gather_function = self._once_a_sample
         with self._recorder.during("eval"), suppress(EvaluationCutShortError):
             metrics = super().evaluate(*arguments, **options)
         return metrics
