@@ -67,7 +67,7 @@ tracking: {{metrics_port: {port}}}
         assert 2**27 < seen["zerofit_memory_host_bytes", rank] < 2**33
         assert seen["zerofit_rank_running", rank] == 1
         assert seen["zerofit_peak_allocated_bytes", rank] > 0
-    assert "2 ranks on 1 hosts" in live
+    assert "2 ranks on 1 host " in live
     with pytest.raises(urllib.error.URLError):
         scrape(port)
     after = CliRunner().invoke(top, [str(folder), "--once"]).output

@@ -25,11 +25,6 @@ def test_a_run_without_a_gpu_is_told_that_there_is_no_snapshot(tmp_path: Path) -
     snapshot_when_out_of_memory(tmp_path, rank=3, device=torch.device("cpu"))
 
 
-def test_there_is_no_step_before_the_first(tmp_path: Path) -> None:
-    with pytest.raises(SetupError, match="there is no step 0"):
-        StepSnapshot(tmp_path, rank=3, step=0, device=torch.device("cuda"))
-
-
 @pytest.mark.gpu
 def test_the_wanted_step_alone_is_recorded(tmp_path: Path) -> None:
     device = torch.device("cuda", 0)
