@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -146,6 +146,31 @@ FAULTS = {
 }
 
 
+def train_with_faults(
+    place: Path,
+    name: str,
+    changes: Sequence[str],
+    faults: Sequence[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[Path, list[str]]:
+    """See a run to its end in this process; return its folder and what was said.
+
+    With forked ranks: each attempt starts in a second and not in ten.
+    """
+    recipe, _ = read_recipe([str(place / "recipe.yaml"), *changes], {})
+    monkeypatch.chdir(place)
+    variables = {**environment(), **RECORDED, "ZEROFIT_FAULT": ",".join(faults)}
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    said: list[str] = []
+    with ForkServers(place / f"{name}-server.log") as servers:
+        run = train_to_end(
+            prepare(recipe, source="test"), place / name,
+            say=said.append, console=io.BytesIO(), servers=servers,
+        )  # fmt: skip
+    return run, said
+
+
 @pytest.mark.parametrize(
     "stage",
     [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))],
@@ -153,21 +178,9 @@ FAULTS = {
 def test_a_run_with_three_faults_ends_with_the_losses_of_one_without(
     nursery: Nursery, place: Path, monkeypatch: pytest.MonkeyPatch, stage: ZeroStage
 ) -> None:
-    recipe, _ = read_recipe([str(place / "recipe.yaml"), f"strategy.zero_stage={stage}"], {})
-    # In this process, with forked ranks: each attempt starts in a second and not in ten.
-    monkeypatch.chdir(place)
-    for name, value in {
-        **environment(),
-        **RECORDED,
-        "ZEROFIT_FAULT": ",".join(FAULTS.values()),
-    }.items():
-        monkeypatch.setenv(name, value)
-    said: list[str] = []
-    with ForkServers(place / f"zero{stage}-server.log") as servers:
-        run = train_to_end(
-            prepare(recipe, source="test"), place / f"zero{stage}",
-            say=said.append, console=io.BytesIO(), servers=servers,
-        )  # fmt: skip
+    run, said = train_with_faults(
+        place, f"zero{stage}", [f"strategy.zero_stage={stage}"], [*FAULTS.values()], monkeypatch
+    )
     found = list(failed_attempts(run))
     assert [attempt.kind for attempt, _ in found] == list(FAULTS)
     # Step 4, 6 and 8 were under way, and every second one had been saved.
@@ -178,6 +191,46 @@ def test_a_run_with_three_faults_ends_with_the_losses_of_one_without(
     assert sum("failed" in line for line in said) == 3
     assert_each_example_was_seen_once_an_epoch(run)
     assert_as_if_nothing_had_happened(nursery, run)
+
+
+# So small that partitioned weights are less than the buffers that ZeRO-3 takes for them.
+SMALL_BUCKETS = ",".join(
+    f"{name}: {number}"
+    for name, number in {
+        "reduce_bucket_size": 20_000,
+        "stage3_prefetch_bucket_size": 20_000,
+        "stage3_max_live_parameters": 20_000,
+        "stage3_param_persistence_threshold": 100,
+    }.items()
+)
+
+
+@pytest.mark.slow
+def test_lack_of_memory_in_the_step_ends_at_a_higher_stage_with_the_same_losses(
+    nursery: Nursery, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = (
+        "strategy.zero_stage=1",
+        "strategy.micro_batch_size_per_gpu=1",
+        "strategy.gradient_checkpointing=full",
+        "strategy.loss=chunked",
+        f"deepspeed={{zero_optimization: {{{SMALL_BUCKETS}}}}}",
+    )
+    run, said = train_with_faults(
+        place, "higher-stage", changes, ["oom:step:step=4:rank=1"], monkeypatch
+    )
+    ((attempt, noticed_seconds),) = failed_attempts(run)
+    assert attempt.kind is FailureKind.gpu_oom
+    assert attempt.changes["zero_stage"] == (1, 3)
+    assert attempt.resumes_from_step == 2
+    assert any("zero_stage 1 → 3" in line for line in said)
+    assert_each_example_was_seen_once_an_epoch(run)
+    assert_as_if_nothing_had_happened(nursery, run)
+    add_row(
+        fault="a rank's GPU memory runs out in the step (injected)", backend="local",
+        zero_stage=1, noticed_seconds=noticed_seconds, steps_lost=steps_lost(attempt),
+        result="resumed at ZeRO-3 from a converted checkpoint; same losses as without",
+    )  # fmt: skip
 
 
 def last_step(run: Path) -> int:
