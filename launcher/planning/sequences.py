@@ -8,7 +8,7 @@ from dataclasses import replace
 from launcher.planning.plan import Candidate
 from launcher.planning.rules import why_impossible, why_not_shared
 from launcher.planning.search import SearchSpace, all_shapes, divisors, largest_that_fits
-from launcher.predict.step_time import estimate_time
+from launcher.predict.step_time import least_step_seconds
 from launcher.strategy import Attention, Checkpointing, Loss, Offload, Strategy
 
 # The time of all-to-alls has been compared with no measurement on GPUs: a gain must be worth it.
@@ -100,7 +100,8 @@ def _lighter(space: SearchSpace, strategy: Strategy) -> Iterator[Strategy]:
             offload_optimizer=fixed.offload_optimizer or Offload.none,
             offload_param=fixed.offload_param or Offload.none,
         )
-        yield from (item for item in {shape, here} if item != strategy)
+        # One of each, in an order that no hash decides: equally fast ones are tried in it.
+        yield from (item for item in dict.fromkeys((shape, here)) if item != strategy)
 
 
 def _frugal(space: SearchSpace) -> list[Strategy]:
@@ -129,7 +130,7 @@ def _fastest_that_fits(
     for shape in shapes:
         shared = replace(shape, sequence_parallel_size=space.sequence_parallel_size)
         largest = space.at(shared, space.micro_batch_sizes[-1])
-        bounded.append((estimate_time(space.workload, largest, space.cluster).step_seconds, shared))
+        bounded.append((least_step_seconds(space.workload, largest, space.cluster), shared))
     found = None
     for bound, shape in sorted(bounded, key=lambda item: item[0]):
         if bound > limit_seconds:
