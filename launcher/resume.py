@@ -25,6 +25,7 @@ from launcher.run_checkpoints import (
     newest_checkpoint,
     why_bound_to_layout,
 )
+from launcher.sbatch_parts import JOB_SBATCH
 from launcher.sbatch_script import NEEDS, NODES, PREFLIGHT
 from launcher.strategy import Precision
 
@@ -50,7 +51,7 @@ CHANGEABLE = (
 _NEEDED = (rd.STATUS, rd.RECIPE, rd.PLAN)
 # Written anew by each attempt; the log of steps, the data and the checkpoints stay.
 _OF_ONE_ATTEMPT = (
-    rd.RECIPE, rd.PLAN, rd.DS_CONFIG, rd.ENVIRONMENT, rd.JOB_SCRIPT, rd.JOB_SBATCH,
+    rd.RECIPE, rd.PLAN, rd.DS_CONFIG, rd.ENVIRONMENT, rd.JOB_SCRIPT, JOB_SBATCH,
     rd.HOSTFILE, rd.JOB, rd.STATUS, rd.RANKS, POST_MORTEM, rd.TIMELINES, rd.LOGS,
     rd.REPORT_JSON, rd.REPORT_MARKDOWN, rd.REPORT_HTML,
     NEEDS, PREFLIGHT, NODES,

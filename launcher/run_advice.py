@@ -15,7 +15,7 @@ from launcher.errors import LauncherError
 from launcher.hardware import ClusterSpec
 from launcher.model_source import find_config
 from launcher.model_spec import spec_from_config
-from launcher.planning.length_advice import Lengths, packed, shorter, whole_section
+from launcher.planning.length_advice import LengthAdvice, Lengths, whole_section
 from launcher.planning.plan import Candidate, strategy_from_json
 from launcher.planning.planner import choose_strategy
 from launcher.prepare import may_use_liger, resolve_cluster
@@ -197,16 +197,18 @@ def _from_lengths(run: _Run, directory: Path) -> Iterator[str]:
         mean=data.train.mean_sequence_tokens,
         can_pack=run.workload.model.model_type in PACKABLE,
     )
-    now = whole_section(run.strategy)
-    for say in (shorter, packed) if not data.packing else ():
-        yield from say(
-            lengths,
-            run.workload,
-            run.best_for,
-            fixed=run.recipe.strategy,
-            now=now,
-            least_gain=LEAST_GAIN,
-        )
+    if data.packing:
+        return
+    advice = LengthAdvice(
+        lengths=lengths,
+        workload=run.workload,
+        plans=run.best_for,
+        fixed=run.recipe.strategy,
+        now=whole_section(run.strategy),
+        least_gain=LEAST_GAIN,
+    )
+    yield from advice.shorter()
+    yield from advice.packed()
 
 
 def _best_freed(run: _Run, now: Candidate, margin: float) -> Candidate | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from launcher.starter_lock import LOCK
 from launcher.stop_file import STOP_FILE
 
+JOB_SBATCH = "job.sbatch"
 REQUEUE_MARKER = "requeue"
 """Left in the run directory by rank 0 when it was told to stop and has saved a checkpoint."""
 IN_ALLOCATION_VARIABLE = "ZEROFIT_IN_ALLOCATION"
@@ -94,7 +95,7 @@ REQUEUE = (
 )
 RESUBMIT = (
     "  # singleton: when this one has ended, whatever it does until then.",
-    '  new=$(sbatch --parsable --dependency=singleton --job-name="$SLURM_JOB_NAME" job.sbatch)',
+    f'  new=$(sbatch --parsable --dependency=singleton --job-name="$SLURM_JOB_NAME" {JOB_SBATCH})',
     """  sed -i 's/"job_id": "[0-9_]*"/"job_id": "'${new%%;*}'"/' job.json""",
     '  echo "the chain goes on as job $new"',
     "}",

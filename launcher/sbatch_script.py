@@ -21,6 +21,7 @@ from launcher.sbatch_parts import (
     ENDING,
     FIRST_PORT,
     IN_ALLOCATION_VARIABLE,
+    JOB_SBATCH,
     NEXT_JOB,
     NUM_PORTS,
     ONLY_ONCE,
@@ -32,7 +33,6 @@ from launcher.sbatch_parts import (
 )
 from launcher.stop_file import STOP_FILE
 
-JOB_SBATCH = "job.sbatch"
 LOG = "logs/launcher.log"
 NEEDS = "needs.json"
 """What the run needs of each node; read by the job's look at its nodes."""

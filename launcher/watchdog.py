@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launcher.checkpoint_time import PATIENCE_FACTOR
 from launcher.failure_kind import EXIT_STATUS, FailureKind
 
 HUNG_EXIT_STATUS = EXIT_STATUS[FailureKind.hang]
@@ -12,8 +13,6 @@ STEP_FACTOR = 10.0
 """Of the predicted step time; the worst run measured took 1.62 times its prediction (README)."""
 FLOOR_SECONDS = 100.0
 """torchtitan's limit for a collective after the first step (``comm.train_timeout_seconds``)."""
-SAVE_FACTOR = 4.0
-"""Of the predicted time of a save: as long as ranks that were told to stop may take."""
 PHASE_SECONDS = 1800.0
 """When DeepSpeed's collectives give up, and with them the ranks that wait for this one
 (0.19.8 ``constants.py``: ``default_pg_timeout``)."""
@@ -54,7 +53,7 @@ def patience(
     """
     default = max(FLOOR_SECONDS, STEP_FACTOR * (step_seconds or 0.0))
     training = default if watchdog_seconds is None else watchdog_seconds
-    slowest = max(PHASE_SECONDS, training, SAVE_FACTOR * (write_seconds or 0.0))
+    slowest = max(PHASE_SECONDS, training, PATIENCE_FACTOR * (write_seconds or 0.0))
     other = slowest if phase_seconds is None else phase_seconds
     # Who turns the watchdog off means all of it.
     return Patience(training_seconds=training, phase_seconds=other if training else 0.0)

@@ -148,7 +148,7 @@ def _read_from(path: Path, offset: int) -> tuple[str, int]:
 
 
 def _is_labelled(run: Path) -> bool:
-    from launcher.run_dir import JOB_SBATCH
+    from launcher.sbatch_parts import JOB_SBATCH
 
     return (run / JOB_SBATCH).exists()
 

@@ -19,8 +19,8 @@ from launcher.errors import SetupError
 from launcher.job_script import JobRequest
 from launcher.planning.plan import Plan
 from launcher.recipe_sections import SlurmSection
-from launcher.sbatch_parts import IN_ALLOCATION_VARIABLE
-from launcher.sbatch_script import JOB_SBATCH, port_of, step_name
+from launcher.sbatch_parts import IN_ALLOCATION_VARIABLE, JOB_SBATCH
+from launcher.sbatch_script import port_of, step_name
 
 _log = logging.getLogger(__name__)
 

@@ -68,7 +68,8 @@ class Daemons:
 
     def _ask(self, now: float) -> None:
         self._asked = now
-        # A file and not a pipe, which thousands of nodes could fill while nobody reads.
+        # A file and not a pipe, which thousands of nodes could fill while nobody reads; read and
+        # closed when the answer has come.
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         argv = ["sstat", "--allsteps", "--noheader", "--format=JobID", "--jobs", self.job_id]
         try:

@@ -131,14 +131,14 @@ def describe_failure(
         return _reported(failures, log, where=str(log_file), silent=_silent_ranks(run_dir))
     if lost_hosts:
         return _lost(lost_hosts, where=str(run_dir))
-    # What is left of the failures are those of ranks that noticed another one's end.
     is_oom_kill = any(dead.is_oom_kill for dead in dead_ranks)
+    # What is left of the failures are those of ranks that noticed another one's end.
     noticing = {peaks.rank for peaks in failures}
     dead_ranks = [dead for dead in dead_ranks if dead.rank not in noticing]
     if failures and _first_killed(dead_ranks) is None:
         return _noticed(failures, log, run_dir)
     by_signal = _first_killed(dead_ranks)
-    by_exit_code = None if exit_code is None else _killed_by_exit_code(exit_code, is_oom_kill)
+    by_exit_code = _killed_by_exit_code(exit_code, is_oom_kill=is_oom_kill)
     if by_exit_code and (by_signal is None or by_signal[1] == signal.SIGTERM != by_exit_code[1]):
         # Whoever was only told to stop is not the cause.
         by_signal = by_exit_code
@@ -277,12 +277,14 @@ def _first_killed(dead_ranks: Iterable[DeadRank]) -> _Kill | None:
     return str(first), -first.exit_status, first.is_oom_kill
 
 
-def _killed_by_exit_code(exit_code: int, is_oom_kill: bool) -> _Kill | None:  # noqa: FBT001
+def _killed_by_exit_code(exit_code: int | None, *, is_oom_kill: bool) -> _Kill | None:
     """DeepSpeed's launch.py ends with ``sys.exit(-9)``, which the system makes 247.
 
     A rank that died before it was ever seen is known by this alone; ``is_oom_kill`` is what the
     end of another one showed.
     """
+    if exit_code is None:
+        return None
     if exit_code < 0:
         return "the deepspeed launcher", -exit_code, is_oom_kill
     if 256 - 64 <= exit_code <= 255:

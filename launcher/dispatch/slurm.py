@@ -25,7 +25,8 @@ from launcher.sbatch_directives import (
     suggest_signal_seconds,
     suggest_time_limit_minutes,
 )
-from launcher.sbatch_script import JOB_SBATCH, SlurmJob, render_slurm_job
+from launcher.sbatch_parts import JOB_SBATCH
+from launcher.sbatch_script import SlurmJob, render_slurm_job
 
 _log = logging.getLogger(__name__)
 

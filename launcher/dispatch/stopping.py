@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import run_dir as rd
-from launcher.checkpoint_time import save_seconds
+from launcher.checkpoint_time import PATIENCE_FACTOR, save_seconds
 from launcher.dispatch.interruptions import Interruptions
 from launcher.errors import LauncherError, RunDirError
 from launcher.recipe import parse_recipe
@@ -17,9 +17,8 @@ from launcher.stop_file import ask_to_stop
 
 _log = logging.getLogger(__name__)
 
-# A predicted time is not a promise: four times as long is given, and never less than a minute.
-GRACE_FACTOR = 4.0
 SHORTEST_GRACE_SECONDS = 60.0
+"""Given in any case, however short the predicted time of a save is."""
 
 
 @dataclass(kw_only=True)
@@ -98,4 +97,4 @@ def grace_seconds(run_dir: Path) -> float:
         # Now is not the time to refuse a file: the ranks have read theirs.
         _log.warning("the time to save is not known (%s): %.0f s", error, SHORTEST_GRACE_SECONDS)
         return SHORTEST_GRACE_SECONDS
-    return max(SHORTEST_GRACE_SECONDS, GRACE_FACTOR * predicted)
+    return max(SHORTEST_GRACE_SECONDS, PATIENCE_FACTOR * predicted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from launcher.planning.plan import Candidate
 from launcher.recipe_sections import StrategySection
@@ -34,88 +35,88 @@ class Lengths:
     """Whether the model is known to keep packed examples apart."""
 
 
-def shorter(
-    lengths: Lengths,
-    workload: Workload,
-    plans: Plans,
-    *,
-    fixed: StrategySection,
-    now: StrategySection,
-    least_gain: float,
-) -> Iterator[str]:
-    """Yield what a ``max_seq_len`` that cuts one record in a hundred would bring.
+@dataclass(frozen=True, kw_only=True)
+class LengthAdvice:
+    """Asks the planner for a run whose data has such lengths."""
 
-    Speeds are those at the mean length, as batches are padded to their own longest sequence.
+    lengths: Lengths
+    workload: Workload
+    """At the length that was planned for, the longest of the data."""
+    plans: Plans
+    fixed: StrategySection
+    """What the recipe fixes."""
+    now: StrategySection
+    """The whole strategy that ran."""
+    least_gain: float
+    """A speed-up below it is not named."""
 
-    Args:
-        lengths: of the data.
-        workload: at the length that was planned for, the longest of the data.
-        plans: asks the planner.
-        fixed: what the recipe fixes.
-        now: the whole strategy that ran.
-        least_gain: a speed-up below it is not named.
-    """
-    tokens = -(-lengths.percentile_99 // _TOKEN_STEP) * _TOKEN_STEP
-    if tokens > _SHORTER_FRACTION * workload.max_seq_len:
-        return
-    short = replace(workload, max_seq_len=tokens)
-    said = (
-        f"99 % of the records have at most {lengths.percentile_99:,} tokens, and memory is kept "
-        f"for {workload.max_seq_len:,}: max_seq_len={tokens} cuts the rest"
-    )
-    faster = plans(short, replace(fixed, micro_batch_size_per_gpu=None))
-    mean = replace(workload, max_seq_len=max(1, round(lengths.mean)))
-    before, after = plans(mean, now), faster and plans(mean, whole_section(faster.strategy))
-    if faster and before and after:
-        gain = before.time.step_seconds / after.time.step_seconds
-        if gain >= least_gain:
-            micro = faster.strategy.micro_batch_size_per_gpu
-            yield (
-                f"{said}; then micro-batch {micro} fits "
-                f"({format_bytes(faster.memory.device_used_bytes)}) and is {gain:.1f}x faster, "
-                "both predicted."
-            )
+    @cached_property
+    def _mean(self) -> Workload:
+        """The workload at the mean length: batches are padded to their own longest sequence."""
+        return replace(self.workload, max_seq_len=max(1, round(self.lengths.mean)))
+
+    @cached_property
+    def _before(self) -> Candidate | None:
+        return self.plans(self._mean, self.now)
+
+    @property
+    def _free(self) -> StrategySection:
+        return replace(self.fixed, micro_batch_size_per_gpu=None)
+
+    def shorter(self) -> Iterator[str]:
+        """Yield what a ``max_seq_len`` that cuts one record in a hundred would bring."""
+        planned = self.workload.max_seq_len
+        tokens = -(-self.lengths.percentile_99 // _TOKEN_STEP) * _TOKEN_STEP
+        if tokens > _SHORTER_FRACTION * planned:
             return
-    long, same = plans(workload, now), plans(short, now)
-    if long and same:
-        used = long.memory.device_used_bytes
-        saved = used - same.memory.device_used_bytes
-        if saved >= _LEAST_SAVED_FRACTION * used:
-            yield (
-                f"{said}; the same strategy is then predicted to need {format_bytes(saved)} less."
-            )
-
-
-def packed(
-    lengths: Lengths,
-    workload: Workload,
-    plans: Plans,
-    *,
-    fixed: StrategySection,
-    now: StrategySection,
-    least_gain: float,
-) -> Iterator[str]:
-    """Yield what packing would bring: more of the data's tokens in a second.
-
-    Packed sequences are taken to be full; the arguments are those of :func:`shorter`.
-    """
-    if not lengths.can_pack or lengths.mean > _SHORTER_FRACTION * lengths.max_seq_len:
-        return
-    mean = replace(workload, max_seq_len=max(1, round(lengths.mean)))
-    full = replace(workload, max_seq_len=lengths.max_seq_len, has_padding=True)
-    before = plans(mean, now)
-    after = plans(full, replace(fixed, micro_batch_size_per_gpu=None))
-    if before is None or after is None:
-        return
-    more = lengths.max_seq_len / lengths.mean
-    gain = more * before.time.step_seconds / after.time.step_seconds
-    if gain >= least_gain:
-        yield (
-            f"Sequences have {lengths.mean:,.0f} tokens on average: packed into "
-            f"{lengths.max_seq_len:,} (data.packing=true) the data goes through {gain:.1f}x "
-            f"faster, as predicted. That is another training: a step then has {more:.1f}x as many "
-            "tokens, unless optim.global_batch_size is lowered."
+        short = replace(self.workload, max_seq_len=tokens)
+        said = (
+            f"99 % of the records have at most {self.lengths.percentile_99:,} tokens, and memory "
+            f"is kept for {planned:,}: max_seq_len={tokens} cuts the rest"
         )
+        faster, before = self.plans(short, self._free), self._before
+        after = faster and self.plans(self._mean, whole_section(faster.strategy))
+        if faster and before and after:
+            gain = before.time.step_seconds / after.time.step_seconds
+            if gain >= self.least_gain:
+                micro = faster.strategy.micro_batch_size_per_gpu
+                yield (
+                    f"{said}; then micro-batch {micro} fits "
+                    f"({format_bytes(faster.memory.device_used_bytes)}) and is {gain:.1f}x "
+                    "faster, both predicted."
+                )
+                return
+        long, same = self.plans(self.workload, self.now), self.plans(short, self.now)
+        if long and same:
+            used = long.memory.device_used_bytes
+            saved = used - same.memory.device_used_bytes
+            if saved >= _LEAST_SAVED_FRACTION * used:
+                yield (
+                    f"{said}; the same strategy is then predicted to need {format_bytes(saved)} "
+                    "less."
+                )
+
+    def packed(self) -> Iterator[str]:
+        """Yield what packing would bring: more of the data's tokens in a second.
+
+        Packed sequences are taken to be full.
+        """
+        longest, mean = self.lengths.max_seq_len, self.lengths.mean
+        if not self.lengths.can_pack or mean > _SHORTER_FRACTION * longest:
+            return
+        full = replace(self.workload, max_seq_len=longest, has_padding=True)
+        before, after = self._before, self.plans(full, self._free)
+        if before is None or after is None:
+            return
+        more = longest / mean
+        gain = more * before.time.step_seconds / after.time.step_seconds
+        if gain >= self.least_gain:
+            yield (
+                f"Sequences have {mean:,.0f} tokens on average: packed into {longest:,} "
+                f"(data.packing=true) the data goes through {gain:.1f}x faster, as predicted. "
+                f"That is another training: a step then has {more:.1f}x as many tokens, unless "
+                "optim.global_batch_size is lowered."
+            )
 
 
 def whole_section(strategy: Strategy) -> StrategySection:

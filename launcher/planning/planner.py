@@ -223,7 +223,6 @@ def _search_space(
 ) -> SearchSpace:
     fixed = fixed or StrategySection()
     memory_bytes = cluster.free_memory_bytes or cluster.gpu.memory_bytes
-    degree = fixed.sequence_parallel_size or 1
     return SearchSpace(
         workload=workload,
         cluster=cluster,
@@ -231,17 +230,18 @@ def _search_space(
         raw_deepspeed=raw_deepspeed or {},
         has_liger=has_liger,
         limit_bytes=memory_bytes - int(memory_bytes * safety_fraction),
-        micro_batch_sizes=_micro_batch_sizes(workload, cluster, fixed, degree),
-        sequence_parallel_size=degree,
+        micro_batch_sizes=_micro_batch_sizes(workload, cluster, fixed),
+        sequence_parallel_size=fixed.sequence_parallel_size or 1,
         ceiling=ceiling,
     )
 
 
 def _micro_batch_sizes(
-    workload: Workload, cluster: ClusterSpec, fixed: StrategySection, degree: int
+    workload: Workload, cluster: ClusterSpec, fixed: StrategySection
 ) -> tuple[int, ...]:
     """Return the divisors of the samples per step of each share of the data, smallest first."""
     total, world_size = workload.global_batch_size, cluster.world_size
+    degree = fixed.sequence_parallel_size or 1
     if world_size % degree:
         raise RecipeError(
             f"{world_size} GPUs cannot be divided into groups of {degree}",

@@ -216,15 +216,8 @@ class _AttentionWork:
         return per_head * self._tokens * self._model.num_attention_heads * self._seq_len
 
     def _forward_flops(self, kernel: AttentionKernel, *, windowed: bool, count: int) -> float:
-        keys = self._keys(kernel, windowed=windowed)
-        return (
-            4
-            * count
-            * self._tokens
-            * keys
-            * self._model.num_attention_heads
-            * (self._model.head_dim)
-        )
+        keys, width = self._keys(kernel, windowed=windowed), self._model.head_dim
+        return 4 * count * self._tokens * keys * self._model.num_attention_heads * width
 
     def _keys(self, kernel: AttentionKernel, *, windowed: bool) -> float:
         """Return the keys that a query meets; a kernel with a mask computes all of them."""

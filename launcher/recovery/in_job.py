@@ -28,7 +28,7 @@ from launcher.recipe import parse_recipe
 from launcher.recovery.judge import judge
 from launcher.recovery.record import read_failed_attempts
 from launcher.resume import set_aside
-from launcher.sbatch_script import JOB_SBATCH
+from launcher.sbatch_parts import JOB_SBATCH
 from launcher.strategy import Precision
 
 # slurmstepd's words (Slurm 22.05 and later, with or without the "_" and the "-").

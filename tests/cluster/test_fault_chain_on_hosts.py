@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,10 @@ from slurm_daemons import Slurm
 from virtual_hosts import ROOT, HostProcess, VirtualCluster
 
 sys.path.insert(0, str(ROOT / "tests" / "integration"))
-from fault_chain import WAIT_SECONDS, Place, Process, go_through, saved_step, until
+from fault_chain import Place, Process, go_through, go_through_with_sigterm, saved_step, until
 
 from launcher import run_dir as rd
 from launcher.dispatch.base import read_handle
-from launcher.errors import JobFailedError
 from launcher.strategy import ZeroStage
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.slow]
@@ -38,21 +37,7 @@ def test_a_run_on_two_hosts_goes_through_all_faults(
     (shared_folder / "hosts").write_text("node[1-2] slots=1\n")
     section = f"{{hostfile: {shared_folder}/hosts, pass_env: [ZEROFIT_FAULT]}}"
     place = place_on(cluster, shared_folder, backend="hostfile", section=section)
-
-    def stop_and_go_on(process: Process) -> tuple[Process, float]:
-        began = time.time()
-        process.signal(signal.SIGTERM)
-        assert process.wait(timeout=WAIT_SECONDS) == JobFailedError.exit_code, process.output
-        seconds = time.time() - began
-        assert saved_step(place.run) == 5
-        assert rd.read_status(place.run).reason == "SIGTERM: saved after step 5"
-        return place.zerofit("resume", "run"), seconds
-
-    go_through(
-        place, stage, stop_and_go_on=stop_and_go_on,
-        stop_row="SIGTERM to zerofit in a save that takes 12 s",
-        stopped="the save under way is the last; resumed when asked",
-    )  # fmt: skip
+    go_through_with_sigterm(place, stage)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -62,14 +47,16 @@ def test_a_slurm_job_goes_through_all_faults(
     section = "{backend: slurm, num_nodes: 2, gpus_per_node: 1}"
     place = place_on(cluster, shared_folder, backend="slurm", section=section)
     log = place.run / rd.LAUNCHER_LOG
-    asked = "Slurm says stop"
+
+    def was_asked(number: int) -> bool:
+        return log.read_text().count("Slurm says stop") == number
 
     def stop_and_go_on(process: Process) -> tuple[Process, float]:
         job = read_handle(place.run).job_id
         began = time.time()
         for number in (1, 2):
             cluster.run("head", ["scancel", "--signal=USR1", "--batch", job], check=True)
-            until(lambda: log.read_text().count(asked) == number, process)  # noqa: B023
+            until(partial(was_asked, number), process)
         until(lambda: "has been put back into the queue" in process.output, process)
         seconds = time.time() - began
         assert saved_step(place.run) == 5

@@ -12,6 +12,7 @@ from slurm_runs import TINY, SlurmRuns
 from virtual_hosts import ROOT, VirtualCluster
 
 from launcher import run_dir as rd
+from launcher.sbatch_parts import JOB_SBATCH
 from launcher.starter_lock import LOCK
 
 pytestmark = pytest.mark.cluster
@@ -74,7 +75,7 @@ def test_a_job_that_must_stop_saves_and_is_started_again(
     assert log.count("0: rank 0 of 2") == 2
     # Once more by hand: there is nothing to do.
     runs.until(lambda: not (run_dir / LOCK).exists())
-    cluster.run("head", ["sbatch", run_dir / rd.JOB_SBATCH], cwd=run_dir, check=True)
+    cluster.run("head", ["sbatch", run_dir / JOB_SBATCH], cwd=run_dir, check=True)
     runs.until(lambda: "this run has finished" in (run_dir / rd.LAUNCHER_LOG).read_text())
 
 
@@ -115,7 +116,7 @@ def test_a_running_job_is_followed_and_cancelled_with_all_its_processes(
     argv = [sys.executable, "-m", "launcher.cli", "logs", "-f", run_dir]
     follower = cluster.start("head", argv, env=runs.environment())
     # A second job of the same run leaves at once, and says which one it found.
-    cluster.run("head", ["sbatch", run_dir / rd.JOB_SBATCH], cwd=run_dir, check=True)
+    cluster.run("head", ["sbatch", run_dir / JOB_SBATCH], cwd=run_dir, check=True)
     log = run_dir / rd.LAUNCHER_LOG
     runs.until(lambda: "error: this run is held by" in log.read_text())
     assert f'"slurm_job": "{runs.job_id(run_dir)}"' in log.read_text()

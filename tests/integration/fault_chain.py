@@ -21,6 +21,7 @@ import pytest
 from fault_rows import add_row, losses_of_steps, skip_if_kept, steps_lost
 from worker_runs import make_model_with_nan
 
+from launcher import run_dir as rd
 from launcher.errors import JobFailedError
 from launcher.failure_kind import FailureKind
 from launcher.recovery.record import FailedAttempt, read_failed_attempts
@@ -198,6 +199,25 @@ def go_through(
     struck_at = min(path.stat().st_mtime for path in (run / "bad_batches").iterdir())
     assert sorted(losses_of_steps(run)) == list(range(1, NUM_STEPS))
     keep(NAN, _seconds_after(ended, struck_at), "ended: the batch is recorded, nothing saved")
+
+
+def go_through_with_sigterm(place: Place, stage: ZeroStage) -> None:
+    """Run the chain, of which SIGTERM to zerofit stops the slow save."""
+
+    def stop_and_go_on(process: Process) -> tuple[Process, float]:
+        began = time.time()
+        process.signal(signal.SIGTERM)
+        assert process.wait(timeout=WAIT_SECONDS) == JobFailedError.exit_code, process.output
+        seconds = time.time() - began
+        assert saved_step(place.run) == 5
+        assert rd.read_status(place.run).reason == "SIGTERM: saved after step 5"
+        return place.zerofit("resume", "run"), seconds
+
+    go_through(
+        place, stage, stop_and_go_on=stop_and_go_on,
+        stop_row="SIGTERM to zerofit in a save that takes 12 s",
+        stopped="the save under way is the last; resumed when asked",
+    )  # fmt: skip
 
 
 def seconds_to_record(run: Path, attempt: FailedAttempt, number: int) -> float:

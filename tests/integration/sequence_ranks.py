@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from worker_runs import SMALL_CONFIG, VOCAB_SIZE
 
 from launcher.errors import ModelError
 from launcher.strategy import Attention
@@ -24,19 +25,8 @@ from launcher.worker.loss import use_chunked_loss
 from launcher.worker.sequence import CutSequences, SequenceGroup
 from launcher.worker.tokenization import IGNORE_INDEX
 
-VOCAB_SIZE = 300
 # Four heads and two key heads: groups of four ranks must copy each key head once.
-SMALL = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "use_cache": False,  # as transformers' trainer sets it
-}
+SMALL = {**SMALL_CONFIG, "use_cache": False}  # as transformers' trainer sets it
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None},

@@ -9,13 +9,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-from fault_chain import WAIT_SECONDS, Place, Process, go_through, saved_step
-from worker_runs import environment
+from fault_chain import Place, go_through_with_sigterm
+from worker_runs import end_tree, environment
 
-from launcher import run_dir as rd
-from launcher.errors import JobFailedError
 from launcher.strategy import ZeroStage
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults, pytest.mark.slow]
@@ -54,26 +51,9 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
     yield Place(folder=tmp_path, backend="local", cluster="{gpus_per_node: 2}", start=start)
     for item in started:
-        if item.popen.poll() is None:
-            for process in psutil.Process(item.popen.pid).children(recursive=True):
-                process.kill()
-            item.popen.kill()
-            item.popen.wait()
+        end_tree(item.popen)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_local_run_goes_through_all_faults(place: Place, stage: ZeroStage) -> None:
-    def stop_and_go_on(process: Process) -> tuple[Process, float]:
-        began = time.time()
-        process.signal(signal.SIGTERM)
-        assert process.wait(timeout=WAIT_SECONDS) == JobFailedError.exit_code, process.output
-        seconds = time.time() - began
-        assert saved_step(place.run) == 5
-        assert rd.read_status(place.run).reason == "SIGTERM: saved after step 5"
-        return place.zerofit("resume", "run"), seconds
-
-    go_through(
-        place, stage, stop_and_go_on=stop_and_go_on,
-        stop_row="SIGTERM to zerofit in a save that takes 12 s",
-        stopped="the save under way is the last; resumed when asked",
-    )  # fmt: skip
+    go_through_with_sigterm(place, stage)

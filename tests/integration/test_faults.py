@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fault_rows import add_row, failed_attempts, losses_of_steps, rows_of_steps, steps_lost
-from worker_runs import Nursery, environment, make_model, write_chats
+from worker_runs import Nursery, end_tree, environment, make_model, write_chats
 
 from launcher import run_dir as rd
 from launcher.dispatch import process_group
@@ -108,11 +108,7 @@ def start(place: Path) -> Iterator[Callable[..., Run]]:
 
     yield run
     for item in started:
-        if item.process.poll() is None:
-            for process in psutil.Process(item.process.pid).children(recursive=True):
-                process.kill()
-            item.process.kill()
-            item.process.wait()
+        end_tree(item.process)
 
 
 def assert_as_if_nothing_had_happened(nursery: Nursery, run: Path) -> None:

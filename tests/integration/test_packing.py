@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from worker_runs import VOCAB_SIZE, Nursery, make_model, small_buckets, write_run
+from worker_runs import SMALL_CONFIG, VOCAB_SIZE, Nursery, make_model, small_buckets, write_run
 
 from launcher.resolve import PACKABLE
 from launcher.worker.batches import PackedRows, RightPadding
@@ -17,17 +17,7 @@ from launcher.worker.tokenization import IGNORE_INDEX
 
 pytestmark = pytest.mark.integration
 
-# Of the architectures in the catalogue, at a size of a few kB.
-_SMALL = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-}
+# Of the architectures in the catalogue.
 _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 8},
@@ -72,7 +62,7 @@ def packed(members: list[dict[str, Any]]) -> dict[str, Any]:
 def small_model(model_type: str, *, attention: str = "sdpa") -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = {**_SMALL, **_ARCHITECTURES[model_type]}
+    settings = {**SMALL_CONFIG, **_ARCHITECTURES[model_type]}
     config = AutoConfig.for_model(model_type, **settings)
     config.use_cache = False  # as transformers' trainer sets it
     torch.manual_seed(0)

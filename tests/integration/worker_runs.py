@@ -14,6 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import psutil
+
 from launcher import run_dir
 from launcher.ds_config import build_ds_config
 from launcher.peaks import RankPeaks, peaks_from_json
@@ -22,6 +24,19 @@ from launcher.recipe import parse_recipe
 from launcher.strategy import Strategy, ZeroKnobs
 
 VOCAB_SIZE = 300
+SMALL_CONFIG: Mapping[str, Any] = MappingProxyType(
+    {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+    }
+)
+"""Of a model of a few kB, whatever its architecture."""
 NUM_STEPS = 8
 """Optimizer steps of the runs that modules share; their 30 examples make epochs of 4."""
 CHAT_TEMPLATE = (
@@ -171,6 +186,15 @@ def environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+
+
+def end_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill a program that still runs, and all that it has started."""
+    if process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+        process.wait()
 
 
 def free_port() -> int:

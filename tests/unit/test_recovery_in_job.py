@@ -15,6 +15,7 @@ from launcher.prepare import prepare
 from launcher.recipe import parse_recipe
 from launcher.recovery.in_job import decide_in_job, main, why_the_ranks_failed
 from launcher.recovery.record import read_failed_attempts
+from launcher.sbatch_parts import JOB_SBATCH
 
 RECIPE = """
 model: {name_or_path: llama3.2-1b, random_weights: true}
@@ -72,7 +73,7 @@ def test_the_next_plan_is_written_into_the_run_directory_of_the_job(run: Path) -
     fail_rank(run)
     write_log(run, "rank 3: CUDA out of memory\n")
     before = json.loads((run / rd.PLAN).read_text())
-    script = (run / rd.JOB_SBATCH).read_text()
+    script = (run / JOB_SBATCH).read_text()
     assert decide_in_job(run, job_id="12") == 0
     after = json.loads((run / rd.PLAN).read_text())
     need, limit = (
@@ -85,7 +86,7 @@ def test_the_next_plan_is_written_into_the_run_directory_of_the_job(run: Path) -
     assert (record.supervisor, record.rank, record.kind) == ("slurm:12", 3, FailureKind.gpu_oom)
     # Slurm writes on into the log that it has opened; the failed rank's file is set aside.
     assert (run / rd.LAUNCHER_LOG).is_file()
-    assert (run / rd.JOB_SBATCH).read_text() == script
+    assert (run / JOB_SBATCH).read_text() == script
     assert (run / "attempts" / "1" / rd.RANKS / "00003.json").is_file()
     assert not (run / rd.RANKS / "00003.json").exists()
 
