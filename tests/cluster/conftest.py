@@ -45,9 +45,7 @@ def cluster(_session_cluster: VirtualCluster) -> Iterator[VirtualCluster]:
 @pytest.fixture
 def slurm(_session_slurm: Slurm, cluster: VirtualCluster) -> Iterator[Slurm]:
     """Slurm on the cluster: slurmctld on head, slurmd on the nodes, no accounting database."""
-    # Hosts may have been booted anew since; their daemons fork after that.
-    _session_slurm.wait_idle()
-    cluster.note_daemons()
+    _session_slurm.wait_idle()  # hosts may have been booted anew since
     yield _session_slurm
     _session_slurm.cancel_all()
     cluster.heal()

@@ -83,9 +83,12 @@ for gpu in $(seq 0 {last_gpu}); do mknod "/run/gpu$gpu" c 1 3; done
 munged --key-file=/etc/munge/munge.key --pid-file=/run/munge/munged.pid \
   --log-file=/run/munge/munged.log --seed-file=/run/munge/munged.seed --num-threads=2
 case $(hostname) in
-  head) slurmctld ;;
-  *) slurmd ;;
+  head) daemon=slurmctld ;;
+  *) daemon=slurmd ;;
 esac
+"$daemon"
+# It forks twice: the process that stays is the one that writes this file.
+until [ -s "/run/slurm/$daemon.pid" ]; do sleep 0.02; done
 """
 
 

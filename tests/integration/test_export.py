@@ -184,6 +184,7 @@ def test_merging_holds_one_file_and_one_layer_of_the_model_in_memory(
     model_bytes, largest_bytes, file_bytes = 6 * 33_554_432, 16_777_216, 36 * 10**6
     run = tmp_path / "run"
     final = run / "checkpoints" / "final"
+    export_module._hand_back_freed_memory()  # before the model, whose memory is free again later
     with torch.device("meta"):
         empty = LlamaForCausalLM(config)
     model = empty.to_empty(device="cpu").to(torch.bfloat16)
@@ -197,7 +198,6 @@ def test_merging_holds_one_file_and_one_layer_of_the_model_in_memory(
     del empty, model, adapted
     small_files = functools.partial(write_merged, file_bytes=file_bytes)
     monkeypatch.setattr(export_logits, "write_merged", small_files)
-    export_module._hand_back_freed_memory()
     with AnonymousMemory() as memory:
         export_run(run, tmp_path / "out", kind="merged")
     merged = tmp_path / "out" / "merged"

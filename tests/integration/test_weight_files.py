@@ -44,11 +44,11 @@ def test_zero_3_saves_with_one_file_of_the_model_on_one_host(
     reloaded = LlamaForCausalLM.from_pretrained(saved).state_dict()
     for name, value in whole_model().state_dict().items():
         assert torch.equal(reloaded[name], value), name
-    # A file, the parts and the whole of the tensor that is gathered, and some of Python's own:
-    # 22 to 27 MB were seen. All of the model would be 134.
+    # A file, and the parts and the whole of the tensor that is gathered, 23 to 25 MB; on the rank
+    # that does not write only the latter, 10 to 11. All of the model would be 134.
     first, second = (json.loads((tmp_path / f"peak-{i}.json").read_text()) for i in (0, 1))
-    assert first < 67_000_000
-    assert second < 33_000_000
+    assert first < 50_000_000
+    assert second < 25_000_000
 
 
 def test_experts_are_saved_under_the_names_that_their_checkpoints_have(tmp_path: Path) -> None:
