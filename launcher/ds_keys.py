@@ -107,7 +107,9 @@ def check_keys(raw: Mapping[str, Any], *, where: str) -> None:
 
 def apply_to_knobs(knobs: ZeroKnobs, raw: Mapping[str, Any]) -> ZeroKnobs:
     """Return the knobs as DeepSpeed will see them once the raw keys are merged in."""
-    zero = raw.get("zero_optimization", {})
+    zero = raw.get("zero_optimization")
+    if not zero:
+        return knobs
     changes: dict[str, Any] = {
         name: zero[name] if isinstance(zero[name], bool) else int(zero[name])
         for name in _KNOBS & set(zero)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,9 +14,12 @@ from launcher.traced_layer import TracedArchitecture
 __all__ = ["ModelSpec", "WeightRole", "WeightSpec", "spec_from_config", "spec_from_facts"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Architecture facts of a causal language model; lengths in tokens, sizes in elements."""
+    """Architecture facts of a causal language model; lengths in tokens, sizes in elements.
+
+    Without slots, for the cached properties: a search asks for them some thousand times.
+    """
 
     name: str
     model_type: str
@@ -48,7 +52,11 @@ class ModelSpec:
     traced: TracedArchitecture | None = None
     """The layer as measured, where the closed form does not know its operations."""
 
-    @property
+    def __hash__(self) -> int:
+        """Hash what tells models apart: to hash every weight takes longer than what is cached."""
+        return hash((self.name, self.hidden_size, self.num_hidden_layers, self.vocab_size))
+
+    @functools.cached_property
     def num_params(self) -> int:
         """Exact parameter count; a tied lm_head is counted once."""
         return sum(weight.num_params for weight in self.weights)
@@ -58,7 +66,7 @@ class ModelSpec:
         """Elements of the largest single parameter tensor."""
         return max(weight.num_elements for weight in self.weights)
 
-    @property
+    @functools.cached_property
     def num_params_per_layer(self) -> int:
         """Parameters of one decoder layer (the mean, where layers differ)."""
         in_layers = sum(weight.num_params for weight in self.weights if weight.in_layer)

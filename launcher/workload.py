@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,12 +34,13 @@ class QuantizationSpec:
     double_quant: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """A model, a training method and a sequence length.
 
     ``max_seq_len`` is in tokens. ``has_padding`` says whether batches carry a mask, of padding
-    or of packed examples' borders (it forces the masked attention path).
+    or of packed examples' borders (it forces the masked attention path). Without slots, for the
+    cached properties.
     """
 
     model: ModelSpec
@@ -52,7 +54,7 @@ class Workload:
     has_random_weights: bool = False
     """The model starts from its configuration alone; this changes how it is loaded."""
 
-    @property
+    @functools.cached_property
     def lora_weights(self) -> tuple[WeightSpec, ...]:
         """The linear weights that carry an adapter, empty for full fine-tuning.
 
@@ -70,7 +72,7 @@ class Workload:
             return tuple(w for w in linears if "attn" in w.name or "attention" in w.name)
         return tuple(w for w in linears if w.module in targets)
 
-    @property
+    @functools.cached_property
     def num_trainable_params(self) -> int:
         """Parameters that get gradients: all of them, or A (r x in) and B (out x r)."""
         if self.method is Method.full:
@@ -79,7 +81,7 @@ class Workload:
         dora = sum(w.shape[0] * w.count for w in self.lora_weights) if self.lora.use_dora else 0
         return self.lora.r * per_rank + dora
 
-    @property
+    @functools.cached_property
     def num_quantized_params(self) -> int:
         """Parameters that bitsandbytes stores quantized: ``nn.Linear`` layers, not lm_head.
 

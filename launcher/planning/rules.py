@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from launcher.hardware import ClusterSpec, GpuSpec
 from launcher.model_spec import ModelSpec
+from launcher.predict.liger_kernels import LIGER_MODEL_TYPES, has_liger_kernels, runs_triton
 from launcher.strategy import (
     Attention,
     Checkpointing,
@@ -19,13 +20,6 @@ from launcher.strategy import (
 from launcher.units import format_bytes
 from launcher.workload import Workload
 
-# liger_kernel 0.8.5 transformers/monkey_patch.py: MODEL_TYPE_TO_APPLY_LIGER_FN.
-LIGER_MODEL_TYPES = frozenset(
-    {
-        "gemma2", "gemma3_text", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3",
-        "qwen3_moe", "smollm3",
-    }
-)  # fmt: skip
 # flash-attention 2 README: "All head dimensions up to 256".
 _LARGEST_FLASH_HEAD_DIM = 256
 METHOD_NAME = {Method.full: "full fine-tuning", Method.lora: "LoRA", Method.qlora: "QLoRA"}
@@ -44,17 +38,9 @@ def default_attention(model: ModelSpec) -> Attention:
 
 def losses_that_work(model: ModelSpec, gpu: GpuSpec, *, has_liger: bool) -> tuple[Loss, ...]:
     """Return the loss implementations to consider, simplest first."""
-    if has_liger and runs_triton(gpu) and model.model_type in LIGER_MODEL_TYPES:
+    if has_liger and has_liger_kernels(model.model_type, gpu):
         return (Loss.full, Loss.liger)
     return (Loss.full, Loss.chunked)
-
-
-def runs_triton(gpu: GpuSpec) -> bool:
-    """Return whether Triton, in which Liger's kernels are written, supports the GPU.
-
-    Source: triton README, "Compatibility": NVIDIA from compute capability 8.0, and AMD.
-    """
-    return gpu.compute_capability is not None and gpu.compute_capability >= (8, 0)
 
 
 def why_impossible(strategy: Strategy, workload: Workload, cluster: ClusterSpec) -> str | None:
@@ -174,13 +160,18 @@ def _kernel_reasons(strategy: Strategy, workload: Workload, gpu: GpuSpec) -> Ite
             )
     if strategy.attention is not Attention.eager and model.attention_softcap:
         yield f"{model.name} caps its attention scores, which only eager attention does: use eager"
-    if (strategy.loss is Loss.liger or strategy.liger_kernels) and not runs_triton(gpu):
+    if strategy.loss is not Loss.liger and not strategy.liger_kernels:
+        return
+    if not runs_triton(gpu):
         yield (
             f"Liger's kernels need Triton, which needs compute capability 8.0; {gpu.name} has "
             "less: use the chunked loss"
         )
-    if strategy.loss is Loss.liger and model.model_type not in LIGER_MODEL_TYPES:
-        yield f"Liger has no kernels for {model.model_type}: use the chunked loss"
+    if model.model_type not in LIGER_MODEL_TYPES:
+        instead = (
+            "use the chunked loss" if strategy.loss is Loss.liger else "leave liger_kernels out"
+        )
+        yield f"Liger has no kernels for {model.model_type}: {instead}"
 
 
 def _optimizer_reasons(

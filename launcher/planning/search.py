@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby, product
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from launcher.ds_keys import apply_to_knobs
 from launcher.hardware import ClusterSpec
@@ -13,7 +13,7 @@ from launcher.planning.ceiling import NO_CEILING, Ceiling
 from launcher.planning.plan import Candidate
 from launcher.planning.rules import default_attention, losses_that_work, why_impossible
 from launcher.predict.attention_kernel import attention_kernel
-from launcher.predict.memory import estimate_memory
+from launcher.predict.memory import MemoryEstimate, estimate_memory
 from launcher.predict.step_time import estimate_time, least_step_seconds
 from launcher.recipe_sections import StrategySection
 from launcher.strategy import (
@@ -38,6 +38,13 @@ TIE_FRACTION = 0.02
 LARGEST_BUCKET_ELEMENTS = 50_000_000
 
 
+class Sized(NamedTuple):
+    """A strategy with its memory; most of what is tried is dropped before its time is asked."""
+
+    strategy: Strategy
+    memory: MemoryEstimate
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpace:
     """What is searched: the workload on the cluster, under the recipe's fixed fields."""
@@ -57,17 +64,55 @@ class SearchSpace:
 
     def weigh(self, shape: Strategy, micro_batch_size: int) -> Candidate:
         """Return a strategy at a micro-batch size with its memory and time."""
+        return self.time(self.size(shape, micro_batch_size))
+
+    def largest_that_fits(self, shape: Strategy, *, smallest: Sized | None = None) -> Candidate:
+        """Return a shape at its largest micro-batch that fits, or at the smallest if none does.
+
+        Memory grows with the micro-batch, with one exception: the last one needs no accumulation,
+        and with it no gradients that wait between micro-steps. So it is tried by itself first.
+
+        Args:
+            shape: what is taken at any micro-batch.
+            smallest: the shape at the smallest micro-batch, where that is known already.
+        """
+        sizes = self.micro_batch_sizes
+        last = smallest if smallest and len(sizes) == 1 else self.size(shape, sizes[-1])
+        if len(sizes) == 1 or self.admits(last.memory):
+            return self.time(last)
+        found = smallest or self.size(shape, sizes[0])
+        fits = self.admits(found.memory)
+        low, high = 0, len(sizes) - 1
+        while fits and high - low > 1:
+            middle = (low + high) // 2
+            sized = self.size(shape, sizes[middle])
+            if self.admits(sized.memory):
+                low, found = middle, sized
+            else:
+                high = middle
+        return self.time(found)
+
+    def size(self, shape: Strategy, micro_batch_size: int) -> Sized:
+        """Return a strategy at a micro-batch size with its memory alone."""
         strategy = self.at(shape, micro_batch_size)
         memory = estimate_memory(self.workload, strategy, self.cluster)
+        return Sized(strategy, memory)
+
+    def admits(self, memory: MemoryEstimate) -> bool:
+        """Return whether a rank, its node and the ceiling have room for that."""
+        return (
+            memory.device_used_bytes <= self.limit_bytes
+            and memory.host_bytes_per_node <= self.cluster.host_memory_bytes
+            and self.ceiling.admits(memory)
+        )
+
+    def time(self, sized: Sized) -> Candidate:
+        """Return the candidate with its time, too."""
         return Candidate(
-            strategy=strategy,
-            memory=memory,
-            time=estimate_time(self.workload, strategy, self.cluster),
-            fits=(
-                memory.device_used_bytes <= self.limit_bytes
-                and memory.host_bytes_per_node <= self.cluster.host_memory_bytes
-                and self.ceiling.admits(memory)
-            ),
+            strategy=sized.strategy,
+            memory=sized.memory,
+            time=estimate_time(self.workload, sized.strategy, self.cluster),
+            fits=self.admits(sized.memory),
         )
 
     def at(self, shape: Strategy, micro_batch_size: int) -> Strategy:
@@ -138,15 +183,15 @@ def _kinds_that_work(space: SearchSpace) -> tuple[list[_Bounded], dict[Strategy,
 def _weigh_kind(space: SearchSpace, variants: _Bounded) -> list[Candidate]:
     """Return the variants of one kind that matter, each at its best micro-batch."""
     frugal = min((shape for _, shape in variants), key=_appetite)
-    probe = space.weigh(frugal, space.micro_batch_sizes[0])
+    probe = space.size(frugal, space.micro_batch_sizes[0])
     if _is_hopeless(space, probe):
-        return [probe]
+        return [space.time(probe)]
     weighed: list[Candidate] = []
     best_seconds = float("inf")
     for bound, shape in variants:
         if bound > best_seconds * (1 + TIE_FRACTION):
             break
-        candidate = largest_that_fits(space, shape)
+        candidate = space.largest_that_fits(shape, smallest=probe if shape is frugal else None)
         weighed.append(candidate)
         if candidate.fits:
             best_seconds = min(best_seconds, candidate.time.step_seconds)
@@ -159,7 +204,7 @@ def _appetite(shape: Strategy) -> tuple[bool, bool, int]:
     return (shape.loss is Loss.full, bool(zero.overlap_comm), zero.stage3_max_live_parameters)
 
 
-def _is_hopeless(space: SearchSpace, probe: Candidate) -> bool:
+def _is_hopeless(space: SearchSpace, probe: Sized) -> bool:
     """Return whether no variant of the kind can fit, given its most frugal at the least batch.
 
     A tenth above the limit leaves room for a variant that is more frugal after all, and the
@@ -178,7 +223,7 @@ def anything_fits(space: SearchSpace) -> bool:
     smallest, last = space.micro_batch_sizes[0], space.micro_batch_sizes[-1]
     for shape in reversed(tuple(all_shapes(space))):
         if why_impossible(shape, space.workload, space.cluster) is None and any(
-            space.weigh(shape, size).fits for size in {smallest, last}
+            space.admits(space.size(shape, size).memory) for size in {smallest, last}
         ):
             return True
     return False
@@ -189,9 +234,9 @@ def smaller_micro_batches(space: SearchSpace, candidate: Candidate) -> Iterator[
     for size in space.micro_batch_sizes:
         if size >= candidate.strategy.micro_batch_size_per_gpu:
             return
-        smaller = space.weigh(candidate.strategy, size)
-        if smaller.fits:
-            yield smaller
+        smaller = space.size(candidate.strategy, size)
+        if space.admits(smaller.memory):
+            yield space.time(smaller)
 
 
 def kind(strategy: Strategy) -> tuple[ZeroStage, Offload, Offload, Checkpointing, int]:
@@ -209,28 +254,6 @@ def divisors(number: int) -> tuple[int, ...]:
     """Return the divisors of a positive number, ascending."""
     low = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     return tuple(sorted({*low, *(number // d for d in low)}))
-
-
-def largest_that_fits(space: SearchSpace, shape: Strategy) -> Candidate:
-    """Return a shape at its largest micro-batch that fits, or at the smallest if none does.
-
-    Memory grows with the micro-batch, with one exception: the last one needs no accumulation,
-    and with it no gradients that wait between micro-steps. So it is tried by itself first.
-    """
-    sizes: Sequence[int] = space.micro_batch_sizes
-    last = space.weigh(shape, sizes[-1])
-    if last.fits or len(sizes) == 1:
-        return last
-    found = space.weigh(shape, sizes[0])
-    low, high = 0, len(sizes) - 1
-    while found.fits and high - low > 1:
-        middle = (low + high) // 2
-        candidate = space.weigh(shape, sizes[middle])
-        if candidate.fits:
-            low, found = middle, candidate
-        else:
-            high = middle
-    return found
 
 
 def all_shapes(space: SearchSpace) -> Iterator[Strategy]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from launcher.planning.plan import Candidate
 from launcher.planning.rules import why_impossible, why_not_shared
-from launcher.planning.search import SearchSpace, all_shapes, divisors, largest_that_fits
+from launcher.planning.search import SearchSpace, all_shapes, divisors
 from launcher.predict.step_time import least_step_seconds
 from launcher.strategy import Attention, Checkpointing, Loss, Offload, Strategy
 
@@ -56,7 +56,8 @@ def can_fit_shared(space: SearchSpace) -> bool:
         return False
     sharing = shared_by(space, most)
     return any(
-        sharing.weigh(shape, sharing.micro_batch_sizes[0]).fits for shape in _frugal(sharing)
+        sharing.admits(sharing.size(shape, sharing.micro_batch_sizes[0]).memory)
+        for shape in _frugal(sharing)
     )
 
 
@@ -135,7 +136,7 @@ def _fastest_that_fits(
     for bound, shape in sorted(bounded, key=lambda item: item[0]):
         if bound > limit_seconds:
             break
-        candidate = largest_that_fits(space, shape)
+        candidate = space.largest_that_fits(shape)
         if candidate.fits and candidate.time.step_seconds <= limit_seconds:
             found, limit_seconds = candidate, candidate.time.step_seconds
     return found

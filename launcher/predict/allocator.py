@@ -154,11 +154,10 @@ def _stream_pools_bytes(
     for name, parts in phases.items():
         # The optimizer takes its norms on the main stream.
         apart = reducing if name != "step" else reducing & {OVERFLOW}
-        aside = apart & parts.keys()
-        gathered = max(gathered, parts.get(GATHERED, 0))
-        reduced = max(reduced, sum(parts[part] for part in aside))
-        rest = (size for part, size in parts.items() if part not in {*aside, GATHERED})
-        compute = max(compute, sum(rest))
+        gathered_here = parts.get(GATHERED, 0)
+        reduced_here = sum(parts.get(part, 0) for part in apart)
+        gathered, reduced = max(gathered, gathered_here), max(reduced, reduced_here)
+        compute = max(compute, sum(parts.values()) - gathered_here - reduced_here)
     waiting = 0
     if gathered:
         waiting = calibration.gathers_in_flight * 2 * strategy.zero.stage3_prefetch_bucket_size

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from launcher.hardware import ClusterSpec
 from launcher.predict.compute_cost import MicroStepWork
-from launcher.strategy import Strategy
 
 _ON_HOST = frozenset({"host", "zero3_hooks"})
 _ON_DEVICE = frozenset({"matmul", "attention", "memory_traffic", "communication"})
@@ -18,7 +17,9 @@ _ADVICE: Mapping[str, str] = {
     "recompute": "matrix products, a third of them recomputed: turn checkpointing off if it fits",
     "attention": "attention over long sequences: FlashAttention and sequence parallelism help",
     "memory_traffic": "memory traffic of small kernels: enable Liger kernels",
-    "fused_traffic": "memory traffic of small kernels: faster memory, or fewer LoRA modules",
+    "other_traffic": "memory traffic of small kernels: faster memory helps",
+    "other_traffic_of_adapters": "memory traffic of small kernels: faster memory, or fewer LoRA "
+    "modules",
     "host": "launch overhead: raise the micro-batch or pack sequences (Python starts work more "
     "slowly than the device does it)",
     "zero3_hooks": "ZeRO-3's work on every module: use ZeRO-2 if it fits, or raise the micro-batch",
@@ -34,14 +35,29 @@ _ADVICE: Mapping[str, str] = {
 
 
 def what_bounds(
-    components: Mapping[str, float], work: MicroStepWork, strategy: Strategy, cluster: ClusterSpec
+    components: Mapping[str, float],
+    work: MicroStepWork,
+    cluster: ClusterSpec,
+    *,
+    can_fuse: bool,
 ) -> str:
-    """Return what to change first, in words, from the seconds of a step's parts."""
-    return _ADVICE[_bottleneck(components, work, strategy, cluster)]
+    """Return what to change first, in words, from the seconds of a step's parts.
+
+    Args:
+        components: seconds of each part.
+        work: says whether adapters are trained, and layers computed twice.
+        cluster: whether a network lies between the ranks.
+        can_fuse: Liger has kernels for the model on this GPU, and they are not in use.
+    """
+    return _ADVICE[_bottleneck(components, work, cluster, can_fuse=can_fuse)]
 
 
 def _bottleneck(
-    components: Mapping[str, float], work: MicroStepWork, strategy: Strategy, cluster: ClusterSpec
+    components: Mapping[str, float],
+    work: MicroStepWork,
+    cluster: ClusterSpec,
+    *,
+    can_fuse: bool,
 ) -> str:
     """Return the largest part's key; host and GPU work side by side, so the slower's."""
     host = sum(components[name] for name in _ON_HOST)
@@ -53,6 +69,6 @@ def _bottleneck(
         return "network_of_adapters" if has_adapters else "network"
     if largest == "communication" and has_adapters:
         return "communication_of_adapters"
-    if largest == "memory_traffic" and (strategy.liger_kernels or cluster.gpu.device_type == "cpu"):
-        return "fused_traffic"
+    if largest == "memory_traffic" and not can_fuse:
+        return "other_traffic_of_adapters" if has_adapters else "other_traffic"
     return "recompute" if largest == "matmul" and work.num_passes == 3 else largest

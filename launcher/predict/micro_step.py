@@ -45,6 +45,8 @@ class MicroStep:
         self.buckets = zero.bucket_bytes()
         self.reduces = zero.reduces_in_backward
         self.carries = CARRIED in resident
+        tied = zero.counts.embedding if zero.counts.is_head_tied else 0
+        self.tied_head_bytes = float(zero.trained_width * tied)
 
     def _base(self) -> Components:
         found = dict(self.resident)
@@ -199,8 +201,8 @@ class MicroStep:
         has_buckets = not is_first or so_far > 0 or moment.is_parameter_done
         if has_buckets and self.buckets:
             found[BUCKETS] = self.buckets
-        if zero.counts.is_head_tied and zero.counts.embedding:
-            found[PENDING] = float(zero.trained_width * zero.counts.embedding)
+        if self.tied_head_bytes:
+            found[PENDING] = self.tied_head_bytes
         if not self.reduces:
             # Gradients carried from an earlier micro-step are added to in place.
             alive = new if self.carries else so_far + new

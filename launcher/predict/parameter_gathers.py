@@ -44,6 +44,7 @@ class GatheredBytes:
     """By all of them together."""
 
 
+@functools.lru_cache(maxsize=512)
 def gathered_bytes(
     setting: CallSetting,
     knobs: ZeroKnobs,

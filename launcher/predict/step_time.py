@@ -14,6 +14,7 @@ from launcher.predict.compute_cost import (
     micro_step_work,
     weight_totals,
 )
+from launcher.predict.liger_kernels import has_liger_kernels
 from launcher.predict.site_constants import time_constants
 from launcher.predict.time_calibration import TimeCalibration
 from launcher.predict.zero_runtime import zero_runtime
@@ -78,12 +79,25 @@ def estimate_time(
     Returns:
         Seconds, tokens (padding included) per second per GPU, MFU (0-1), and the bottleneck.
     """
-    return _estimate(
-        workload,
-        strategy,
-        cluster,
-        calibration or time_constants(cluster),
-        _gathers(workload, strategy, cluster.world_size),
+    constants = calibration or time_constants(cluster)
+    work = micro_step_work(workload, strategy, constants, gpu=cluster.gpu)
+    gathers = _gathers(workload, strategy, cluster.world_size)
+    step_seconds, components = _step_seconds(
+        work, workload, strategy, cluster, constants, gathers=gathers
+    )
+    steps = strategy.gradient_accumulation_steps
+    return TimeEstimate(
+        step_seconds=step_seconds,
+        components=components,
+        tokens_per_second_per_gpu=steps * work.tokens / step_seconds,
+        mfu=steps * work.model_flops / (step_seconds * cluster.gpu.matmul_flops_per_s),
+        bound_by=what_bounds(
+            components,
+            work,
+            cluster,
+            can_fuse=not strategy.liger_kernels
+            and has_liger_kernels(workload.model.model_type, cluster.gpu),
+        ),
     )
 
 
@@ -96,18 +110,21 @@ def least_step_seconds(workload: Workload, strategy: Strategy, cluster: ClusterS
     once = _NO_GATHERS
     if strategy.zero_stage == 3:
         once = _Gathers(count=0, total_bytes=_stored_bytes(workload, weight_totals(workload)))
-    return _estimate(workload, strategy, cluster, time_constants(cluster), once).step_seconds
+    constants = time_constants(cluster)
+    work = micro_step_work(workload, strategy, constants, gpu=cluster.gpu)
+    return _step_seconds(work, workload, strategy, cluster, constants, gathers=once)[0]
 
 
-def _estimate(
+def _step_seconds(
+    work: MicroStepWork,
     workload: Workload,
     strategy: Strategy,
     cluster: ClusterSpec,
     calibration: TimeCalibration,
+    *,
     gathers: _Gathers,
-) -> TimeEstimate:
-    gpu, totals = cluster.gpu, weight_totals(workload)
-    work = micro_step_work(workload, strategy, calibration, gpu=gpu)
+) -> tuple[float, dict[str, float]]:
+    """Return the seconds of a step, and those of each part."""
     compute = _compute_seconds(work, workload, cluster, calibration)
     host, hooks = _host_seconds(work, strategy, calibration, num_gathers=gathers.count)
     links = _communication(
@@ -120,9 +137,9 @@ def _estimate(
         calibration.overlap_fraction if strategy.zero.overlaps(strategy.zero_stage) else 0.0,
     )
     # On a processor the same cores start the operations and run them: the times add up.
-    power = 1.0 if gpu.device_type == "cpu" else calibration.bottleneck_exponent
+    power = 1.0 if cluster.gpu.device_type == "cpu" else calibration.bottleneck_exponent
     micro = ((host + hooks) ** power + device**power) ** (1 / power) + copies.micro_seconds
-    optimizer = _optimizer_seconds(strategy, cluster, calibration, totals)
+    optimizer = _optimizer_seconds(strategy, cluster, calibration, weight_totals(workload))
     steps = strategy.gradient_accumulation_steps
     step_seconds = (
         steps * micro + links.boundary_seconds + copies.boundary_seconds + sum(optimizer.values())
@@ -135,13 +152,7 @@ def _estimate(
         "offload_copies": steps * copies.micro_seconds + copies.boundary_seconds,
         **optimizer,
     }
-    return TimeEstimate(
-        step_seconds=step_seconds,
-        components=components,
-        tokens_per_second_per_gpu=steps * work.tokens / step_seconds,
-        mfu=steps * work.model_flops / (step_seconds * gpu.matmul_flops_per_s),
-        bound_by=what_bounds(components, work, strategy, cluster),
-    )
+    return step_seconds, components
 
 
 def speedup_over_one_node(
@@ -203,6 +214,8 @@ def _compute_seconds(
 
 
 def _gathers(workload: Workload, strategy: Strategy, world_size: int) -> _Gathers:
+    if strategy.zero_stage != 3:
+        return _NO_GATHERS
     runtime = zero_runtime(workload, strategy, world_size=world_size)
     if not runtime.gathers:
         return _NO_GATHERS

@@ -18,7 +18,7 @@ from launcher.predict.components import (
     PARAMETERS,
     QUANTIZED,
 )
-from launcher.predict.module_calls import CallSetting, call_setting
+from launcher.predict.module_calls import call_setting
 from launcher.predict.parameter_counts import ParameterCounts, count_parameters
 from launcher.predict.parameter_gathers import NOTHING_GATHERED, GatheredBytes, gathered_bytes
 from launcher.strategy import Method, Offload, Optimizer, Precision, Strategy
@@ -37,8 +37,8 @@ class ZeroRuntime:
     Without slots, for the cached properties: a plan asks for them some thousand times.
     """
 
+    workload: Workload
     counts: ParameterCounts
-    calls: CallSetting
     strategy: Strategy
     world_size: int
     is_full: bool
@@ -122,7 +122,7 @@ class ZeroRuntime:
         if not self.gathers:
             return NOTHING_GATHERED
         return gathered_bytes(
-            self.calls,
+            call_setting(self.workload, self.strategy),
             self.strategy.zero,
             element_bytes=self.width,
             world_size=self.world_size,
@@ -257,8 +257,8 @@ def zero_runtime(workload: Workload, strategy: Strategy, *, world_size: int) -> 
     is_full = workload.method is Method.full
     accumulation = strategy.grad_accum_dtype
     return ZeroRuntime(
+        workload=workload,
         counts=count_parameters(workload),
-        calls=call_setting(workload, strategy),
         strategy=strategy,
         world_size=world_size,
         is_full=is_full,

@@ -112,7 +112,9 @@ def test_liger_is_refused_on_a_processor_on_v100_and_for_unknown_architectures()
     small = workload("smollm2-135m", place=place)
     assert "Triton" in reason(liger, small, place)
     assert "Triton" in reason(liger, place=cluster("V100-32GB"))
-    assert "no kernels for falcon" in reason(liger, workload("falcon-7b"))
+    assert "no kernels for falcon: use" in reason(liger, workload("falcon-7b"))
+    modules_alone = Strategy(zero_stage=2, liger_kernels=True)
+    assert "leave liger_kernels out" in reason(modules_alone, workload("falcon-7b"))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

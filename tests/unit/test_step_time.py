@@ -486,6 +486,16 @@ def test_advice_never_asks_for_kernels_that_are_already_in_use() -> None:
     assert "Liger" not in fused
 
 
+# Falcon: not in liger_kernel 0.8.5's MODEL_TYPE_TO_APPLY_LIGER_FN. V100: Triton needs 8.0.
+@pytest.mark.parametrize(("name", "gpu"), [("falcon-7b", "A100-80GB"), ("llama2-7b", "V100-32GB")])
+def test_liger_is_advised_only_where_it_has_kernels(name: str, gpu: str) -> None:
+    eager = Strategy(zero_stage=2, attention=Attention.eager)
+    workload = replace(job(name, Method.full, 8192), precision=Precision.fp16)
+    cluster = default_cluster(find_gpu(gpu), gpus_per_node=1)
+    advice = estimate_time(workload, eager, cluster).bound_by
+    assert advice == "memory traffic of small kernels: faster memory helps"
+
+
 def test_calibration_can_be_replaced_by_gpu_name() -> None:
     cluster = default_cluster(find_gpu("H100"), gpus_per_node=1)
     workload = job("llama3-8b", Method.lora, 8192)
