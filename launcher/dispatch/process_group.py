@@ -13,8 +13,9 @@ import psutil
 
 from launcher.job_script import RUN_ID_VARIABLE
 
-# Enough for a handler that writes one small file; with the rest everything must be gone in 10 s.
-TERM_GRACE_SECONDS = 5.0
+# Enough for a handler that writes one small file. With what a watch waits for before, SIGKILL is
+# sent so early that all is gone within 10 s; tests/unit/test_stopping.py adds it up.
+TERM_GRACE_SECONDS = 2.5
 KILL_GRACE_SECONDS = 3.0
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  where POSIX shared memory is on Linux
 

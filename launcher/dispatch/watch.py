@@ -31,8 +31,9 @@ POLL_SECONDS = 0.2
 # Looking for failures reads every rank's file.
 SCAN_SECONDS = 1.0
 # After a failure DeepSpeed waits 30 s for ranks that ignore SIGTERM (launcher/launch.py,
-# terminate_process_tree), and for ever when its own children were not told.
-FAILURE_LINGER_SECONDS = 6.0
+# terminate_process_tree), and for ever when its own children were not told. Ranks that hang
+# together notice within two ticks of their watchdogs, and each of them shall say so.
+FAILURE_LINGER_SECONDS = 4.0
 # When all ranks have ended well, its two processes need some seconds to end on a busy machine.
 END_LINGER_SECONDS = 30.0
 CANCELLED = "stopped by zerofit cancel"

@@ -24,7 +24,9 @@ from worker_runs import make_model_with_nan
 from launcher import run_dir as rd
 from launcher.errors import JobFailedError
 from launcher.failure_kind import FailureKind
+from launcher.post_mortem import post_mortem_file
 from launcher.recovery.record import FailedAttempt, read_failed_attempts
+from launcher.resume import ATTEMPTS
 from launcher.run_checkpoints import newest_checkpoint
 from launcher.strategy import ZeroStage
 
@@ -33,6 +35,9 @@ GLOBAL_BATCH_SIZE = 8
 NUM_EXAMPLES = NUM_STEPS * GLOBAL_BATCH_SIZE
 SEED = 42
 WAIT_SECONDS = 600.0  # for machines that do much else
+GONE_WITHIN_SECONDS = 30.0
+"""From a rank's post-mortem to the record of it, which is written when all others are gone. 10 s
+are promised (tests/unit/test_stopping.py adds up the waits); here a machine may do much else."""
 FAULTS = (
     "kill:forward:step=2:rank=1",
     "hang:backward:step=3:rank=0",
@@ -174,12 +179,14 @@ def go_through(
         result = "resumed with another plan" if attempt.changes else "resumed"
         keep(name, seconds_to_record(run, attempt, number), result)
     assert first[2].changes["micro_batch_size_per_gpu"] == (4, 2)
+    _check_that_others_were_gone(first[2], run / ATTEMPTS / "3")
 
     process, seconds = stop_and_go_on(process)
     keep(stop_row, seconds, stopped)
 
     assert process.wait(timeout=WAIT_SECONDS) == JobFailedError.exit_code, process.output
     ended = _last_attempt(run, FailureKind.host_oom, process)
+    _check_that_others_were_gone(ended, run)
     kinds = [attempt.kind for attempt in read_failed_attempts(run)]
     assert kinds.count(FailureKind.hang) == 1
     keep(SLOW_SAVE, None, "the checkpoint is whole; training goes on")
@@ -227,6 +234,12 @@ def seconds_to_record(run: Path, attempt: FailedAttempt, number: int) -> float:
 
 def _seconds_after(attempt: FailedAttempt, struck_at: float) -> float:
     return datetime.fromisoformat(attempt.failed_at).timestamp() - struck_at
+
+
+def _check_that_others_were_gone(attempt: FailedAttempt, folder: Path) -> None:
+    assert attempt.rank is not None
+    said_at = post_mortem_file(folder, attempt.rank).stat().st_mtime
+    assert _seconds_after(attempt, said_at) < GONE_WITHIN_SECONDS
 
 
 def _last_attempt(run: Path, kind: FailureKind, process: Process) -> FailedAttempt:

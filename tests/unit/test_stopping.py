@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from launcher import run_dir as rd
+from launcher.dispatch.host_guard import POLL_SECONDS
 from launcher.dispatch.interruptions import Interruptions
+from launcher.dispatch.process_group import TERM_GRACE_SECONDS
 from launcher.dispatch.stopping import SHORTEST_GRACE_SECONDS, Stopping, grace_seconds
+from launcher.dispatch.watch import FAILURE_LINGER_SECONDS, SCAN_SECONDS
 from launcher.peaks import PhasePeaks, RankPeaks, peaks_to_json
 from launcher.stop_file import STOP_FILE, ask_to_stop, clear_stop, is_asked_to_stop, stop_reason
 
@@ -126,3 +129,11 @@ def test_a_request_says_who_asks_until_it_is_forgotten(tmp_path: Path) -> None:
     clear_stop(tmp_path)
     assert not is_asked_to_stop(tmp_path)
     assert not is_asked_to_stop(tmp_path / "vanished")
+
+
+def test_eight_seconds_after_a_rank_s_last_word_at_most_the_others_get_sigkill() -> None:
+    """All shall be gone after ten, which leaves the kernel two to take back their memory."""
+    until_it_is_read, until_sigterm, on_another_host = (
+        SCAN_SECONDS, FAILURE_LINGER_SECONDS, POLL_SECONDS
+    )  # fmt: skip
+    assert until_it_is_read + until_sigterm + on_another_host + TERM_GRACE_SECONDS <= 8
