@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from launcher.allocation import Allocation
 from launcher.dispatch import slurm_commands as slurm
 from launcher.dispatch.base import JobHandle
+from launcher.dispatch.failure import DeadRank, LostHost
 from launcher.dispatch.interruptions import Interruptions
 from launcher.dispatch.local import LocalBackend
+from launcher.dispatch.rank_watch import RankWatch
 from launcher.dispatch.slurm import SlurmBackend
-from launcher.errors import SetupError
+from launcher.dispatch.slurm_failure import describe_slurm_failure
+from launcher.dispatch.slurm_nodes import SlurmNodes
+from launcher.dispatch.watch import watch
+from launcher.errors import JobFailedError, SetupError
 from launcher.job_script import JobRequest
 from launcher.planning.plan import Plan
 from launcher.recipe_sections import SlurmSection
@@ -80,11 +88,58 @@ class AllocationBackend(LocalBackend):
             JobFailedError: it did not finish.
             JobInterruptedError: a signal ended it.
         """
-        try:
-            super().wait(handle, interruptions=interruptions, console=console)
-        finally:
+        assert self._process is not None, "wait() follows submit()"
+        with closing(SlurmNodes(run_dir=handle.run_dir)) as nodes:
+            ranks = _RanksOnNodes(
+                run_id=handle.run_id,
+                session_id=handle.session_id,
+                nodes=nodes,
+                slurm_job=self.allocation.job_id,
+            )
             try:
-                # Ranks on other hosts outlive an srun that was killed.
-                slurm.cancel(self.allocation.job_id, step_name=step_name(self.run_id))
-            except slurm.ControllerError as error:
-                _log.error("cannot see whether ranks are left on other hosts: %s", error)
+                watch(
+                    self._process,
+                    handle,
+                    ranks,
+                    interruptions=interruptions,
+                    console=console,
+                    describe=partial(self._describe, nodes),
+                )
+            finally:
+                try:
+                    # Ranks on other hosts outlive an srun that was killed.
+                    slurm.cancel(self.allocation.job_id, step_name=step_name(self.run_id))
+                except slurm.ControllerError as error:
+                    _log.error("cannot see whether ranks are left on other hosts: %s", error)
+
+    def _describe(
+        self,
+        nodes: SlurmNodes,
+        run_dir: Path,
+        *,
+        exit_code: int | None,  # noqa: ARG002  srun's, whose message says more
+        dead_ranks: Iterable[DeadRank],  # noqa: ARG002  seen on this host alone; srun names all
+        lost_hosts: Sequence[LostHost],
+    ) -> JobFailedError:
+        """Return why the ranks ended."""
+        job_id = self.allocation.job_id
+        state = slurm.SlurmJobState(job_id=job_id, state="RUNNING", reason="", nodes="")
+        try:
+            state = slurm.ask([job_id]).get(job_id, state)
+        except slurm.ControllerError as error:
+            _log.error("Slurm does not answer: %s", error.problem)
+        return describe_slurm_failure(run_dir, state, lost_hosts=lost_hosts or nodes.settle())
+
+
+@dataclass(kw_only=True)
+class _RanksOnNodes(RankWatch):
+    """The ranks that run on this host, and which of the allocation's nodes are lost."""
+
+    nodes: SlurmNodes
+    slurm_job: str
+
+    def look(self) -> None:
+        """Note what has changed since the last look."""
+        super().look()
+        self.nodes.look(time.monotonic(), self.slurm_job)
+        self.lost.extend(self.nodes.lost)

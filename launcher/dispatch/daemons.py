@@ -56,6 +56,11 @@ class Daemons:
         self.close()
         return True
 
+    @property
+    def is_asking(self) -> bool:
+        """Whether an answer is awaited."""
+        return self._process is not None
+
     def close(self) -> None:
         """End what is still being asked."""
         if self._process is not None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from launcher import run_dir as rd
 from launcher.dispatch import slurm_commands as slurm
-from launcher.dispatch.failure import describe_failure, is_consequence, read_failures
+from launcher.dispatch.failure import (
+    LostHost,
+    describe_failure,
+    is_consequence,
+    read_failures,
+)
 from launcher.dispatch.rank_lines import tail
 from launcher.errors import JobFailedError
 from launcher.failure_kind import FailureKind
@@ -47,8 +53,16 @@ _TOLD_TO_STOP = re.compile(r"Terminated|exit code 143")
 _KILLED = "Killed"
 
 
-def describe_slurm_failure(run_dir: Path, state: slurm.SlurmJobState) -> JobFailedError:
-    """Return the error for a job that has ended in ``state`` without finishing the run."""
+def describe_slurm_failure(
+    run_dir: Path, state: slurm.SlurmJobState, *, lost_hosts: Sequence[LostHost] = ()
+) -> JobFailedError:
+    """Return the error for ranks that have ended without finishing the run.
+
+    Args:
+        run_dir: the run's directory.
+        state: the job's; somebody's allocation may go on.
+        lost_hosts: nodes that Slurm may not know to be lost.
+    """
     log = tail(run_dir)
     early = _bad_nodes(run_dir)
     if state.state in BY_SLURM:
@@ -56,8 +70,8 @@ def describe_slurm_failure(run_dir: Path, state: slurm.SlurmJobState) -> JobFail
     if early is not None:
         return early
     failures = read_failures(run_dir)
-    if failures and not is_consequence(failures[0]):
-        return describe_failure(run_dir, exit_code=None)
+    if lost_hosts or (failures and not is_consequence(failures[0])):
+        return describe_failure(run_dir, exit_code=None, lost_hosts=lost_hosts)
     where = str(run_dir / rd.LAUNCHER_LOG)
     lost = _lost_nodes(state, log)
     if lost:
@@ -80,7 +94,9 @@ def describe_slurm_failure(run_dir: Path, state: slurm.SlurmJobState) -> JobFail
         return describe_failure(run_dir, exit_code=None)
     said = [match[1] for line in log if (match := _SRUN_ERROR.search(line))] or log[-1:]
     problem = f"job {state.job_id} ended as {state.state} ({state.reason or 'no reason given'})"
-    if state.state == "COMPLETED":
+    if not state.has_ended:
+        problem = f"the ranks in job {state.job_id} ended and the run is not marked as finished"
+    elif state.state == "COMPLETED":
         problem = f"job {state.job_id} ended and the run is not marked as finished"
     return JobFailedError(
         problem + (f": {said[-1].strip()}" if said else ""),

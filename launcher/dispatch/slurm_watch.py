@@ -6,22 +6,21 @@ import contextlib
 import logging
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from launcher import run_dir as rd
 from launcher.dispatch import slurm_commands as slurm
 from launcher.dispatch.base import InterruptionError, JobHandle, JobInterruptedError, read_handle
-from launcher.dispatch.daemons import Daemons
 from launcher.dispatch.failure import read_failures
 from launcher.dispatch.interruptions import Interruptions
-from launcher.dispatch.silent_hosts import SilentHosts
 from launcher.dispatch.slurm_failure import (
     BY_SLURM,
     describe_slurm_failure,
     describe_unknown_end,
 )
+from launcher.dispatch.slurm_nodes import SlurmNodes
 from launcher.dispatch.watch import LogRelay
 from launcher.errors import JobFailedError, RunDirError
 
@@ -35,11 +34,6 @@ _LATER_AFTER_SECONDS = 60.0
 SECOND_CTRL_C_SECONDS = 2.0
 # When rank 0 has marked the run as finished, or ranks have failed, and Slurm cannot be asked.
 WITHOUT_SLURM_SECONDS = 10.0
-SILENT = (
-    "has fallen silent while other hosts are heard of: it may be lost, which Slurm says only after "
-    "its own time-out"
-)
-SLURM_WAITS = "should it stay away for SlurmdTimeout, Slurm ends the job"
 # Slurm can list a job some moments after it has taken it.
 _UNKNOWN_SECONDS = 10.0
 
@@ -78,6 +72,12 @@ class _Watch:
                 self._note(found, now)
         self.asked = time.monotonic()
 
+    @property
+    def running_job(self) -> str | None:
+        """The job's number while it runs."""
+        is_running = self.state is not None and self.state.state == "RUNNING"
+        return self.handle.job_id if is_running else None
+
     def _note(self, found: slurm.SlurmJobState, now: float) -> None:
         was_running = self.state is not None and self.state.state in slurm.ACTIVE
         if self.state is None or found.state != self.state.state:
@@ -92,50 +92,6 @@ class _Watch:
         if said and said != self.said:
             self.said = said
             _log.warning("%s", said)
-
-
-@dataclass(kw_only=True)
-class _Nodes:
-    """Says which nodes of a running job give no sign of life, long before Slurm does."""
-
-    run_dir: Path
-    _hosts: SilentHosts = field(init=False)
-    _daemons: Daemons | None = None
-    _said: frozenset[str] = frozenset()
-    _looked: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._hosts = SilentHosts(run_dir=self.run_dir)
-
-    def look(self, now: float, state: slurm.SlurmJobState | None) -> None:
-        """Look at the nodes if the job runs, and say what has changed."""
-        if state is None or state.state != "RUNNING":
-            self.close()
-            return
-        if now - self._looked > ASK_SECONDS:
-            self._looked = now
-            for host in self._hosts.look():
-                _log.error("%s %s", host, SILENT)
-        if self._daemons is None or self._daemons.job_id != state.job_id:
-            self.close()
-            self._daemons = Daemons(job_id=state.job_id)
-        if not self._daemons.look(now):
-            return
-        silent = self._daemons.silent
-        for node in sorted(silent - self._said):
-            heard = self._hosts.heard_seconds_ago(node)
-            ranks = "" if heard is None else f"; its ranks were heard of {heard:.0f} s ago"
-            _log.error("slurmd on %s does not answer%s; %s", node, ranks, SLURM_WAITS)
-        for node in sorted(self._said - silent):
-            _log.warning("slurmd on %s answers again", node)
-        self._said = silent
-
-    def close(self) -> None:
-        """Ask no longer."""
-        if self._daemons is not None:
-            self._daemons.close()
-            self._daemons = None
-            self._said = frozenset()
 
 
 def describe_reason(state: slurm.SlurmJobState) -> str:
@@ -154,20 +110,22 @@ def watch_job(handle: JobHandle, *, interruptions: Interruptions, console: Binar
     """
     relay = LogRelay(path=handle.run_dir / rd.LAUNCHER_LOG, console=console)
     watch = _Watch(handle=handle, changed=time.monotonic())
-    with contextlib.closing(_Nodes(run_dir=handle.run_dir)) as nodes:
+    with contextlib.closing(SlurmNodes(run_dir=handle.run_dir)) as nodes:
         watch = _follow(watch, nodes, relay, interruptions)
     relay.finish()
     conclude(watch.handle, watch.state if watch.unreachable_since is None else None)
 
 
-def _follow(watch: _Watch, nodes: _Nodes, relay: LogRelay, interruptions: Interruptions) -> _Watch:
+def _follow(
+    watch: _Watch, nodes: SlurmNodes, relay: LogRelay, interruptions: Interruptions
+) -> _Watch:
     """Return what is known of the run's last job when it has ended."""
     while True:
         if interruptions.received:
             _leave(watch, interruptions)
         now = time.monotonic()
         watch.ask(now)
-        nodes.look(now, watch.state)
+        nodes.look(now, watch.running_job)
         relay.copy_new()
         if watch.state is not None and watch.state.has_ended:
             following = read_handle(watch.handle.run_dir)

@@ -7,7 +7,7 @@ import logging
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -109,6 +109,20 @@ class LogRelay:
         self.copy_new()  # nothing is new now, which lets go of what might have been half a token
 
 
+class Describe(Protocol):
+    """Says why a job did not finish."""
+
+    def __call__(
+        self,
+        run_dir: Path,
+        *,
+        exit_code: int | None,
+        dead_ranks: Iterable[DeadRank],
+        lost_hosts: Sequence[LostHost],
+    ) -> JobFailedError:
+        """Return the error; as :func:`launcher.dispatch.failure.describe_failure`."""
+
+
 class JobProcess(Protocol):
     """The launcher that was started; a ``subprocess.Popen`` is one."""
 
@@ -128,6 +142,7 @@ def watch(
     *,
     interruptions: Interruptions,
     console: BinaryIO | None,
+    describe: Describe = describe_failure,
 ) -> None:
     """Return when the run has finished; when it returns or raises, no process is left.
 
@@ -137,6 +152,7 @@ def watch(
         ranks: its ranks; closed in the end.
         interruptions: already entered.
         console: where to copy the job's output.
+        describe: says why the job did not finish.
 
     Raises:
         JobFailedError: somebody asked for its end with ``zerofit cancel``.
@@ -180,7 +196,7 @@ def watch(
     relay.finish()
     had_failed = trouble_since is not None  # before the signal came
     stopped_by = None if had_failed else next(iter(interruptions.received), None)
-    _conclude(handle, process.returncode, ranks, stopped_by=stopped_by)
+    _conclude(handle, process.returncode, ranks, stopped_by=stopped_by, describe=describe)
 
 
 def _goes_on(process: JobProcess, ranks: Ranks, stopping: Stopping) -> bool:
@@ -230,7 +246,12 @@ def _end_everything(
 
 
 def _conclude(
-    handle: JobHandle, exit_code: int | None, ranks: Ranks, *, stopped_by: int | None
+    handle: JobHandle,
+    exit_code: int | None,
+    ranks: Ranks,
+    *,
+    stopped_by: int | None,
+    describe: Describe,
 ) -> None:
     """Compare what the run directory says with how the processes ended; raise unless finished."""
     run_dir = handle.run_dir
@@ -264,7 +285,7 @@ def _conclude(
             fix=_way_on(run_dir),
             kind=FailureKind.interrupted,
         )
-    error = describe_failure(
+    error = describe(
         run_dir, exit_code=exit_code, dead_ranks=ranks.ended.values(), lost_hosts=ranks.lost
     )
     _record(run_dir, "failed", error.problem.partition("\n")[0])

@@ -160,14 +160,21 @@ def test_without_the_controller_nothing_is_submitted_and_watching_goes_on(
     cluster.note_daemons()
 
 
-def test_a_node_whose_slurmd_is_killed_is_named_and_its_ranks_end(
+def test_lost_nodes_are_named_by_a_job_and_inside_an_allocation_and_all_ranks_end(
     runs: SlurmRuns, cluster: VirtualCluster
 ) -> None:
     watching = runs.start("slurmd", "sleep", requeue=False)
+    inside = runs.start_inside("inside", "sleep")
     cluster.will_need_reboot("node2")
     cluster.run("node2", ["sh", "-c", 'kill -9 "$(cat /run/slurm/slurmd.pid)"'], check=True)
+    (lost,) = [peaks.host for peaks in rd.read_ranks(runs.folder / "inside") if peaks.rank == 1]
+    cluster.crash(lost)
     # 11 s, and what a busy machine adds; Slurm itself does not know before SlurmdTimeout.
     runs.until(lambda: "slurmd on node2 does not answer; its ranks were" in watching.output)
+    runs.until(lambda: f"slurmd on {lost} does not answer; its ranks were" in inside.output)
+    assert inside.wait(timeout=60) == 4
+    # Whoever comes first: the watcher, or Slurm after SlurmdTimeout, which is short here.
+    assert re.search(rf"{lost} was lost|a node failed: {lost} \(down", inside.output)
     assert watching.wait(timeout=60) == 4
     assert re.search(r"job \d+: a node failed: node2 \(down", watching.output)
     assert runs.status(runs.folder / "slurmd")["state"] == "killed"

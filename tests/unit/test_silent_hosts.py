@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from launcher import run_dir as rd
 from launcher.dispatch.silent_hosts import SilentHosts
+from launcher.dispatch.slurm_nodes import SlurmNodes
 
 # The file system's clock is far from ours.
 EPOCH = 5_000.0
@@ -66,3 +68,29 @@ def test_when_a_host_was_heard_of_last_is_known_by_slurms_name_of_it(run: Path) 
     assert hosts.heard_seconds_ago("node1") == 0.0
     assert hosts.heard_seconds_ago("node2") == 3.0
     assert hosts.heard_seconds_ago("node9") is None
+
+
+def test_a_node_is_lost_when_neither_its_slurmd_nor_its_ranks_are_heard(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sstat = tmp_path / "sstat"
+    refused = "slurm_job_step_stat: unknown return given from node2: 9001 rc = no connection"
+    sstat.write_text(f"#!/bin/sh\necho '{refused}' >&2\n")
+    sstat.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    nodes = SlurmNodes(run_dir=run)
+    nodes.look(100.0, "7")
+    assert [host.host for host in nodes.settle()] == ["node2"]
+    deadline = time.monotonic() + 60
+    while "slurmd on node2 does not answer; its ranks were heard of 7 s ago" not in caplog.text:
+        assert time.monotonic() < deadline
+        nodes.look(107.0, "7")
+    assert nodes.lost == ()
+    touch(run, 0, 12.0)
+    nodes.look(112.0, "7")
+    (lost,) = nodes.lost
+    assert (lost.host, lost.problem) == (
+        "node2",
+        "its slurmd does not answer, its ranks were heard of 12 s ago",
+    )
+    nodes.close()
