@@ -19,6 +19,9 @@ class Allocation:
     gpus_per_node: int | None
     """``None`` when the variables name no GPUs."""
     tasks_per_node: int | None
+    cpus_of_nodes: tuple[int, ...] = ()
+    """That the job may use on each node; empty when the variables do not say."""
+    cpus_per_task: int = 1
 
 
 def current_allocation(environ: Mapping[str, str] = os.environ) -> Allocation | None:
@@ -40,7 +43,17 @@ def current_allocation(environ: Mapping[str, str] = os.environ) -> Allocation | 
         gpus_per_node=gpus,
         # '2(x4)': two on each of four nodes.
         tasks_per_node=_number(r"^\d+", tasks),
+        cpus_of_nodes=_counts(environ.get("SLURM_JOB_CPUS_PER_NODE", "")),
+        cpus_per_task=_number(r"^\d+$", environ.get("SLURM_CPUS_PER_TASK")) or 1,
     )
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """Return the counts that '4(x2),8' stands for; none where it is anything else."""
+    if not re.fullmatch(r"\d{1,6}(\(x\d{1,6}\))?(,\d{1,6}(\(x\d{1,6}\))?)*", text, re.ASCII):
+        return ()
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return tuple(int(count) for count, times in parts for _ in range(int(times or 1)))
 
 
 def _num_nodes(environ: Mapping[str, str]) -> int:

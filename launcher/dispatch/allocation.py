@@ -55,7 +55,7 @@ class AllocationBackend(LocalBackend):
         )
 
     def check_place(self, plan: Plan) -> None:
-        """Raise SetupError unless the allocation has the nodes of the plan."""
+        """Raise SetupError unless the allocation has the nodes, GPUs and cores of the plan."""
         slurm.check_programs()
         here, planned = self.allocation, plan.cluster
         if here.num_nodes < planned.num_nodes:
@@ -64,6 +64,42 @@ class AllocationBackend(LocalBackend):
                 f"{planned.num_nodes}",
                 where="this allocation",
                 fix="ask for more nodes, or plan for fewer: cluster.num_nodes",
+            )
+        ranks, has_gpus = planned.gpus_per_node, planned.gpu.device_type == "cuda"
+        if has_gpus and here.gpus_per_node is not None and here.gpus_per_node < ranks:
+            raise SetupError(
+                f"job {here.job_id} has {here.gpus_per_node} GPUs on a node, the plan is for "
+                f"{ranks}",
+                where="this allocation",
+                fix="ask for more (--gpus-per-node), or plan for fewer: cluster.gpus_per_node",
+            )
+        cpus = ranks * here.cpus_per_task
+        if here.cpus_of_nodes and sum(own >= cpus for own in here.cpus_of_nodes) < (
+            planned.num_nodes
+        ):
+            raise SetupError(
+                f"job {here.job_id} has {min(here.cpus_of_nodes)} CPUs on a node; {ranks} ranks "
+                f"with {here.cpus_per_task} each need {cpus}",
+                where="this allocation",
+                fix=f"ask for more (--ntasks-per-node={ranks}), or plan for fewer ranks: "
+                "cluster.gpus_per_node",
+            )
+        self._warn_of_time(plan)
+
+    def _warn_of_time(self, plan: Plan) -> None:
+        """Say when the allocation ends before the run is predicted to."""
+        try:
+            minutes = slurm.minutes_left(self.allocation.job_id)
+        except slurm.ControllerError as error:
+            _log.warning("how long this allocation lasts is not known: %s", error.problem)
+            return
+        if minutes is not None and plan.run is not None and plan.run.seconds > minutes * 60:
+            _log.warning(
+                "job %s ends in %.0f min, and the run is predicted to take %.0f: what is not saved "
+                "by then is lost (optim.save_steps; `zerofit resume` goes on)",
+                self.allocation.job_id,
+                minutes,
+                plan.run.seconds / 60,
             )
 
     def render(self, plan: Plan, *, run_dir: Path, files: Mapping[str, str]) -> JobRequest:

@@ -247,8 +247,8 @@ def _own_problems(node: Node, needs: Needs, *, is_first: bool) -> list[str]:
     report, found = node.report, []
     assert report is not None
     wanted = needs.gpus_per_node or node.host.slots
-    if report.gpu_names and len(report.gpu_names) < wanted:
-        found.append(f"{len(report.gpu_names)} GPUs, {wanted} are needed")
+    if (report.gpu_names or needs.gpus_per_node) and len(report.gpu_names) < wanted:
+        found.append(f"{len(report.gpu_names) or 'no'} GPUs, {wanted} are needed")
     if len(set(report.gpu_names)) > 1:
         found.append(f"its GPUs differ: {', '.join(sorted(set(report.gpu_names)))}")
     for what, free, needed in (

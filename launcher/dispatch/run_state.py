@@ -85,9 +85,9 @@ def observe(run_dirs: Sequence[Path]) -> list[RunState]:
         and rd.read_status(run_dir).state != "finished"
     ]
     jobs: dict[str, slurm.SlurmJobState] = {}
-    trouble = None
     try:
-        jobs = slurm.ask(open_jobs)
+        answer = slurm.ask_all(open_jobs)
+        jobs, trouble = answer.jobs, answer.accounting_problem
     except slurm.ControllerError as error:
         trouble = f"Slurm does not answer: {error.problem}"
     return [
@@ -160,7 +160,7 @@ def _of_slurm(
         return "running", None
     if status.state in ("failed", "interrupted"):
         return _ended(status)
-    if trouble is not None:
+    if job is None and trouble is not None:
         return "unknown", trouble
     try:
         # Writes the end into the run directory, which the ranks could not.

@@ -79,10 +79,13 @@ class SilentHosts:
             if name in self._seen or not name.endswith(".json") or name.startswith("."):
                 continue
             path = self.run_dir / rd.RANKS / name
-            host = _read(path).get("host")
+            content = _read(path)
+            host = content.get("host")
             if isinstance(host, str):
-                self._files.setdefault(host, path)
                 self._seen.add(name)
+                # The others' files are not touched, and may be there first.
+                if content.get("local_rank") == 0:
+                    self._files[host] = path
 
 
 def _touched(path: Path) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,6 +59,15 @@ class SlurmJobState:
         return self.state not in PENDING | ACTIVE
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What Slurm says of jobs by number; those that it no longer knows are left out."""
+
+    jobs: dict[str, SlurmJobState]
+    accounting_problem: str | None = None
+    """Why accounting says nothing of jobs that the controller has forgotten."""
+
+
 def check_programs() -> None:
     """Raise SetupError unless Slurm's programs are installed here."""
     import shutil
@@ -108,17 +118,29 @@ def check_accepted(script: str, *, cwd: Path) -> None:
 def ask(job_ids: Iterable[str]) -> dict[str, SlurmJobState]:
     """Return what Slurm says of jobs by number; those that it no longer knows are left out.
 
-    Asks the controller, and for jobs that it has forgotten the accounting, where there is one.
+    Raises:
+        ControllerError: the controller does not answer.
+    """
+    return ask_all(job_ids).jobs
+
+
+def ask_all(job_ids: Iterable[str]) -> Answer:
+    """Ask the controller, and for jobs that it has forgotten the accounting, if there is one.
 
     Raises:
         ControllerError: the controller does not answer.
     """
     wanted = list(dict.fromkeys(job_ids))
     if not wanted:
-        return {}
+        return Answer(jobs={})
     found = _ask_controller(wanted)
     forgotten = [job_id for job_id in wanted if job_id not in found]
-    return {**(_ask_accounting(forgotten) if forgotten else {}), **found}
+    if not forgotten:
+        return Answer(jobs=found)
+    try:
+        return Answer(jobs={**_ask_accounting(forgotten), **found})
+    except ControllerError as error:
+        return Answer(jobs=found, accounting_problem=f"sacct: {error.problem}")
 
 
 def cancel(job_id: str, *, step_name: str | None = None) -> None:
@@ -177,6 +199,16 @@ def partition_minutes(partition: str | None) -> float | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
+def minutes_left(job_id: str) -> float | None:
+    """Return how much of its time a running job has left; ``None`` without a limit.
+
+    Raises:
+        ControllerError: Slurm does not answer, or does not know the job.
+    """
+    # Also NOT_SET and INVALID (squeue(1)), which are no times.
+    return minutes_of(_run(["squeue", "--noheader", "--jobs", job_id, "--format", "%L"]).strip())
+
+
 def _ask_controller(job_ids: Sequence[str]) -> dict[str, SlurmJobState]:
     # Names and comments, which may hold anything, are not asked for; reasons have no '|'.
     form = "%i|%T|%r|%N|%S"
@@ -208,28 +240,54 @@ def parse_jobs(shown: str) -> dict[str, SlurmJobState]:
 def _ask_accounting(job_ids: Sequence[str]) -> dict[str, SlurmJobState]:
     columns = "--format=JobID,State,NodeList,Reason"
     argv = ["sacct", "--allocations", "--noheader", "--parsable2", columns]
+    # Of an array that never started there is one line; it is not found by the number of a task.
+    asked = dict.fromkeys(job_id.partition("_")[0] for job_id in job_ids)
     try:
-        shown = _run([*argv, "--jobs", ",".join(job_ids)])
-    except ControllerError:
-        # Most clusters without slurmdbd: "Slurm accounting storage is disabled".
-        return {}
-    return parse_accounting(shown)
+        shown = _run([*argv, "--jobs", ",".join(asked)])
+    except ControllerError as error:
+        # What most clusters without slurmdbd say, and those without sacct.
+        if re.search("storage is disabled|cannot be started", error.problem):
+            return {}
+        raise
+    return parse_accounting(shown, job_ids)
 
 
-def parse_accounting(shown: str) -> dict[str, SlurmJobState]:
-    """Return the jobs that sacct printed, by number."""
+def parse_accounting(shown: str, job_ids: Sequence[str]) -> dict[str, SlurmJobState]:
+    """Return those of some jobs that sacct printed, by number."""
     found = {}
     for line in shown.splitlines():
-        job_id, state, nodes, reason = (line.strip().split("|") + [""] * 3)[:4]
+        printed, state, nodes, reason = (line.strip().split("|") + [""] * 3)[:4]
         # 'CANCELLED by 1000'
         word, _, who = state.partition(" ")
-        found[job_id] = SlurmJobState(
-            job_id=job_id,
-            state=word,
-            reason=who or ("" if reason == "None" else reason),
-            nodes="" if nodes == "None assigned" else nodes,
-        )
+        for job_id in job_ids:
+            if job_id != printed and not _is_task(job_id, printed):
+                continue
+            found[job_id] = SlurmJobState(
+                job_id=job_id,
+                state=word,
+                reason=_with_name(who) or ("" if reason == "None" else reason),
+                nodes="" if nodes == "None assigned" else nodes,
+            )
     return found
+
+
+def _is_task(job_id: str, tasks: str) -> bool:
+    """Return whether '7_1' is one of '7_[0-1,4%2]'."""
+    own = re.fullmatch(r"(\d+)_(\d{1,9})", job_id, re.ASCII)
+    match = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", tasks, re.ASCII)
+    if own is None or match is None or match[1] != own[1]:
+        return False
+    ranges = re.findall(r"\b(\d{1,9})(?:-(\d{1,9}))?\b", match[2])
+    return any(int(first) <= int(own[2]) <= int(last or first) for first, last in ranges)
+
+
+def _with_name(who: str) -> str:
+    """Return 'by ada' for 'by 1000', where the system knows the user."""
+    number = who.removeprefix("by ")
+    try:
+        return f"by {pwd.getpwuid(int(number)).pw_name}"
+    except (KeyError, ValueError, OverflowError):
+        return who
 
 
 def _run(argv: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launcher import run_dir as rd
@@ -24,7 +25,10 @@ BY_SLURM = {
         "a node failed",
         "start it again; sbatch's --exclude in slurm.extra leaves a bad node out",
     ),
-    "TIMEOUT": ("the time limit was reached", "set a longer slurm.time, or optim.save_steps"),
+    "TIMEOUT": (
+        "the time limit was reached",
+        "ask for more time (slurm.time, --time of your own script), or set optim.save_steps",
+    ),
     "CANCELLED": ("it was cancelled", "start it again in a new folder"),
     "PREEMPTED": ("a job of higher priority took its nodes", "start it again"),
     "OUT_OF_MEMORY": (
@@ -49,6 +53,8 @@ _BAD_NODES = (
 _NODE_FAILURE = re.compile(r"srun: error: Node failure on (\S+)")
 _TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
 _SRUN_ERROR = re.compile(r"(?:srun|slurmstepd): error: (.+)")
+# Slurm 22.05 without cgroups calls it a failure (JobAcctGatherParams=OverMemoryKill).
+_OVER_MEMORY = re.compile(r"slurmstepd.*: error: (Exceeded|.* exceeded) (job |step )?memory limit")
 _TOLD_TO_STOP = re.compile(r"Terminated|exit code 143")
 _KILLED = "Killed"
 
@@ -65,6 +71,8 @@ def describe_slurm_failure(
     """
     log = tail(run_dir)
     early = _bad_nodes(run_dir)
+    if state.state == "FAILED" and any(_OVER_MEMORY.search(line) for line in log):
+        state = replace(state, state="OUT_OF_MEMORY")
     if state.state in BY_SLURM:
         early = _ended_by_slurm(run_dir, state, log)
     if early is not None:

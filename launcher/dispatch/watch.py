@@ -155,11 +155,9 @@ def watch(
         describe: says why the job did not finish.
 
     Raises:
-        JobFailedError: somebody asked for its end with ``zerofit cancel``.
         JobInterruptedError: a signal arrived; the run directory says "interrupted".
-        JobFailedError: the launcher ended, or had to be ended, and rank 0 had not marked the
-            run as finished. DeepSpeed's exit code alone proves nothing: it is 0 when its
-            launch process was killed.
+        JobFailedError: ``zerofit cancel``; or the launcher ended, or had to be ended, and rank 0
+            had not marked the run as finished: DeepSpeed ends with 0 when it was killed, too.
     """
     relay = LogRelay(path=handle.run_dir / rd.LAUNCHER_LOG, console=console)
     started = time.time()

@@ -28,6 +28,15 @@ def test_nodes_gpus_and_tasks_are_read() -> None:
     assert current_allocation({**salloc, "SLURM_GPUS_PER_NODE": "h100:2"}) == whole
 
 
+def test_the_cpus_of_each_node_are_read() -> None:
+    seen = current_allocation({**BATCH, "SLURM_JOB_CPUS_PER_NODE": "4(x2),8"})
+    assert seen is not None
+    assert (seen.cpus_of_nodes, seen.cpus_per_task) == ((4, 4, 8), 1)
+    odd = current_allocation({**BATCH, "SLURM_JOB_CPUS_PER_NODE": "many"})
+    assert odd is not None
+    assert odd.cpus_of_nodes == ()
+
+
 def test_a_job_without_gpus_has_none() -> None:
     seen = current_allocation({**BATCH, "SLURM_GPUS_ON_NODE": "0", "SLURM_NTASKS_PER_NODE": ""})
     assert seen is not None

@@ -149,7 +149,7 @@ RATES = {
 HOSTFILE = "# two\nnode[01-02] slots=8\nfd77::17 slots=8\n"
 MACHINES = "node1 slots=4 max_slots=8\nnode2:4\nnode3\n"
 SQUEUE = "7|RUNNING|None|node[1-2]|2026-11-22T21:00:00\n8_1|PENDING|Resources||N/A\n"
-SACCT = "7|CANCELLED by 1000|node1|None\n8|NODE_FAIL|node[1-2]|None\n"
+SACCT = "7|CANCELLED by 1000|node1|None\n8|NODE_FAIL|node[1-2]|None\n9_[0-1]|PENDING||\n"
 SINFO = "node1|idle|none\nnode2|down*|Not responding\n"
 SRUN = (
     "0: step 1/3\nsrun: error: Node failure on node2\nsrun: error: node2: task 1: Killed\n"
@@ -285,7 +285,8 @@ def test_files_of_runs(
 @drawn
 @given(text=lines | damaged(SQUEUE), accounting=lines | damaged(SACCT))
 def test_what_squeue_and_sacct_print(text: str, accounting: str) -> None:
-    for job in (*slurm.parse_jobs(text).values(), *slurm.parse_accounting(accounting).values()):
+    ended = slurm.parse_accounting(accounting, ["7", "8", "9_1"])
+    for job in (*slurm.parse_jobs(text).values(), *ended.values()):
         assert job.is_pending in (True, False)
         assert job.has_ended in (True, False)
 

@@ -65,6 +65,7 @@ def test_equal_nodes_are_good() -> None:
     ("changes", "problem"),
     [
         ({"gpu_names": ("NVIDIA H100 80GB HBM3",) * 7}, "7 GPUs, 8 are needed"),
+        ({"gpu_names": ()}, "no GPUs, 8 are needed"),
         ({"gpu_names": ("NVIDIA A100-SXM4-80GB",) * 8}, "GPUs is NVIDIA A100"),
         ({"driver": "535.1"}, "driver is 535.1, 550.54.15 on most nodes"),
         ({"cuda": "12.2"}, "CUDA is 12.2, 12.4 on most nodes"),

@@ -21,7 +21,7 @@ EPOCH = 5_000.0
 def run(tmp_path: Path) -> Path:
     folder = rd.create(tmp_path / "run")
     for rank in range(4):
-        content = {"host": f"node{rank // 2 + 1}", "state": "running"}
+        content = {"host": f"node{rank // 2 + 1}", "local_rank": rank % 2, "state": "running"}
         rd.rank_file(folder, rank).write_text(json.dumps(content))
         touch(folder, rank, 0.0)
     return folder
@@ -61,7 +61,9 @@ def test_ranks_that_have_ended_are_not_silent(run: Path) -> None:
 
 def test_when_a_host_was_heard_of_last_is_known_by_slurms_name_of_it(run: Path) -> None:
     hosts = SilentHosts(run_dir=run)
-    rd.rank_file(run, 2).write_text('{"host": "node2.site.org", "state": "running"}')
+    rd.rank_file(run, 2).write_text(
+        '{"host": "node2.site.org", "local_rank": 0, "state": "running"}'
+    )
     touch(run, 0, 3.0)
     touch(run, 2, 0.0)
     hosts.look(now=100.0)

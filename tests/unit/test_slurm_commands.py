@@ -82,7 +82,10 @@ def test_a_job_that_the_controller_forgot_is_looked_up_in_the_accounting(program
     program("sacct", "echo '7|CANCELLED by 1000|node1|None'")
     assert slurm.ask(["7"])["7"].state == "CANCELLED"
     program("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
-    assert slurm.ask(["7"]) == {}
+    assert slurm.ask_all(["7"]) == slurm.Answer(jobs={})
+    # As sacct 22.05.8 says it while slurmdbd is down: nothing is known of the job.
+    program("sacct", "echo 'sacct: error: Problem talking to the database: Conn' >&2; exit 1")
+    assert "talking to the database" in (slurm.ask_all(["7"]).accounting_problem or "")
 
 
 def test_a_controller_that_is_down_is_an_error_and_not_a_job_that_ended(program: Program) -> None:
@@ -109,14 +112,14 @@ def test_what_a_real_slurmdbd_says_of_ended_jobs_is_read(program: Program) -> No
         "sacct",
         "cat <<'END'\n1|COMPLETED|node[1-2]|None\n2|FAILED|node1|None\n"
         "3|CANCELLED by 0|node[1-2]|None\n4_0|COMPLETED|node1|None\n4_1|COMPLETED|node2|None\n"
-        "5|PENDING|None assigned|BeginTime\nEND",
+        "5|PENDING|None assigned|BeginTime\n7_[0-1,4%2]|CANCELLED by 0|None assigned|None\nEND",
     )
-    seen = slurm.ask(["1", "2", "3", "4_0", "4_1", "5", "99"])
+    seen = slurm.ask(["1", "2", "3", "4_0", "4_1", "5", "7_1", "7_4", "99"])
     assert {number: job.state for number, job in seen.items()} == {
         "1": "COMPLETED", "2": "FAILED", "3": "CANCELLED", "4_0": "COMPLETED",
-        "4_1": "COMPLETED", "5": "PENDING",
+        "4_1": "COMPLETED", "5": "PENDING", "7_1": "CANCELLED", "7_4": "CANCELLED",
     }  # fmt: skip
-    assert (seen["3"].reason, seen["3"].nodes) == ("by 0", "node[1-2]")
+    assert (seen["3"].reason, seen["3"].nodes) == ("by root", "node[1-2]")
     assert seen["5"].is_pending
     assert seen["5"].nodes == ""
 
