@@ -203,8 +203,15 @@ def test_a_job_that_slurm_has_forgotten_has_failed_unless_it_finished(
     squeue.parent.mkdir()
     squeue.write_text("#!/bin/sh\necho 'error: Invalid job id specified' >&2; exit 1\n")
     squeue.chmod(0o755)
+    sacct = tmp_path / "bin" / "sacct"
+    sacct.write_text(
+        "#!/bin/sh\necho 'sacct: error: Problem talking to the database' >&2; exit 1\n"
+    )
+    sacct.chmod(0o755)
     monkeypatch.setenv("PATH", f"{squeue.parent}:/usr/bin:/bin")
     handle(run, backend="slurm", job_id="7")
+    assert state(run) == ("unknown", "sacct: Problem talking to the database")
+    sacct.write_text("#!/bin/sh\necho 'Slurm accounting storage is disabled' >&2; exit 1\n")
     assert slurm.ask(["7"]) == {}
     shown, reason = state(run)
     assert shown == "failed"
