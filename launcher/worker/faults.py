@@ -7,7 +7,8 @@ count from 1 over all attempts; for ``save`` and ``eval`` it is the last step th
 a step the fault strikes the first time that the phase begins, without a rank on every rank.
 
 A fault strikes once in a run directory (on each of its ranks), so that the next attempt is spared;
-written twice, it strikes twice. On several hosts the variable must be passed on:
+written twice, it strikes twice. ``wait`` keeps a rank in a phase until the run, or this rank, is
+told to stop. On several hosts the variable must be passed on:
 ``cluster.pass_env: [ZEROFIT_FAULT]``.
 """
 
@@ -23,6 +24,8 @@ from typing import NoReturn, get_args
 
 from launcher.errors import SetupError, did_you_mean
 from launcher.predict.memory import Phase
+from launcher.stop_file import is_asked_to_stop
+from launcher.worker.interruption import stop_was_requested
 
 VARIABLE = "ZEROFIT_FAULT"
 MARKS = ".faults"
@@ -46,6 +49,7 @@ class Faults:
 
     def __init__(self, faults: tuple[Fault, ...], *, folder: Path, rank: int) -> None:
         self._faults = faults
+        self._run = folder
         self._folder = folder / MARKS
         self._rank = rank
 
@@ -65,7 +69,7 @@ class Faults:
                 and fault.rank in (None, self._rank)
                 and self._is_first_time(number)
             ):
-                _STRIKES[fault.kind](phase)
+                _STRIKES[fault.kind](phase, self._run)
 
     def _is_first_time(self, number: int) -> bool:
         self._folder.mkdir(exist_ok=True)
@@ -112,40 +116,46 @@ def _wrong(problem: str, *, fix: str) -> SetupError:
     return SetupError(problem, where=VARIABLE, fix=fix)
 
 
-def _run_out_of_memory(phase: Phase) -> NoReturn:
+def _run_out_of_memory(phase: Phase, _run: Path) -> NoReturn:
     import torch
 
     raise torch.OutOfMemoryError(f"out of memory on purpose, in {phase} ({VARIABLE})")
 
 
-def _run_out_of_host_memory(phase: Phase) -> NoReturn:
+def _run_out_of_host_memory(phase: Phase, _run: Path) -> NoReturn:
     raise MemoryError(f"out of host memory on purpose, in {phase} ({VARIABLE})")
 
 
-def _be_killed(_phase: Phase) -> None:
+def _be_killed(_phase: Phase, _run: Path) -> None:
     import signal
 
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _fill_the_disk(phase: Phase) -> NoReturn:
+def _fill_the_disk(phase: Phase, _run: Path) -> NoReturn:
     raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (on purpose, in {phase})")
 
 
-def _be_slow(_phase: Phase) -> None:
+def _be_slow(_phase: Phase, _run: Path) -> None:
     time.sleep(SLOW_SECONDS)
 
 
-def _hang(_phase: Phase) -> None:
+def _hang(_phase: Phase, _run: Path) -> None:
     while True:
         time.sleep(3600)
 
 
-_STRIKES: Mapping[str, Callable[[Phase], None]] = {
+def _wait_for_a_request(_phase: Phase, run: Path) -> None:
+    while not (is_asked_to_stop(run) or stop_was_requested()):
+        time.sleep(0.05)
+
+
+_STRIKES: Mapping[str, Callable[[Phase, Path], None]] = {
     "oom": _run_out_of_memory,
     "host_oom": _run_out_of_host_memory,
     "kill": _be_killed,
     "hang": _hang,
     "disk_full": _fill_the_disk,
     "slow": _be_slow,
+    "wait": _wait_for_a_request,
 }

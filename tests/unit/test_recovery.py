@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from launcher.recovery.record import (
     append_failed_attempt,
     read_failed_attempts,
 )
+from launcher.stop_file import ask_to_stop, is_asked_to_stop
 from launcher.worker.faults import faults_from_environment
 
 
@@ -106,6 +108,16 @@ def test_a_fault_strikes_once_on_its_rank_at_its_step(tmp_path: Path) -> None:
         struck.strike("backward", 2)
     struck.strike("backward", 2)
     assert faults_from_environment({}, folder=tmp_path, rank=1) is None
+
+
+def test_a_rank_that_waits_in_a_phase_goes_on_when_the_run_is_told_to_stop(tmp_path: Path) -> None:
+    waiting = faults_from_environment({"ZEROFIT_FAULT": "wait:eval"}, folder=tmp_path, rank=0)
+    assert waiting is not None
+    telling = threading.Thread(target=ask_to_stop, args=(tmp_path, "test"))
+    telling.start()
+    waiting.strike("eval", 2)
+    telling.join()
+    assert is_asked_to_stop(tmp_path)
 
 
 def test_after_a_hang_the_same_plan_starts_again_and_after_a_lost_host_other_hosts() -> None:
