@@ -37,7 +37,7 @@ from launcher.worker.faults import MARKS
 pytestmark = pytest.mark.integration
 
 ZEROFIT = [sys.executable, "-m", "launcher.cli"]
-WAIT_SECONDS = 300.0  # for machines that do much else
+WAIT_SECONDS = 900.0  # for machines that do much else
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def start(folder: Path) -> Iterator[Callable[..., Started]]:
     for started in begun:
         if started.process.poll() is None:
             started.process.send_signal(signal.SIGINT)
-            started.process.communicate(timeout=30)
+            started.process.communicate(timeout=WAIT_SECONDS)
 
 
 def is_asked_or_over(run: Path) -> bool:
