@@ -32,11 +32,8 @@ class LayerMoment:
     last_gradient_elements: int
     is_parameter_done: bool
     earlier_gradient_elements: int
-
-    @property
-    def total_bytes(self) -> float:
-        """Everything of the layer that is alive."""
-        return self.saved_bytes + self.passing_bytes + self.weight_bytes
+    total_bytes: float
+    """Everything of the layer that is alive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,15 +292,18 @@ def _inputs_bytes(workload: Workload, choices: _Choices, tokens: float, scores: 
 
 
 def _in_bytes(moment: Moment, tokens: float, scores: float, *, less: float = 0.0) -> LayerMoment:
+    saved = max(0.0, moment.saved.at(tokens, scores) - less)
+    passing = moment.passing.at(tokens, scores)
     return LayerMoment(
         name=moment.name,
-        saved_bytes=max(0.0, moment.saved.at(tokens, scores) - less),
-        passing_bytes=moment.passing.at(tokens, scores),
+        saved_bytes=saved,
+        passing_bytes=passing,
         weight_bytes=moment.weight_bytes,
         new_gradient_elements=moment.new_gradient_elements,
         last_gradient_elements=moment.last_gradient_elements,
         is_parameter_done=moment.is_parameter_done,
         earlier_gradient_elements=moment.earlier_gradient_elements,
+        total_bytes=saved + passing + moment.weight_bytes,
     )
 
 

@@ -44,6 +44,7 @@ class MicroStep:
         self.resident = resident
         self.buckets = zero.bucket_bytes()
         self.reduces = zero.reduces_in_backward
+        self.width, self.bucket = zero.trained_width, zero.bucket
         self.carries = CARRIED in resident
         tied = zero.counts.embedding if zero.counts.is_head_tied else 0
         self.tied_head_bytes = float(zero.trained_width * tied)
@@ -195,26 +196,26 @@ class MicroStep:
             is_first: nothing but the output layer has run backward yet.
             crosses: a bucket may hold gradients of two owners here.
         """
-        zero, found = self.zero, Components()
+        found: Components = {}
         new, last = moment.new_gradient_elements, moment.last_gradient_elements
         so_far = done + moment.earlier_gradient_elements
-        has_buckets = not is_first or so_far > 0 or moment.is_parameter_done
-        if has_buckets and self.buckets:
+        if self.buckets and (not is_first or so_far > 0 or moment.is_parameter_done):
             found[BUCKETS] = self.buckets
         if self.tied_head_bytes:
             found[PENDING] = self.tied_head_bytes
         if not self.reduces:
             # Gradients carried from an earlier micro-step are added to in place.
             alive = new if self.carries else so_far + new
-            found[GRADIENTS] = float(zero.trained_width * alive)
+            found[GRADIENTS] = float(self.width * alive)
             return found
-        pending = zero.pending_bytes(new, last)
+        # Single tensors that are outside any bucket: too large for one, or not yet copied.
+        pending = self.width * (new + last if last > self.bucket else new)
         if pending:
             found[PENDING] = found.get(PENDING, 0.0) + pending
-        if zero.stage <= 2:
+        if self.zero.stage <= 2:
             self._add_partition(found, so_far)
-        if moment.is_parameter_done:
-            self._add_reduction(found, new=new, last=last, so_far=so_far, crosses=crosses)
+        if moment.is_parameter_done and (so_far + new) // self.bucket != so_far // self.bucket:
+            self._add_reduction(found, last=last, new=new, so_far=so_far, crosses=crosses)
         return found
 
     def _add_reduction(
@@ -222,8 +223,6 @@ class MicroStep:
     ) -> None:
         """Add the copy and the norms of a bucket that this gradient no longer fits into."""
         zero = self.zero
-        if (so_far + new) // zero.bucket == so_far // zero.bucket:
-            return
         copy = norm = 0.0
         if crosses or zero.partition < zero.bucket:
             copy = zero.reduction_bytes(last if last > zero.bucket else min(zero.bucket, so_far))

@@ -194,23 +194,27 @@ class _Coordinator:
         self.gathers_in, self.gathered_in = [0] * layers, [0] * layers
         self.loss = self.turn = 0
         for call in self.calls.calls:
-            before, self.highest = (self.num_gathers, self.gathered), 0
+            place, layer = call.place, call.layer
+            num_gathers, gathered, self.highest = self.num_gathers, self.gathered, 0
             if call.is_fetch:
                 self._fetch(call)
             else:
                 self._release(call)
-            if call.place == "loss":
-                self.loss = max(self.loss, self.alive)
-            elif call.place != "start":
-                is_forward = call.place == "forward"
+            alive = self.alive
+            if place == "loss":
+                self.loss = max(self.loss, alive)
+            elif place != "start":
+                is_forward = place == "forward"
                 most = self.forward if is_forward else self.backward
-                most[call.layer] = max(most[call.layer], self.alive)
+                most[layer] = max(most[layer], alive)
                 most = self.forward_from_host if is_forward else self.backward_from_host
-                most[call.layer] = max(most[call.layer], self.alive, self.highest)
-                self.gathers_in[call.layer] += self.num_gathers - before[0]
-                self.gathered_in[call.layer] += self.gathered - before[1]
-            if call.place == "backward" and not self.turn:
-                self.turn = self.alive
+                if alive > most[layer] or self.highest > most[layer]:
+                    most[layer] = max(alive, self.highest)
+                if self.num_gathers != num_gathers:
+                    self.gathers_in[layer] += self.num_gathers - num_gathers
+                    self.gathered_in[layer] += self.gathered - gathered
+            if place == "backward" and not self.turn:
+                self.turn = alive
 
     def _fetch(self, call: Call) -> None:
         own = self.own[call.module]
@@ -218,11 +222,13 @@ class _Coordinator:
             self.active[call.module] = None
         if own:
             self._bring(own, call)
-        self._prefetch()
+        if self.queue and self.available < self.max_live:
+            self._prefetch()
         self.step += 1
 
     def _bring(self, own: Sequence[int], call: Call) -> None:
-        self._gather([index for index in own if self.state[index] == _AWAY])
+        if _AWAY in {self.state[index] for index in own}:
+            self._gather([index for index in own if self.state[index] == _AWAY])
         is_recomputing = call.is_forward and call.place == "backward"
         for index in own:
             self.users[index].add(call.module)
@@ -241,8 +247,6 @@ class _Coordinator:
 
     def _prefetch(self) -> None:
         limit = min(self.max_live - self.available, self.prefetch_bucket)
-        if limit <= 0:
-            return
         wanted: list[int] = []
         elements = 0
         while self.queue and elements < limit:

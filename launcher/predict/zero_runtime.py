@@ -209,11 +209,6 @@ class ZeroRuntime:
         copies = 2 if self.strategy.zero.overlaps(self.strategy.zero_stage) else 1
         return float(self.trained_width * self.bucket * copies)
 
-    def pending_bytes(self, new: int, last: int) -> float:
-        """Return gradients of single tensors that are outside any bucket."""
-        waits = last > self.bucket or not self.reduces_in_backward
-        return self.trained_width * (new + (last if waits and self.reduces_in_backward else 0))
-
     def reduction_bytes(self, elements: float) -> float:
         """Return the copy that reducing ``elements`` gradients makes, all in one bucket.
 
