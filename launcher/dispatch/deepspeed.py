@@ -30,7 +30,7 @@ from launcher.recipe_sections import ClusterSection
 
 # Measured with DeepSpeed 0.19.8; see docs/clusters.md.
 _UNUSABLE_LAUNCHERS = {
-    "mpich": "a rank that fails leaves exit status 0, and two ranks on each of two hosts hang",
+    "mpich": "a rank that fails leaves exit status 0, and the other ranks go on",
     "slurm": "it does not end the other ranks when one fails; cluster.backend=slurm does",
     "impi": "it takes options of Intel MPI's mpirun, which we could not test",
     "mvapich": "it takes options of MVAPICH's mpirun, which we could not test",

@@ -37,7 +37,7 @@ SlurmctldTimeout=30
 MessageTimeout=5
 TCPTimeout=2
 KillWait=5
-MinJobAge=600
+MinJobAge={min_job_age_seconds}
 CompleteWait=0
 JobRequeue=1
 PreemptType=preempt/partition_prio
@@ -54,7 +54,7 @@ SlurmctldDebug=info
 SlurmdDebug=info
 JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/jobcomp.log
-AccountingStorageType=accounting_storage/none
+{accounting}
 NodeName=node[1-{num_nodes}] CPUs={cpus} Boards=1 SocketsPerBoard=1 CoresPerSocket={cpus} \
 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:h100:{gpus} State=UNKNOWN
 PartitionName=main Nodes=node[1-{num_nodes}] Default=YES MaxTime=1-0 DefMemPerCPU=500 State=UP \
@@ -83,7 +83,10 @@ for gpu in $(seq 0 {last_gpu}); do mknod "/run/gpu$gpu" c 1 3; done
 munged --key-file=/etc/munge/munge.key --pid-file=/run/munge/munged.pid \
   --log-file=/run/munge/munged.log --seed-file=/run/munge/munged.seed --num-threads=2
 case $(hostname) in
-  head) daemon=slurmctld ;;
+  head)
+    {head_boot}
+    daemon=slurmctld
+    ;;
   *) daemon=slurmd ;;
 esac
 "$daemon"
@@ -103,6 +106,12 @@ class Slurm:
     """
 
     cluster: VirtualCluster
+    accounting: str = "AccountingStorageType=accounting_storage/none"
+    """Lines of slurm.conf."""
+    head_boot: str = ":"
+    """Shell that the head runs before slurmctld."""
+    min_job_age_seconds: int = 600
+    """For how long, at least, the controller knows a job that has ended."""
 
     @property
     def folder(self) -> Path:
@@ -118,6 +127,9 @@ class Slurm:
             "cpus": CPUS_PER_NODE,
             "gpus": GPUS_PER_NODE,
             "last_gpu": GPUS_PER_NODE - 1,
+            "accounting": self.accounting,
+            "head_boot": self.head_boot,
+            "min_job_age_seconds": self.min_job_age_seconds,
         }
         etc = self.cluster.folder / "etc"
         (etc / "slurm" / "slurm.conf").write_text(_SLURM_CONF.format(**names))
