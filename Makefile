@@ -4,6 +4,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Hundreds of programs start in the tests; each would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-unit test-slow test-cluster test-cluster-all fuzz test-faults check format golden clean help
 
@@ -14,12 +16,12 @@ demo: $(VENV)/train.stamp  ## fine-tune a real model on real text on this machin
 	$(BIN)/zerofit demo
 
 test: $(VENV)/dev.stamp  ## all tests that this machine can run
-	$(BIN)/pytest -n 2 tests/unit
+	$(BIN)/pytest -n 2 --dist loadfile tests/unit
 	$(BIN)/pytest -n 2 --dist loadgroup -m 'not slow and not alone' tests/integration tests/cluster
-	$(BIN)/pytest -m 'alone and not slow' tests/integration
+	$(BIN)/pytest -m 'alone and not slow' $$(grep -l mark.alone tests/integration/test_*.py)
 
 test-unit: $(VENV)/dev.stamp  ## the quick tests alone
-	$(BIN)/pytest -n 2 tests/unit
+	$(BIN)/pytest -n 2 --dist loadfile tests/unit
 
 test-slow: $(VENV)/dev.stamp  ## the tests that `make test` leaves out: the rest of the grid, NVMe
 	$(BIN)/pytest -m slow tests/integration

@@ -7,7 +7,7 @@ Each cell is planned anew in the study's setting; its answers are used for compa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -136,8 +136,13 @@ def todays_choice(name: str, tokens: int) -> Choice:
     return choose_strategy(workload(name, tokens), cluster(name), has_liger=False)
 
 
-def cells() -> Iterator[Cell]:
+@cache
+def cells() -> tuple[Cell, ...]:
     """Plan all twenty cells."""
+    return tuple(_cells())
+
+
+def _cells() -> Iterator[Cell]:
     for name, row in PUBLISHED.items():
         for tokens, published in zip(CONTEXTS, row, strict=True):
             choice = study_choice(name, tokens)
@@ -168,6 +173,7 @@ def stage_and_checkpointing(candidate: Candidate) -> tuple[ZeroStage, bool]:
     return strategy.zero_stage, strategy.gradient_checkpointing is not Checkpointing.none
 
 
+@cache
 def longest(name: str, *, today: bool) -> int:
     """Return the longest length in steps of 256 tokens that fits, the model's limit aside."""
 
@@ -234,7 +240,7 @@ def _why(cell: Cell) -> str:
 
 def page() -> str:
     """Return the whole page."""
-    found = list(cells())
+    found = cells()
     same = sum(cell.agrees for cell in found)
     tied = sum(cell.is_tied for cell in found)
     different = [cell for cell in found if not cell.agrees]
@@ -286,7 +292,7 @@ def page() -> str:
     return "\n".join([*lines, *_today(found)]) + "\n"
 
 
-def _today(found: list[Cell]) -> list[str]:
+def _today(found: Sequence[Cell]) -> list[str]:
     """Return the part about what the same machines do with today's software."""
     lines = [
         "",

@@ -22,8 +22,10 @@ from launcher.worker.interruption import stop_was_requested
 
 logger = logging.getLogger(__name__)
 
-SECONDS_TO_ASK = 0.5
-"""The launcher looks for signals every 0.2 s (launcher/dispatch/watch.py)."""
+SECONDS_TO_ASK = 1.0
+"""The launcher looks for signals every 0.2 s (launcher/dispatch/watch.py), on a busy machine less
+often; ranks that it ends without asking wait as long, of the 2.5 s that they have."""
+_LOOK_SECONDS = 0.1
 SLURM_SECONDS_TO_ASK = 5.0
 """Rank 0 asks Slurm, whose controller answers in less than a second unless it is very busy; ranks
 that are to end because another one failed wait as long, and must be gone within 10 s."""
@@ -136,20 +138,23 @@ def is_stopping(folder: Path, *, rank: int) -> Callable[[], bool]:
         if stop_was_requested() or is_asked_to_stop(folder):
             return True
         # Who sends SIGTERM to all processes at once reaches a rank before the launcher has asked.
-        time.sleep(SECONDS_TO_ASK)
         job = os.environ.get("SLURM_JOB_ID")
-        if job is None or is_asked_to_stop(folder):
+        if _is_asked_within(SECONDS_TO_ASK, folder) or job is None:
             return is_asked_to_stop(folder)
         if rank == 0:
             if is_preempted(job):
                 ask_to_stop(folder, "preemption by Slurm")
             return is_asked_to_stop(folder)
-        deadline = time.monotonic() + SLURM_SECONDS_TO_ASK
-        while not is_asked_to_stop(folder) and time.monotonic() < deadline:
-            time.sleep(SECONDS_TO_ASK)
-        return is_asked_to_stop(folder)
+        return _is_asked_within(SLURM_SECONDS_TO_ASK, folder)
 
     return is_asked
+
+
+def _is_asked_within(seconds: float, folder: Path) -> bool:
+    deadline = time.monotonic() + seconds
+    while not is_asked_to_stop(folder) and time.monotonic() < deadline:
+        time.sleep(_LOOK_SECONDS)
+    return is_asked_to_stop(folder)
 
 
 def is_preempted(job: str) -> bool:

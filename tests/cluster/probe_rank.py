@@ -41,6 +41,10 @@ def main() -> int:
         )
         rd.write_json(rd.rank_file(run_dir, rank), peaks_to_json(peaks))
 
+    def until_both(state: RankState) -> None:
+        while [peaks.state for peaks in rd.read_ranks(run_dir)] != [state] * 2:
+            time.sleep(0.05)
+
     def interrupt(number: int, _frame: object) -> None:
         write("interrupted")
         sys.exit(128 + number)
@@ -52,13 +56,13 @@ def main() -> int:
             sys.stdout.write(LINE)
     if what in ("finish", "flood"):
         write("finished")
-        time.sleep(1 - rank)  # rank 0 is the last, as after a barrier
-        if rank == 0:
+        if rank == 0:  # the last, as after a barrier
+            until_both("finished")
             rd.write_status(run_dir, "finished")
         return 0
     # A child in its own session, as a data loader or a tracker may be.
     subprocess.Popen(["sleep", "600"], start_new_session=True)
-    time.sleep(1)
+    until_both("running")
     if rank == 1 and what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if rank == 1 and what == "raise":

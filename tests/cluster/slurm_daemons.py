@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from virtual_hosts import VirtualCluster
+from virtual_hosts import WAIT_SECONDS, VirtualCluster
 
 SLURM_PROGRAMS = ("munged", "sbatch", "scontrol", "sinfo", "slurmctld", "slurmd", "squeue", "srun")
 GPUS_PER_NODE = 2
 CPUS_PER_NODE = 4
-READY_SECONDS = 20.0
 
 # No cgroups and no systemd: neither is needed, and test machines often have neither.
 _SLURM_CONF = """\
@@ -148,7 +149,7 @@ class Slurm:
 
     def wait_idle(self) -> None:
         """Return when all nodes wait for work."""
-        deadline = time.monotonic() + READY_SECONDS
+        deadline = time.monotonic() + WAIT_SECONDS
         states = ""
         while time.monotonic() < deadline:
             shown = self.cluster.run("head", ["sinfo", "-h", "-N", "-p", "main", "-o", "%N %T"])
@@ -157,6 +158,40 @@ class Slurm:
                 return
             time.sleep(0.1)
         raise TimeoutError(f"not all nodes are idle:\n{states}\nlogs are in {self.folder}")
+
+    def start_again(self, job_id: str) -> None:
+        """Start a job that was put back; by itself, Slurm lets it wait for two minutes.
+
+        The nodes refuse what was asked for in the second in which they ended the job's last start
+        ("Job credential revoked"; times are whole seconds there).
+        """
+        working = ["sinfo", "-h", "-p", "main", "-t", "alloc,mix,comp", "-o", "%N"]
+        deadline = time.monotonic() + WAIT_SECONDS
+        while self.cluster.run("head", working, check=True).stdout.strip():
+            assert time.monotonic() < deadline, "nodes do not get rid of the job"
+            time.sleep(0.1)
+        time.sleep(2)
+        release = ["scontrol", "update", f"JobId={job_id}", "StartTime=now"]
+        self.cluster.run("head", release, check=True)
+
+    def set_partition(self, state: str) -> None:
+        """Set the partition ``main`` DOWN, in which jobs only wait, or UP."""
+        update = ["scontrol", "update", "PartitionName=main", f"State={state}"]
+        self.cluster.run("head", update, check=True)
+
+    @contextmanager
+    def patient_with_nodes(self) -> Iterator[None]:
+        """Have Slurm itself call no node down within ten minutes while the block runs."""
+        path = self.cluster.folder / "etc" / "slurm" / "slurm.conf"
+        text = path.read_text()
+        reconfigure = ["scontrol", "reconfigure"]
+        path.write_text(text.replace("SlurmdTimeout=15\n", "SlurmdTimeout=600\n"))
+        self.cluster.run("head", reconfigure, check=True)
+        try:
+            yield
+        finally:
+            path.write_text(text)
+            self.cluster.run("head", reconfigure, check=True)
 
     def cancel_all(self) -> None:
         """End every job."""

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from launcher import run_dir as rd
 from launcher.allocation import current_allocation
 from launcher.console import show_error
+from launcher.dispatch import slurm_watch
 from launcher.dispatch.allocation import AllocationBackend
 from launcher.dispatch.base import run_to_end
 from launcher.dispatch.slurm import SlurmBackend
@@ -31,6 +32,8 @@ def main() -> int:
     nodes, needs = given.pop("nodes", 2), given.pop("needs", None)
     settings = SlurmSection(**given)
     backend = SlurmBackend(settings=settings)
+    if seconds := os.environ.get("SECOND_CTRL_C_SECONDS"):
+        slurm_watch.SECOND_CTRL_C_SECONDS = float(seconds)
     ranks = DeepSpeedJob(
         run_dir=PurePosixPath(run_dir),
         run_id=backend.run_id,

@@ -46,10 +46,16 @@ def write(state: str, failure: RankFailure | None = None) -> None:
     heartbeat.write(peaks_of(state, failure))
 
 
+def until_all(state: str | None = None) -> None:
+    """Wait until all ranks have files, in a state if one is given."""
+    while len([peaks for peaks in rd.read_ranks(run_dir) if state in (None, peaks.state)]) < size:
+        time.sleep(0.05)
+
+
 def finish() -> None:
     write("finished")
-    if rank == 0:
-        time.sleep(0.5)
+    if rank == 0:  # the last, as after a barrier
+        until_all("finished")
         rd.write_status(run_dir, "finished")
     sys.exit(0)
 
@@ -65,14 +71,14 @@ def save_and_stop() -> None:
 
 
 say(f"rank {rank} of {size} at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
-write("running")
-heartbeat.start()
 if rank == 0:
     rd.write_status(run_dir, "running")
+write("running")
+heartbeat.start()
 if what == "finish" or (what == "stop" and (run_dir / "checkpoints").is_dir()):
     finish()
 if who == str(rank):
-    time.sleep(1)
+    until_all()
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     try:

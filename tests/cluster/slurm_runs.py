@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from virtual_hosts import ROOT, HostProcess, VirtualCluster
+from virtual_hosts import ROOT, WAIT_SECONDS, HostProcess, VirtualCluster
 
 from launcher import run_dir as rd
 
@@ -52,7 +52,7 @@ class SlurmRuns:
         """Start the same, and return when all ranks run."""
         process = self._driver(self.cluster.start, name, probe, "wait", settings)
         assert isinstance(process, HostProcess)
-        self.until(lambda: len(list((self.folder / name / rd.RANKS).glob("[0-9]*.json"))) == 2)
+        self.until_ranks_run(self.folder / name)
         return process
 
     def start_inside(self, name: str, probe: str) -> HostProcess:
@@ -64,14 +64,18 @@ class SlurmRuns:
             cwd=self.folder,
             env=self.environment(PROBE=probe),
         )
-        self.until(lambda: len(list((self.folder / name / rd.RANKS).glob("[0-9]*.json"))) == 2)
+        self.until_ranks_run(self.folder / name)
         return process
+
+    def until_ranks_run(self, run_dir: Path) -> None:
+        """Wait for both ranks; what rank 0 writes of the run comes before its own file."""
+        self.until(lambda: len(list((run_dir / rd.RANKS).glob("[0-9]*.json"))) == 2)
 
     def zerofit(self, *args: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
         """Run a command of zerofit on the login node."""
         argv = [sys.executable, "-m", "launcher.cli", *args]
         return self.cluster.run(
-            "head", argv, cwd=self.folder, env=self.environment(**more), timeout=400
+            "head", argv, cwd=self.folder, env=self.environment(**more), timeout=900
         )
 
     def status(self, run_dir: Path) -> dict[str, Any]:
@@ -84,7 +88,7 @@ class SlurmRuns:
     def job_id(self, run_dir: Path) -> str:
         return str(json.loads((run_dir / rd.JOB).read_text())["job_id"])
 
-    def until(self, is_so: Callable[[], object], *, seconds: float = 30) -> None:
+    def until(self, is_so: Callable[[], object], *, seconds: float = WAIT_SECONDS) -> None:
         deadline = time.monotonic() + seconds
         while not is_so():
             assert time.monotonic() < deadline, "not so in time"

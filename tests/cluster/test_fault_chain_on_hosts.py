@@ -61,12 +61,7 @@ def test_a_slurm_job_goes_through_all_faults(
         seconds = time.time() - began
         assert saved_step(place.run) == 5
 
-        def is_released() -> bool:
-            # Slurm lets a job wait for two minutes that was put back.
-            release = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
-            return cluster.run("head", release).returncode == 0
-
-        until(is_released, process)
+        slurm.start_again(job)
         return process, seconds
 
     go_through(

@@ -13,14 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from virtual_hosts import HERE, ROOT, HostProcess, VirtualCluster
+from virtual_hosts import HERE, ROOT, WAIT_SECONDS, HostProcess, VirtualCluster
 
 from launcher import run_dir as rd
 
 pytestmark = pytest.mark.cluster
 
-KNOWN_WITHIN_SECONDS = 30.0
-"""15 s from the event on a quiet machine; the tests count the start, too, and share theirs."""
+KNOWN_WITHIN_SECONDS = 90.0
+"""15 s from the event on a quiet machine, and much less than anything else would take to notice:
+ssh, TCP and gloo wait for minutes."""
 _ports = itertools.count(21_000)
 
 
@@ -37,26 +38,21 @@ class ProbeJob:
         )
 
     def wait_for_ranks(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + WAIT_SECONDS
         while len(list((self.folder / rd.RANKS).glob("0*.json"))) < 2:
             assert self.process.entering.poll() is None, self.process.output
             assert time.monotonic() < deadline, self.process.output
             time.sleep(0.1)
 
-    def fails(
-        self, *expected: str, state: str = "failed", within: float = KNOWN_WITHIN_SECONDS
-    ) -> None:
+    def fails(self, *expected: str, state: str = "failed") -> None:
         """Check that it ends in time, says so, says what is expected, and leaves nothing."""
-        started = time.monotonic()
-        status = self.process.wait(timeout=60)
-        took = time.monotonic() - started
+        status = self.process.wait(timeout=KNOWN_WITHIN_SECONDS)
         output = self.process.output
         assert status == 4, output
         for text in expected:
             assert text in output
         assert rd.read_status(self.folder).state == state
         assert not (self.folder / "environment.sh").exists()
-        assert took < within, f"{took:.0f} s\n{output}"
 
 
 Job = Callable[..., ProbeJob]
@@ -78,7 +74,7 @@ def test_a_host_without_sshd_is_named_before_anything_starts(
 ) -> None:
     cluster.stop_sshd("node2")
     job("wait").fails("node2: it refuses ssh connections", "start sshd on node2")
-    assert cluster.leftovers(within=15) == {}
+    assert cluster.leftovers() == {}
 
 
 def test_a_host_with_another_key_is_named_before_anything_starts(
@@ -97,7 +93,7 @@ def test_a_host_with_another_key_is_named_before_anything_starts(
         job("wait").fails("node2: its host key is unknown, or not the one that it had before")
     finally:
         (ssh / "known_hosts").write_text(known)
-    assert cluster.leftovers(within=15) == {}
+    assert cluster.leftovers() == {}
 
 
 def test_a_host_that_accepts_the_connection_and_hangs_is_named(
@@ -111,10 +107,13 @@ def test_a_port_that_is_taken_is_named_with_its_owner(cluster: VirtualCluster, j
     port = next(_ports) + 1
     listen = (
         "import socket, time; s = socket.socket(); "
-        f"s.bind(('', {port})); s.listen(); time.sleep(100)"
+        f"s.bind(('', {port})); s.listen(); print('listens', flush=True); time.sleep(1000)"
     )
-    cluster.start("node1", [sys.executable, "-c", listen])
-    time.sleep(1)
+    listener = cluster.start("node1", [sys.executable, "-c", listen])
+    deadline = time.monotonic() + WAIT_SECONDS
+    while "listens" not in listener.output:
+        assert time.monotonic() < deadline, listener.output
+        time.sleep(0.05)
     running = job("wait")
     assert running.port == port
     running.fails(f"node1: port {port} is taken by process", "(python")
@@ -127,9 +126,7 @@ def test_a_host_that_crashes_in_mid_run_is_named_and_all_others_are_cleared(
     running.wait_for_ranks()
     cluster.crash("node2")
     running.fails("node2 was lost: the connection broke")
-    left = cluster.leftovers(within=15)
-    left.pop("node2", None)
-    assert left == {}
+    assert cluster.leftovers() == {}
 
 
 def test_a_host_that_is_cut_off_or_frozen_in_mid_run_is_named_and_all_others_are_cleared(
@@ -142,14 +139,14 @@ def test_a_host_that_is_cut_off_or_frozen_in_mid_run_is_named_and_all_others_are
     cluster.freeze("node4")
     on_cut.fails("node2 was lost: it has not answered for")
     on_frozen.fails("node4 was lost: it has not answered for")
-    left = cluster.leftovers(within=15)
-    # It cannot be told; it notices that nobody is there, and ends the run by itself.
-    deadline = time.monotonic() + 25
-    while any("probe_rank" in line for line in left.get("node2", [])):
+    # It cannot be told; it notices that nobody is there, and ends the run by itself. What stays is
+    # sshd's session of a connection that is cut, and all of a frozen host.
+    deadline = time.monotonic() + WAIT_SECONDS
+    left = cluster.leftovers(within=0)
+    while set(left) - {"node2", "node4"} or "probe_rank" in str(left.get("node2")):
         assert time.monotonic() < deadline, left
-        left = cluster.leftovers(within=1)
-    # sshd's session of a connection that is cut; all of a frozen host.
-    assert set(left) <= {"node2", "node4"}
+        time.sleep(0.1)
+        left = cluster.leftovers(within=0)
 
 
 def test_ranks_that_raise_or_are_killed_are_named_with_their_host(
@@ -160,7 +157,7 @@ def test_ranks_that_raise_or_are_killed_are_named_with_their_host(
     killed.wait_for_ranks()
     raising.fails("rank 1 on node2 failed in phase forward: ValueError: deliberate")
     killed.fails("rank 1 on node4 was killed by signal 9 (SIGKILL)")
-    assert cluster.leftovers(within=15) == {}
+    assert cluster.leftovers() == {}
 
 
 def test_a_signal_ends_this_run_everywhere_and_no_other_and_no_secret_is_seen(
@@ -172,7 +169,7 @@ def test_a_signal_ends_this_run_everywhere_and_no_other_and_no_secret_is_seen(
     first, second, third = job("wait"), job("wait"), job("wait", SECOND)
     for running in (first, second, third):
         running.wait_for_ranks()
-    seen = [line for lines in cluster.leftovers().values() for line in lines]
+    seen = [line for lines in cluster.leftovers(within=0).values() for line in lines]
     assert [line for line in seen if "probe_rank" in line]
     assert not [line for line in seen if "hush-hush" in line]
     secrets = first.folder / "environment.sh"
@@ -182,27 +179,24 @@ def test_a_signal_ends_this_run_everywhere_and_no_other_and_no_secret_is_seen(
     first.fails("stopped by SIGTERM", state="interrupted")
     # The other run on the same hosts has not noticed.
     assert second.process.entering.poll() is None
-    assert sum("probe_rank" in line for line in cluster.leftovers().get("node1", [])) >= 1
+    assert "probe_rank" in str(cluster.leftovers(within=0).get("node1"))
     second.process.signal(signal.SIGINT)
     second.fails("stopped by SIGINT", state="interrupted")
     # pdsh and DeepSpeed's runner on this machine end when their ranks have.
     third.process.signal(signal.SIGKILL)
-    third.process.wait(timeout=5)
+    third.process.wait()
     still = {"node1": [f"sh -c {other}", "sleep 1000"]}
-    deadline = time.monotonic() + 20
-    while (left := cluster.leftovers()) != still:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
+    assert cluster.leftovers(but=still) == still
 
 
 def test_200_mb_of_output_end_in_the_log_and_on_the_terminal(
     cluster: VirtualCluster, job: Job
 ) -> None:
     running = job("flood")
-    assert running.process.wait(timeout=120) == 0
+    assert running.process.wait() == 0
     log = running.folder / rd.LAUNCHER_LOG
     assert log.stat().st_size > 200_000_000
     assert running.process.log.stat().st_size >= log.stat().st_size
     log.unlink()
     running.process.log.unlink()
-    assert cluster.leftovers(within=15) == {}
+    assert cluster.leftovers() == {}

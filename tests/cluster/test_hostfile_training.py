@@ -57,7 +57,7 @@ def train(
         [*zerofit, *changes, "--output-dir", run],
         cwd=workplace,
         env={**AS_ROOT, "HF_TOKEN": "hf_secret"},
-        timeout=420,
+        timeout=1200,
     )
 
 
@@ -100,7 +100,7 @@ def test_a_hostfile_s_hosts_train_together(  # noqa: PLR0917
     log = (folder / "logs" / "launcher.log").read_text()
     assert (f"peaks of {len(places)} ranks came through MPI" in log) == (launcher == "openmpi")
     assert re.search(rf"fullest rank: \d of {len(places)}, ", log)
-    assert cluster.leftovers(within=20) == {}
+    assert cluster.leftovers() == {}
     # The secret reached the hosts by a file that is gone again.
     assert not (folder / "environment.sh").exists()
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -113,14 +113,14 @@ def test_sigterm_on_one_host_saves_on_all_of_them(cluster: VirtualCluster, workp
     zerofit = [sys.executable, "-m", "launcher.cli", "train", "recipe.yaml"]
     more = ["strategy.zero_stage=2", "optim.max_steps=5000", "--output-dir", "stopped"]
     started = cluster.start("head", [*zerofit, *more], cwd=workplace)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900
     while "step 3/5000" not in started.output:
         assert started.entering.poll() is None, started.output
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, started.output
         time.sleep(0.2)
     started.signal(signal.SIGTERM)
-    assert started.wait(timeout=120) == 4, started.output
-    assert cluster.leftovers(within=20) == {}
+    assert started.wait(timeout=600) == 4, started.output
+    assert cluster.leftovers() == {}
     run = workplace / "stopped"
     assert "Traceback" not in started.output
     newest, skipped = find_newest(run / rd.CHECKPOINTS)

@@ -44,14 +44,18 @@ def test_a_sweep_goes_through_slurm_and_comes_back_with_predictions_and_measurem
     assert "submitted job array" in submitted.stdout
     results_file = shared_folder / "out" / "sweep.jsonl"
     states = ("finished", "failed")
-    runs.until(
-        lambda: all(
-            rd.read_status(path.parent).state in states
-            for path in (shared_folder / "out" / "runs").glob("*/*/status.json")
-        ),
-        seconds=240,
-    )
-    runs.until(lambda: runs.zerofit(*command) and len(results_file.read_text().splitlines()) == 2)
+
+    def have_ended() -> bool:
+        found = [*(shared_folder / "out" / "runs").glob("*/*/status.json")]
+        return len(found) == 2 and all(rd.read_status(p.parent).state in states for p in found)
+
+    def are_gathered() -> bool:
+        # Slurm may take a job that has written its end for a running one for some moments.
+        runs.zerofit(*command)
+        return results_file.is_file() and len(results_file.read_text().splitlines()) == 2
+
+    runs.until(have_ended, seconds=600)
+    runs.until(are_gathered, seconds=600)
     lines = results_file.read_text().splitlines()
     results = {item["case"]: item for item in map(json.loads, lines)}
     assert {name: item["state"] for name, item in results.items()} == {

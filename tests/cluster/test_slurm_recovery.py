@@ -69,12 +69,9 @@ class Job:
     def until_step(self, step: int) -> None:
         self.until(f'"step": {step},', path=self.run / rd.TRAINER_LOG)
 
-    def start_now(self) -> None:
+    def start_now(self, slurm: Slurm) -> None:
         """Spare the job the two minutes that Slurm lets a job wait that was put back."""
-        time.sleep(2)  # sooner, the nodes still refuse it
-        job_id = self.runs.job_id(self.run)
-        release = ["scontrol", "update", f"JobId={job_id}", "StartTime=now"]
-        self.runs.cluster.run("head", release, check=True)
+        slurm.start_again(self.runs.job_id(self.run))
 
     @property
     def last_step(self) -> int:
@@ -109,7 +106,7 @@ def test_a_job_that_is_preempted_told_to_stop_and_then_loses_a_node_ends(
         zero_stage=2, noticed_seconds=noticed - preempted, steps_lost=0,
         result="saved, requeued and resumed",
     )  # fmt: skip
-    job.start_now()
+    job.start_now(slurm)
 
     job.until_step(job.last_step + 10)
     signalled = time.time()
@@ -121,7 +118,7 @@ def test_a_job_that_is_preempted_told_to_stop_and_then_loses_a_node_ends(
         fault="USR1 from Slurm, as before a time limit", backend="slurm", zero_stage=2,
         noticed_seconds=noticed - signalled, steps_lost=0, result="saved, requeued and resumed",
     )  # fmt: skip
-    job.start_now()
+    job.start_now(slurm)
 
     marks = job.run / ".faults"
     job.runs.until(lambda: list(marks.glob("0-*")), seconds=300)
@@ -134,7 +131,7 @@ def test_a_job_that_is_preempted_told_to_stop_and_then_loses_a_node_ends(
         fault="a node's slurmd is killed (SlurmdTimeout 15 s)", backend="slurm", zero_stage=2,
         noticed_seconds=noticed - killed, steps_lost=lost, result="requeued by Slurm, and resumed",
     )  # fmt: skip
-    job.start_now()
+    job.start_now(slurm)
 
     assert job.process.wait(timeout=400) == 0, job.process.output
     assert rd.read_status(job.run).state == "finished"
@@ -164,7 +161,7 @@ def test_a_job_goes_on_after_signals_at_its_start_and_a_real_time_limit(
         fault="USR1 from Slurm, twice, seconds after the start", backend="slurm", zero_stage=2,
         noticed_seconds=noticed - signalled, steps_lost=0, result="requeued; nothing was to save",
     )  # fmt: skip
-    job.start_now()
+    job.start_now(slurm)
 
     # Slurm's clock, and not ours.
     signalled = job.until("Slurm says stop", path=log, times=3)
@@ -175,5 +172,5 @@ def test_a_job_goes_on_after_signals_at_its_start_and_a_real_time_limit(
         fault="the time limit of a job (4 minutes) is near", backend="slurm", zero_stage=2,
         noticed_seconds=noticed - signalled, steps_lost=0, result="saved, requeued and resumed",
     )  # fmt: skip
-    job.start_now()
+    job.start_now(slurm)
     job.until_step(job.last_step + 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -62,7 +61,7 @@ def test_a_run_trains_on_four_nodes_as_a_job_of_its_own_although_memory_runs_out
     assert "submitted job" in done.stdout
     assert "time limit 30 minutes, from the predicted run time" in done.stdout
     assert runs.status(run_dir)["step"] == 3
-    assert cluster.leftovers(within=20) == {}
+    assert cluster.leftovers() == {}
 
 
 def test_a_script_of_one_s_own_trains_on_the_nodes_that_it_has(
@@ -75,24 +74,24 @@ def test_a_script_of_one_s_own_trains_on_the_nodes_that_it_has(
     done = cluster.run("head", submit, cwd=runs.folder, env=runs.environment(), check=True)
     job_id = done.stdout.strip()
     log = runs.folder / f"finetune-{job_id}.out"
-    ended = ["COMPLETED", "FAILED"]
+    ended = ["COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL"]
 
     def has_ended() -> bool:
         shown = cluster.run("head", ["squeue", "-h", "-t", "all", "-j", job_id, "-o", "%T"])
         return shown.stdout.strip() in ended
 
-    runs.until(has_ended, seconds=180)
+    runs.until(has_ended, seconds=600)
     run_dir = runs.folder / "two"
     assert rd.read_status(run_dir).state == "finished", log.read_text()
     assert hosts_of(run_dir) == ["node1", "node2"]
     assert json.loads((run_dir / rd.JOB).read_text())["backend"] == "allocation"
     assert "step 3/3" in log.read_text()
-    assert cluster.leftovers(within=20) == {}
+    assert cluster.leftovers() == {}
 
 
 @pytest.mark.slow
 def test_a_run_whose_time_is_nearly_up_saves_and_goes_on_where_it_was(
-    runs: SlurmRuns, cluster: VirtualCluster
+    runs: SlurmRuns, cluster: VirtualCluster, slurm: Slurm
 ) -> None:
     """What recovery needs of Slurm: USR1, a checkpoint, another start, the same steps."""
     overrides = ["cluster.num_nodes=2", "cluster.gpus_per_node=1", "optim.max_steps=400"]
@@ -101,14 +100,12 @@ def test_a_run_whose_time_is_nearly_up_saves_and_goes_on_where_it_was(
     run_dir = runs.folder / "late"
     job_id = runs.job_id(run_dir)
     log = run_dir / rd.LAUNCHER_LOG
-    runs.until(lambda: "step 5/400" in log.read_text(), seconds=120)
+    runs.until(lambda: "step 5/400" in log.read_text(), seconds=600)
     cluster.run("head", ["scancel", "--signal=USR1", "--batch", job_id], check=True)
-    runs.until(lambda: runs.status(run_dir)["state"] == "pending", seconds=60)
+    runs.until(lambda: runs.status(run_dir)["state"] == "pending")
     assert "Slurm's signal: saved after step" in log.read_text()
-    time.sleep(2)  # sooner, the nodes still refuse it
-    release = ["scontrol", "update", f"JobId={job_id}", "StartTime=now"]
-    cluster.run("head", release, check=True)
-    runs.until(lambda: rd.read_status(run_dir).state == "finished", seconds=180)
+    slurm.start_again(job_id)
+    runs.until(lambda: rd.read_status(run_dir).state == "finished", seconds=600)
     entries = [json.loads(line) for line in (run_dir / rd.TRAINER_LOG).read_text().splitlines()]
     steps = [entry["step"] for entry in entries if "loss" in entry]
     assert steps == list(range(1, 401))

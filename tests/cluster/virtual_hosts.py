@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 from host_files import write_configuration
@@ -27,7 +28,7 @@ ROOT = HERE.parents[1]
 NETWORK = "10.77.0"
 NETWORK_V6 = "fd77:"
 PROGRAMS = ("ip", "nsenter", "pdsh", "setpriv", "ssh", "ssh-keygen", "sshd", "unshare")
-BOOT_SECONDS = 20.0
+WAIT_SECONDS = 180.0  # for machines that do much else
 
 
 def missing_requirement(programs: Sequence[str] = PROGRAMS) -> str | None:
@@ -64,9 +65,10 @@ class HostProcess:
         """End the program and what it has started."""
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self.entering.pid).children(recursive=True):
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
-    def wait(self, *, timeout: float) -> int:
+    def wait(self, *, timeout: float = WAIT_SECONDS) -> int:
         """Return the exit status; raises ``subprocess.TimeoutExpired``."""
         return self.entering.wait(timeout)
 
@@ -148,7 +150,7 @@ class VirtualCluster:
         *,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
-        timeout: float = 60,
+        timeout: float = WAIT_SECONDS,
         check: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         """Run a program on a host to its end; ``env`` is added to :meth:`environment`."""
@@ -170,7 +172,7 @@ class VirtualCluster:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> HostProcess:
-        """Start a program on a host, as if at a terminal, and return at once."""
+        """Start a program on a host, as if at a terminal, and return when it is that program."""
         log = self.folder / f"start-{time.monotonic_ns()}.log"
         with log.open("wb") as stream:
             entering = subprocess.Popen(
@@ -182,7 +184,7 @@ class VirtualCluster:
                 start_new_session=True,
             )
         _wait_until(
-            lambda: entering.poll() is not None or psutil.Process(entering.pid).children(),
+            lambda: entering.poll() is not None or _has_become_another(entering),
             f"{argv[0]} on {host}",
         )
         self._started.append(HostProcess(entering=entering, log=log))
@@ -223,8 +225,12 @@ class VirtualCluster:
     def freeze(self, host: str) -> None:
         """Stop every process of a host without ending it; the network still answers."""
         self._is_hurt.add(host)
-        for process in self._processes(host):
-            process.suspend()
+        # Again for what others have started while they were not stopped yet.
+        while running := [item for item in self._processes(host) if not _is_stopped(item)]:
+            for process in running:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.suspend()
+            time.sleep(0.01)
 
     def stop_sshd(self, host: str) -> None:
         """End a host's sshd, so that connections are refused."""
@@ -244,32 +250,33 @@ class VirtualCluster:
             self.boot(host)
         self._is_hurt.clear()
         while self._started:
-            self._started.pop().wait(timeout=10)
+            self._started.pop().wait()
 
-    def leftovers(self, *, within: float = 0.0) -> dict[str, list[str]]:
-        """Return command lines, by host, of processes that an idle host does not have.
+    def leftovers(
+        self, *, but: Mapping[str, list[str]] = MappingProxyType({}), within: float = WAIT_SECONDS
+    ) -> dict[str, list[str]]:
+        """Wait until all has ended that an idle host does not have; return what has not, by host.
 
         Args:
-            within: seconds in which they may still end.
+            but: command lines that stay.
+            within: seconds in which the others may still end; 0 for a look at what runs now.
         """
         deadline = time.monotonic() + within
-        while (found := self._leftovers()) and time.monotonic() < deadline:
+        while (found := self._leftovers()) != but and time.monotonic() < deadline:
             time.sleep(0.1)
         return found
 
     def note_daemons(self) -> None:
         """Take what runs on the hosts now for what runs on an idle host."""
         for name in self._hosts:
-            self._hosts[name].daemons = frozenset(
-                (process.pid, process.create_time()) for process in self._processes(name)
-            )
+            self._hosts[name].daemons = self._identities(name)
 
     def _leftovers(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for name, host in self._hosts.items():
             for process in self._processes(name):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if (process.pid, process.create_time()) in host.daemons:
+                    if _identity(process) in host.daemons:
                         continue
                     if process.status() != psutil.STATUS_ZOMBIE:
                         found.setdefault(name, []).append(" ".join(process.cmdline()))
@@ -280,9 +287,18 @@ class VirtualCluster:
         init = self._hosts[host].init
         namespace = _namespace(init.pid, "pid")
         assert namespace
-        for process in psutil.process_iter():
-            if process.pid != init.pid and _namespace(process.pid, "pid") == namespace:
-                yield process
+        # Not psutil.process_iter, which keeps what it knows of a pid that another process has now.
+        for pid in psutil.pids():
+            if pid != init.pid and _namespace(pid, "pid") == namespace:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    yield psutil.Process(pid)
+
+    def _identities(self, host: str) -> frozenset[tuple[int, float]]:
+        found = set()
+        for process in self._processes(host):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.add(_identity(process))
+        return frozenset(found)
 
     def _command(self, host: str, argv: Sequence[str | Path], cwd: Path | None) -> list[str]:
         where = ["-t", str(self._hosts[host].init.pid), "-n", "-u", "-i", "-m", "-p"]
@@ -358,14 +374,14 @@ class VirtualCluster:
             f"{name}, see {folder}",
         )
         assert host.parent.poll() is None, (folder / "console.log").read_text()
-        host.daemons = frozenset((item.pid, item.create_time()) for item in self._processes(name))
+        host.daemons = self._identities(name)
 
     def _power_off(self, name: str) -> None:
         host = self._hosts.pop(name, None)
         if host is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 host.init.kill()
-            host.parent.wait(timeout=10)
+            host.parent.wait(timeout=WAIT_SECONDS)
             # Else it goes with the last connection, which waits for an answer for minutes when
             # the cable is cut.
             with contextlib.suppress(subprocess.CalledProcessError):
@@ -377,6 +393,26 @@ def _port(host: str) -> str:
     return f"p-{host}"
 
 
+def _identity(process: psutil.Process) -> tuple[int, float]:
+    return process.pid, process.create_time()
+
+
+def _is_stopped(process: psutil.Process) -> bool:
+    """Return whether a process does nothing any more; it may have ended, too."""
+    try:
+        return process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _has_become_another(entering: subprocess.Popen[bytes]) -> bool:
+    """Return whether ``nsenter`` has a child that is no copy of it any more."""
+    try:
+        return any(child.name() != "nsenter" for child in psutil.Process(entering.pid).children())
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _namespace(pid: int, kind: str) -> str:
     try:
         return str(Path(f"/proc/{pid}/ns/{kind}").readlink())
@@ -385,8 +421,8 @@ def _namespace(pid: int, kind: str) -> str:
 
 
 def _wait_until(is_so: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + BOOT_SECONDS
+    deadline = time.monotonic() + WAIT_SECONDS
     while not is_so():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"not ready within {BOOT_SECONDS:.0f} s: {what}")
+            raise TimeoutError(f"not ready within {WAIT_SECONDS:.0f} s: {what}")
         time.sleep(0.01)

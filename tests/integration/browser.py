@@ -13,12 +13,19 @@ from pathlib import Path
 from typing import Any, Self
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-_REPLY_SECONDS = 90.0
+_REPLY_SECONDS = 300.0
 
 
 def find_browser() -> str | None:
     """Return a Chromium of this machine, ``None`` without one."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+def _is_load(event: Mapping[str, Any], loader: str) -> bool:
+    """Return whether an event says that this page, and not the one before, is loaded."""
+    if event["method"] != "Page.lifecycleEvent":
+        return False
+    return event["params"]["loaderId"] == loader and event["params"]["name"] == "load"
 
 
 class Browser:
@@ -41,19 +48,26 @@ class Browser:
         self._last_id = 0
         self._events: list[Mapping[str, Any]] = []
         self.troubles: list[str] = []
-        targets = self._call("Target.getTargets")["targetInfos"]
-        page = next(target for target in targets if target["type"] == "page")
+        deadline = time.monotonic() + _REPLY_SECONDS
+        while (page := self._first_page()) is None:  # it is still starting
+            assert time.monotonic() < deadline, "the browser opens no page"
+            time.sleep(0.05)
         attached = self._call("Target.attachToTarget", targetId=page["targetId"], flatten=True)
         self._session: str | None = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
+        self._call("Page.setLifecycleEventsEnabled", enabled=True)
+
+    def _first_page(self) -> Mapping[str, Any] | None:
+        targets = self._call("Target.getTargets")["targetInfos"]
+        return next((target for target in targets if target["type"] == "page"), None)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=_REPLY_SECONDS)
         os.close(self._write_end)
         os.close(self._read_end)
 
@@ -65,8 +79,8 @@ class Browser:
         )  # fmt: skip
         self._events.clear()
         url = path.resolve().as_uri()
-        self._call("Page.navigate", url=url)
-        while not any(event["method"] == "Page.loadEventFired" for event in self._events):
+        loader = self._call("Page.navigate", url=url)["loaderId"]
+        while not any(_is_load(event, loader) for event in self._events):
             self._read()
         self.evaluate("document.fonts.ready.then(() => 0)")
         for event in self._events:

@@ -29,10 +29,10 @@ defaults:
   max_seq_len: 32
   optim: {{max_steps: 4, global_batch_size: 2}}
 cases:
-- name: breaks
-  optim: {{lr_scheduler_type: polynomial, learning_rate: 1.0e-8}}
 - name: zero-2
   strategy: {{zero_stage: 2}}
+- name: breaks
+  optim: {{lr_scheduler_type: polynomial, learning_rate: 1.0e-8}}
 - name: never-ends
   optim: {{max_steps: 1000000}}
 """
@@ -54,7 +54,7 @@ def bench(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,
     )
 
 
@@ -62,10 +62,17 @@ def bench(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 def outcome(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Run two cases, then the whole sweep; return the results and what each run printed."""
     first = bench(folder, "--warm", "--only", "e", "--max-failures-in-a-row", "1")
-    second = bench(folder, "--warm", "--case-seconds", "60")
-    assert (first.returncode, second.returncode) == (4, 4), first.stderr + second.stderr
+    assert first.returncode == 4, first.stderr
+    # In which the last case comes to its first steps, and not to its end, on any machine.
+    seconds = 10 + 3 * read_results(folder)[0]["wall_seconds"]
+    second = bench(folder, "--warm", "--case-seconds", str(int(seconds)))
+    assert second.returncode == 4, second.stderr
+    return read_results(folder), [first.stdout, second.stdout]
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "out" / "sweep.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], [first.stdout, second.stdout]
+    return [json.loads(line) for line in lines]
 
 
 def test_a_case_that_fails_is_recorded_with_its_error_and_the_sweep_goes_on(
@@ -73,9 +80,9 @@ def test_a_case_that_fails_is_recorded_with_its_error_and_the_sweep_goes_on(
 ) -> None:
     results, printed = outcome
     assert [(result["case"], result["state"]) for result in results] == [
-        ("breaks", "failed"), ("zero-2", "finished"), ("never-ends", "out_of_time"),
+        ("zero-2", "finished"), ("breaks", "failed"), ("never-ends", "out_of_time"),
     ]  # fmt: skip
-    assert "Error" in results[0]["failure"]["message"]
+    assert "Error" in results[1]["failure"]["message"]
     assert "stopped after 1 failures in a row" in printed[0]
     assert "Traceback" in printed[0]
 
@@ -83,13 +90,13 @@ def test_a_case_that_fails_is_recorded_with_its_error_and_the_sweep_goes_on(
 def test_going_on_runs_only_what_has_no_result(
     outcome: tuple[list[dict[str, Any]], list[str]],
 ) -> None:
-    assert "1 of 3 cases have results already" in outcome[1][1]
+    assert "2 of 3 cases have results already" in outcome[1][1]
 
 
 def test_the_prediction_and_every_rank_stand_beside_each_other(
     folder: Path, outcome: tuple[list[dict[str, Any]], list[str]]
 ) -> None:
-    result = outcome[0][1]
+    result = outcome[0][0]
     assert result["zerofit"]["source_sha256"]
     assert [rank["rank"] for rank in result["measured"]] == [0, 1]
     predicted = result["predicted"]["peak_allocated_bytes"]
@@ -99,7 +106,7 @@ def test_the_prediction_and_every_rank_stand_beside_each_other(
         assert {"load", "init", "forward", "loss", "backward", "step"} <= set(rank["phases"])
     with (folder / "out" / "sweep.csv").open() as stream:
         assert [row["state"] for row in csv.DictReader(stream)] == [
-            "failed", "finished", "out_of_time",
+            "finished", "failed", "out_of_time",
         ]  # fmt: skip
 
 

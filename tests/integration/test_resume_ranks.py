@@ -17,6 +17,7 @@ import psutil
 import pytest
 from worker_runs import (
     NUM_STEPS,
+    WAIT_SECONDS,
     Nursery,
     Outcome,
     environment,
@@ -175,7 +176,7 @@ def test_a_disk_that_takes_no_more_ends_the_run_and_names_what_is_left(
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=WAIT_SECONDS,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert done.returncode == EXIT_STATUS[FailureKind.storage]
@@ -238,7 +239,7 @@ def test_a_rank_killed_in_mid_save_loses_nothing_and_one_rank_goes_on(tmp_path: 
         while not stopped_in_mid_save(rank, run / "checkpoints/.unfinished"):
             rank.resume()
         rank.send_signal(signal.SIGKILL)
-        _, stderr = started.communicate(timeout=60)
+        _, stderr = started.communicate(timeout=WAIT_SECONDS)
     assert started.returncode == 4, stderr
     assert list((run / "checkpoints/.unfinished").iterdir())
     newest, skipped = find_newest(run / "checkpoints")
@@ -248,7 +249,8 @@ def test_a_rank_killed_in_mid_save_loses_nothing_and_one_rank_goes_on(tmp_path: 
     os.truncate(broken, broken.stat().st_size // 2)
     done = subprocess.run(
         [*zerofit, "resume", "run", "cluster.gpus_per_node=1", "optim.save_steps=10"],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=180,
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
+        timeout=WAIT_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"skipped {newest.path.name}: global_step{newest.step}/" in done.stdout
@@ -260,7 +262,8 @@ def test_a_rank_killed_in_mid_save_loses_nothing_and_one_rank_goes_on(tmp_path: 
     assert (run / "attempts" / "1" / rd.PLAN).is_file()
     again = subprocess.run(
         [*zerofit, "resume", "run"],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=60,
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
+        timeout=WAIT_SECONDS,
     )  # fmt: skip
     assert again.returncode == 2
     assert "this run has finished" in again.stderr

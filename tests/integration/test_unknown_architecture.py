@@ -158,7 +158,7 @@ def test_the_command_plans_a_folder_with_an_unknown_architecture(tmp_path: Path)
         [sys.executable, "-m", "launcher.cli", *command, "--method", "full", "--json"],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=True,
     )
     plan = json.loads(done.stdout)

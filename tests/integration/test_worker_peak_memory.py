@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from worker_runs import environment
+from worker_runs import WAIT_SECONDS, environment
 
 from launcher.peaks import RankPeaks, peaks_from_json
 from launcher.timeline import timeline_from_json
@@ -135,11 +135,12 @@ def test_evaluation_is_no_training_forward(recorder: PeakRecorder) -> None:
 def test_time_for_saving_does_not_count_as_a_step(recorder: PeakRecorder) -> None:
     engine = Engine()
     recorder.watch_engine(engine)
+    begun = time.monotonic()
     recorder.begin_training()
     with recorder.during("save"):
         time.sleep(0.3)
     take_step(engine, recorder)
-    assert recorder.snapshot().step_seconds[0] < 0.2
+    assert recorder.snapshot().step_seconds[0] < time.monotonic() - begun - 0.299
 
 
 def test_tensors_are_not_counted_after_the_first_steps(recorder: PeakRecorder) -> None:
@@ -170,11 +171,15 @@ def test_the_first_step_and_the_steady_state_are_told_apart(recorder: PeakRecord
 def test_memory_over_time_is_written_by_its_thread(recorder: PeakRecorder, tmp_path: Path) -> None:
     with recorder.during("load"):
         kept = torch.zeros(1000)
-        time.sleep(0.35)
+        for _ in range(2):  # the first one may have begun before
+            last = recorder.snapshot().now
+            while recorder.snapshot().now is last:
+                time.sleep(0.01)
     recorder.finish()
     timeline = timeline_from_json(json.loads((tmp_path / "timeline" / "00003.json").read_text()))
     loading = [sample for sample in timeline.samples if sample.phase == "load"]
-    assert {sample.allocated_bytes for sample in loading} == {4 * len(kept)}
+    assert {sample.allocated_bytes for sample in loading} <= {0, 4 * len(kept)}
+    assert loading[-1].allocated_bytes == 4 * len(kept)
     assert all(sample.host_rss_bytes > 10 * MIB for sample in loading)
 
 
@@ -318,7 +323,7 @@ def _waiting(folder: Path, *, watchdog_seconds: float) -> subprocess.Popen[str]:
 def _signalled(folder: Path, number: signal.Signals) -> tuple[RankPeaks, int]:
     with _waiting(folder, watchdog_seconds=0) as process:
         process.send_signal(number)
-        process.wait(timeout=20)
+        process.wait(timeout=WAIT_SECONDS)
     return written(folder), process.returncode
 
 
@@ -326,13 +331,14 @@ def test_a_rank_that_hangs_keeps_its_stacks_says_where_and_ends_and_one_that_was
     tmp_path: Path,
 ) -> None:
     (tmp_path / "logs").mkdir()
-    with _waiting(tmp_path, watchdog_seconds=3) as process:
+    with _waiting(tmp_path, watchdog_seconds=5) as process:
         process.send_signal(signal.SIGSTOP)
-        time.sleep(4.5)
+        time.sleep(6.5)
+        went_on_at = time.time()
         process.send_signal(signal.SIGCONT)
-        time.sleep(0.5)
-        assert written(tmp_path).state == "running"
-        process.wait(timeout=40)
+        process.wait(timeout=WAIT_SECONDS)
+        # The file was written when it gave up: of the stop, two seconds count.
+        assert (tmp_path / "ranks" / "00003.json").stat().st_mtime - went_on_at > 0.2
         assert process.stderr is not None
         said = process.stderr.read()
     assert process.returncode == HUNG_EXIT_STATUS
@@ -341,7 +347,7 @@ def test_a_rank_that_hangs_keeps_its_stacks_says_where_and_ends_and_one_that_was
     assert (peaks.state, peaks.phase, peaks.failure.phase) == ("failed", "backward", "backward")
     assert peaks.failure.type == "RankHungError"
     assert peaks.failure.message.startswith("logs/stack-00003.txt: no progress since ")
-    where = "for more than 3 s, in step 2 of this attempt, phase backward, at <string>:"
+    where = "for more than 5 s, in step 2 of this attempt, phase backward, at <string>:"
     assert where in said
     assert "in wait_for_others" in said
     assert "in wait_for_others" in (tmp_path / "logs" / "stack-00003.txt").read_text()

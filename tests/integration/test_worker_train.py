@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from worker_runs import (
     NUM_STEPS,
+    WAIT_SECONDS,
     Nursery,
     Outcome,
     environment,
@@ -271,12 +273,16 @@ def test_a_rank_that_waits_for_others_says_that_it_was_interrupted(
         [sys.executable, "-m", "launcher.worker.train", "--run-dir", str(folder)],
         env={**environment(), **places},
     ) as process:
-        # Written when signals are heard; the rank's own file is there before the slow imports.
-        deadline = time.monotonic() + 240
-        while not (folder / run_dir.STATUS).exists() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        time.sleep(2)
+        # Rank 0 listens there for the others.
+        rank = psutil.Process(process.pid)
+        deadline = time.monotonic() + WAIT_SECONDS
+        while int(places["MASTER_PORT"]) not in {
+            item.laddr.port for item in rank.net_connections()
+        }:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(timeout=20) == 128 + signal.SIGTERM
+        assert process.wait(timeout=WAIT_SECONDS) == 128 + signal.SIGTERM
     outcome = Outcome(returncode=143, stderr="", stdout="", folder=folder)
     assert outcome.peaks[0].state == "interrupted"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -37,6 +39,8 @@ SMALL_CONFIG: Mapping[str, Any] = MappingProxyType(
     }
 )
 """Of a model of a few kB, whatever its architecture."""
+WAIT_SECONDS = 900.0
+"""For what ends by itself in a minute, on machines that do much else."""
 NUM_STEPS = 8
 """Optimizer steps of the runs that modules share; their 30 examples make epochs of 4."""
 CHAT_TEMPLATE = (
@@ -192,16 +196,25 @@ def end_tree(process: subprocess.Popen[bytes]) -> None:
     """Kill a program that still runs, and all that it has started."""
     if process.poll() is None:
         for child in psutil.Process(process.pid).children(recursive=True):
-            child.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         process.kill()
         process.wait()
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody listens on now, and that nobody else will take.
+
+    Each process of pytest-xdist has ports of its own, below Linux's range for outgoing connections
+    and those of the launcher.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 10_000 + worker % 4 * 2_500
+    for port in random.sample(range(first, first + 2_500), 100):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
+    raise AssertionError("a hundred ports are taken")
 
 
 def train_argv(folder: Path, *, world_size: int) -> list[str]:
@@ -218,7 +231,7 @@ def tokenize_data(folder: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=WAIT_SECONDS,
     )
 
 
@@ -230,7 +243,7 @@ def train(folder: Path, *, world_size: int = 2) -> Outcome:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=WAIT_SECONDS,
     )
     return Outcome(
         returncode=done.returncode, stderr=done.stderr, stdout=done.stdout, folder=folder
@@ -274,7 +287,7 @@ class Nursery:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait(timeout=60)
+        self._process.wait(timeout=WAIT_SECONDS)
         self._process.stdout.close()
 
     def _run(
@@ -323,7 +336,7 @@ def train_alone(folder: Path) -> Outcome:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=WAIT_SECONDS,
     )
     return Outcome(
         returncode=done.returncode, stderr=done.stderr, stdout=done.stdout, folder=folder

@@ -1,8 +1,8 @@
-"""recipes/, ds_configs/ and docs/figure4.md are what their generators write today.
+"""recipes/ and ds_configs/ are what their generators write today.
 
 After a change of the planner or the prediction, write them anew and look at the difference:
 
-    python benchmarks/make_recipes.py && python benchmarks/make_figure4.py
+    python benchmarks/make_recipes.py
 """
 
 from __future__ import annotations
@@ -76,11 +76,6 @@ def test_every_deepspeed_file_has_only_keys_that_deepspeed_reads(files: Mapping[
         assert set(config["zero_optimization"]) <= ZERO_KEYS
         assert "auto" not in text
         assert f"zero{config['zero_optimization']['stage']}" in name
-
-
-def test_the_page_about_figure_4_is_up_to_date() -> None:
-    written = (ROOT / "docs" / "figure4.md").read_text(encoding="utf-8")
-    assert written == script("make_figure4").page()
 
 
 def test_the_fault_table_is_what_was_measured() -> None:

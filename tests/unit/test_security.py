@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ from launcher.worker.program import quiet_libraries
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "launcher").rglob("*.py"))
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 
 SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
 RUN_CODE = {
@@ -24,9 +24,14 @@ RUN_CODE = {
 }  # fmt: skip
 
 
+@cache
+def trees() -> Mapping[Path, ast.Module]:
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+
+
 def calls() -> Iterator[tuple[str, str, ast.Call]]:
     """Yield where each call of the package is, what it calls, and the call."""
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 where = f"{path.relative_to(ROOT)}:{node.lineno}"
@@ -49,7 +54,7 @@ def test_no_program_is_started_through_a_shell() -> None:
 def test_no_list_of_arguments_hands_a_shell_a_text_of_ours() -> None:
     """``bash -c TEXT`` is a shell, too, whatever starts it."""
     found = []
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.List | ast.Tuple):
                 words = [item.value for item in node.elts if isinstance(item, ast.Constant)]
