@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from rich.table import Table
 
 from launcher.dispatch.worker_command import run_worker
 from launcher.planning.explain import label
+from launcher.predict.memory import estimate_memory
 from launcher.prepare import Prepared
-from launcher.units import format_gib
+from launcher.units import format_bytes
 from launcher.worker.trace import TraceRequest, request_to_json
+from launcher.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +44,10 @@ def trace_engine_of(prepared: Prepared, *, rank: int, scale: int) -> EngineCompa
         LauncherError: the engine cannot be traced with this model or strategy.
     """
     plan = prepared.plan
+    workload = traced_workload(plan.workload, scale=scale)
     request = TraceRequest(
         hf_config=prepared.model_config,
-        workload=plan.workload,
+        workload=workload,
         strategy=plan.strategy,
         world_size=plan.cluster.world_size,
         rank=rank,
@@ -54,12 +57,18 @@ def trace_engine_of(prepared: Prepared, *, rank: int, scale: int) -> EngineCompa
         path = Path(folder) / "request.json"
         path.write_text(json.dumps(request_to_json(request)) + "\n", encoding="utf-8")
         traced = run_worker("launcher.worker.trace", [str(path)])
+    memory = estimate_memory(workload, plan.strategy, plan.cluster)
     return EngineComparison(
-        title=f"{plan.workload.model.name}, {label(plan.strategy)}, rank {rank} of "
-        f"{plan.cluster.world_size}",
+        title=f"{workload.model.name}, {label(plan.strategy)}, {workload.max_seq_len:,} tokens, "
+        f"rank {rank} of {plan.cluster.world_size}",
         traced=traced,
-        predicted_bytes={phase.phase: phase.allocated_bytes for phase in plan.memory.phases},
+        predicted_bytes={phase.phase: phase.allocated_bytes for phase in memory.phases},
     )
+
+
+def traced_workload(workload: Workload, *, scale: int) -> Workload:
+    """Return the workload with a length that the scale divides: the next longer one."""
+    return replace(workload, max_seq_len=-(-workload.max_seq_len // scale) * scale)
 
 
 def render_comparison(comparison: EngineComparison) -> Table:
@@ -70,7 +79,9 @@ def render_comparison(comparison: EngineComparison) -> Table:
     for phase, traced_bytes in comparison.traced["phases"].items():
         predicted_bytes = comparison.predicted_bytes[phase]
         error = (predicted_bytes - traced_bytes) / traced_bytes
-        table.add_row(phase, format_gib(predicted_bytes), format_gib(traced_bytes), f"{error:+.1%}")
+        table.add_row(
+            phase, format_bytes(predicted_bytes), format_bytes(traced_bytes), f"{error:+.1%}"
+        )
     table.caption = "the engine runs on the processor: no cuBLAS workspace, no streams"
     table.caption_justify = "left"
     return table

@@ -7,6 +7,9 @@ from collections.abc import Collection, Iterable
 
 from launcher.failure_kind import FailureKind
 
+# Of one error; the first ones are enough to know what kind of file it is.
+_MOST_PROBLEMS = 20
+
 
 class LauncherError(Exception):
     """Base class of every error that is the user's to mend.
@@ -92,4 +95,8 @@ def did_you_mean(value: str, known: Collection[str]) -> str:
 def list_problems(problems: Iterable[str]) -> str:
     """Join several problems so that one error can report them all at once."""
     found = list(problems)
-    return found[0] if len(found) == 1 else "\n  - ".join([f"{len(found)} problems", *found])
+    if len(found) == 1:
+        return found[0]
+    more = len(found) - _MOST_PROBLEMS
+    rest = [f"and {more:,} more"] if more > 0 else []
+    return "\n  - ".join([f"{len(found):,} problems", *found[:_MOST_PROBLEMS], *rest])

@@ -11,13 +11,14 @@ from launcher.units import format_gib, format_seconds
 
 def new_recipe_text(recipe: Recipe, plan: Plan) -> str:
     """Return a recipe in YAML with comments that lead a newcomer through it."""
+    rank = "GPU" if plan.cluster.gpu.device_type == "cuda" else "rank"
     fits = "fits" if plan.fits else "DOES NOT FIT"
     used = format_gib(plan.memory.device_used_bytes)
     pace = f"{format_seconds(plan.time.step_seconds)} per optimizer step"
     lines = [
         f"# {plan.workload.model.name} on {plan.cluster.world_size} x {plan.cluster.gpu.name}",
         f"# Planned: {label(plan.strategy)}",
-        f"#   {fits}: {used} of {format_gib(plan.limit_bytes)} per GPU, {pace}",
+        f"#   {fits}: {used} of {format_gib(plan.limit_bytes)} per {rank}, {pace}",
         "# Whatever is left out has a default or is chosen anew by `zerofit plan`.",
         "",
         render_recipe(recipe).rstrip(),

@@ -81,5 +81,5 @@ def with_measured_rates(cluster: ClusterSpec, rates: MeasuredRates) -> ClusterSp
 
 def _unusable(problem: str, source: str) -> HardwareError:
     return HardwareError(
-        problem, where=source, fix="write it anew: zerofit doctor --hostfile HOSTFILE --json > FILE"
+        problem, where=source, fix="write it anew: zerofit doctor --hostfile HOSTFILE --output FILE"
     )

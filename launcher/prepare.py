@@ -12,7 +12,8 @@ from launcher.allocation import current_allocation
 from launcher.config_facts import is_unknown
 from launcher.data_cache import DataSummary, cache_dir, find_prepared
 from launcher.epoch import longest_tokens, training_of
-from launcher.errors import RecipeError, SetupError
+from launcher.errors import HardwareError, RecipeError, SetupError
+from launcher.given_file import read_given
 from launcher.hardware import ClusterSpec, GpuSpec, default_cluster, find_gpu, gpu_names
 from launcher.hostfile import equal_slots
 from launcher.measured_rates import rates_from_json, with_measured_rates
@@ -28,11 +29,12 @@ from launcher.recipe import parse_recipe
 from launcher.recipe_paths import DEFAULT_PARENT, with_absolute_paths
 from launcher.recipe_sections import ClusterSection, Recipe, StrategySection
 from launcher.resolve import resolve_workload
-from launcher.run_dir import read_text
 from launcher.saves_timed import rate_beside
 from launcher.site_file import read_constants, site_path
 from launcher.units import GIB
 from launcher.workload import Workload
+
+_NO_RECIPE_FIX = "name a recipe file; `zerofit init` writes one"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +76,9 @@ def read_recipe(args: Sequence[str], options: Mapping[str, str | None]) -> tuple
         raise RecipeError(
             problem,
             where=str(path),
-            fix="name a recipe file, or describe the run by flags: --model NAME --method lora",
+            fix=_NO_RECIPE_FIX,
         )
-    text = read_text(path)
+    text = read_given(path, error=RecipeError, fix=_NO_RECIPE_FIX)
     return parse_recipe(text, source=str(path), options=given, overrides=overrides), str(path)
 
 
@@ -203,7 +205,9 @@ def resolve_cluster(section: ClusterSection) -> ClusterSpec:
     if section.host_memory_gib is not None:
         cluster = replace(cluster, host_memory_bytes=int(section.host_memory_gib * GIB))
     if section.measured is not None:
-        rates = rates_from_json(read_text(Path(section.measured)), source=section.measured)
+        fix = "write it: zerofit doctor --hostfile HOSTFILE --output FILE"
+        text = read_given(Path(section.measured), error=HardwareError, fix=fix)
+        rates = rates_from_json(text, source=section.measured)
         cluster = with_measured_rates(cluster, rates)
     if (site := read_constants(site_path(), cluster.gpu.name)) is not None:
         cluster = with_site_constants(cluster, site)

@@ -42,7 +42,7 @@ def parse_recipe(
     ]
     parts += [parse_override(item, kind=Recipe) for item in overrides]
     tree = merge_strictly(Recipe, parts, source=source)
-    if OmegaConf.is_missing(tree.model, "name_or_path"):
+    if OmegaConf.is_missing(tree.model, "name_or_path") or not tree.model.name_or_path:
         raise RecipeError(
             "no model is named",
             where=f"{source}: model.name_or_path",

@@ -72,7 +72,7 @@ class DataSection:
     @property
     def has_training_data(self) -> bool:
         """Whether any is named."""
-        return self.path is not None or bool(self.sources)
+        return bool(self.path) or bool(self.sources)
 
 
 @dataclass(frozen=True, kw_only=True)

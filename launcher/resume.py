@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -139,7 +140,8 @@ def check_has_stopped(run_dir: Path) -> None:
         raise RunDirError(
             "this run has finished: there is nothing to resume",
             where=str(run_dir),
-            fix=f"`zerofit report {run_dir}` shows it; for more steps start a new run",
+            fix=f"`zerofit report {shlex.quote(str(run_dir))}` shows it; for more steps start a "
+            "new run",
         )
     who = None
     if (run_dir / rd.JOB).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from launcher.bench.result import FINISHED, OUT_OF_MEMORY, Result
 # Blues); it ends where black text would lose contrast.
 _COLOR_MAP, _DARKEST = "Blues", 0.6
 _EMPTY_COLOR = "#EDEDED"
+# Of the cells' font, in 1.25 inches.
+_CELL_CHARACTERS = 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +84,9 @@ def _measured_cell(results: Sequence[Result]) -> Cell:
 
 def _filled(result: Result, used_bytes: float | None, seconds: float | None) -> Cell:
     limit = float(result.content["predicted"]["limit_bytes"])
+    name = textwrap.fill(label_of(result), _CELL_CHARACTERS)
     return Cell(
-        text=f"{label_of(result)}\n{(used_bytes or 0) / 1e9:.1f} GB\n{seconds or 0:.3g} s",
+        text=f"{name}\n{(used_bytes or 0) / 1e9:.1f} GB\n{seconds or 0:.3g} s",
         used_fraction=min(1.0, (used_bytes or 0) / limit),
     )
 
@@ -99,7 +103,7 @@ def draw_heat_map(heat_map: HeatMap) -> bytes:
             figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
         ):
             _draw_panel(axes, heat_map, cells)
-            axes.set_title(name, fontsize=10, loc="left")
+            axes.set_title(f"{name} (darker: fuller)", fontsize=10, loc="left")
 
     title = f"Fastest strategy on {heat_map.where}"
     return render(draw, width=width, height=1.4 + 0.85 * len(heat_map.models), title=title)

@@ -31,6 +31,7 @@ from launcher.dispatch.failure import read_failures
 from launcher.dispatch.source_version import source_version
 from launcher.dispatch.warm import ForkServers
 from launcher.errors import JobFailedError, LauncherError, RecipeError, RunDirError
+from launcher.given_file import read_given
 from launcher.job_script import JobRequest
 from launcher.launch import check_can_start, create_run, start_run
 from launcher.planning.plan import Plan, plan_to_json
@@ -101,13 +102,7 @@ def read_sweep(path: Path, overrides: Sequence[str]) -> tuple[Case, ...]:
     Raises:
         RecipeError: it cannot be read, or not used.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
-        raise RecipeError(
-            f"the sweep cannot be read: {reason}", where=str(path), fix="name a sweep file"
-        ) from None
+    text = read_given(path, error=RecipeError, fix="name a sweep file")
     return parse_sweep(text, source=str(path), overrides=overrides)
 
 

@@ -93,17 +93,20 @@ def parse_sweep(text: str, *, source: str, overrides: Sequence[str] = ()) -> tup
             fix="write cases: or matrix:, see benchmarks/ for examples",
         )
     _check_names(drafts, source)
-    cases, problems = [], []
+    cases: list[Case] = []
+    named: dict[str, list[str]] = {}
     for draft in drafts:
         where = f"{source}: case {draft.name}"
         recipe_text = yaml.safe_dump(merge(defaults, draft.content), sort_keys=False)
         try:
             recipe = parse_recipe(recipe_text, source=where, overrides=overrides)
         except RecipeError as error:
-            problems.append(f"case {draft.name}: {error.problem}")
+            named.setdefault(error.problem, []).append(draft.name)
             continue
         cases.append(Case(name=draft.name, recipe=recipe, strategy_label=draft.strategy_label))
-    if problems:
+    if named:
+        # An override that no recipe knows is the same problem in each case.
+        problems = [f"{_which(names)}: {problem}" for problem, names in named.items()]
         raise RecipeError(
             list_problems(problems), where=source, fix="correct the cases named above"
         )
@@ -164,6 +167,10 @@ def _matrix_drafts(content: Mapping[str, Any], source: str) -> Iterator[_Draft]:
                 content=merge(merge(defaults, below), keys),
                 strategy_label=label,
             )
+
+
+def _which(names: Sequence[str]) -> str:
+    return f"case {names[0]}" + (f" and {len(names) - 1:,} others" if len(names) > 1 else "")
 
 
 def _check_names(drafts: Sequence[_Draft], source: str) -> None:

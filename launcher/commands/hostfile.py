@@ -27,9 +27,10 @@ def hostfile(
     from launcher.allocation import current_allocation
     from launcher.dispatch.find_slots import with_slots
     from launcher.errors import HostfileError
+    from launcher.given_file import read_given
     from launcher.hostfile import render_hostfile
     from launcher.machine_file import hosts_of_node_list, parse_machine_file
-    from launcher.run_dir import create_file, read_text
+    from launcher.run_dir import create_file
 
     allocation = current_allocation()
     if hosts and machine_file is not None:
@@ -38,7 +39,8 @@ def hostfile(
         )
     found: dict[str, int | None]
     if machine_file is not None:
-        found = parse_machine_file(read_text(machine_file), source=str(machine_file))
+        given = read_given(machine_file, error=HostfileError, fix="name MPI's machine file")
+        found = parse_machine_file(given, source=str(machine_file))
     elif hosts:
         names = hosts_of_node_list(",".join(hosts), where="command line")
         found = dict.fromkeys(names)
@@ -59,4 +61,4 @@ def hostfile(
         say(text.rstrip())
     else:
         create_file(output, text)
-        say(f"wrote {output}: {len(found)} hosts")
+        say(f"wrote {output}: {len(found)} host{'' if len(found) == 1 else 's'}")

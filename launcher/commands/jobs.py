@@ -40,7 +40,7 @@ def status(*, run: Path, as_json: bool) -> None:
     from launcher.run_dir import STATUS
 
     if not (run / STATUS).exists() and run.is_dir():
-        _show_list(observe_all(run), as_json=as_json)
+        _show_list(observe_all(run), folder=run, as_json=as_json)
         return
     (seen,) = observe([run])
     if as_json:
@@ -61,7 +61,7 @@ def list_(*, folder: Path, as_json: bool) -> None:
     """List the runs in a folder and in its sweeps (by default ./runs)."""
     from launcher.dispatch.run_state import observe_all
 
-    _show_list(observe_all(folder), as_json=as_json)
+    _show_list(observe_all(folder), folder=folder, as_json=as_json)
 
 
 @click.command()
@@ -97,7 +97,7 @@ def logs(*, run: Path, follow: bool, rank: int | None, as_json: bool) -> None:
 
     check_is_run(run)
     path = run / LAUNCHER_LOG
-    offset = 0
+    offset, num_shown = 0, 0
     rest = ""
     for is_last in _until_it_ends(run, follow=follow):
         text, offset = _read_from(path, offset)
@@ -108,7 +108,10 @@ def logs(*, run: Path, follow: bool, rank: int | None, as_json: bool) -> None:
         for line in lines:
             text = line.rstrip("\n")
             print(json.dumps({"line": text}) if as_json else text)
+        num_shown += len(lines)
         sys.stdout.flush()
+    if not num_shown:
+        say_aside("nothing was printed" if rank is None else f"nothing was printed by rank {rank}")
 
 
 def _until_it_ends(run: Path, *, follow: bool) -> Iterator[bool]:
@@ -153,9 +156,12 @@ def _is_labelled(run: Path) -> bool:
     return (run / JOB_SBATCH).exists()
 
 
-def _show_list(runs: Sequence[RunState], *, as_json: bool) -> None:
+def _show_list(runs: Sequence[RunState], *, folder: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps([seen.to_json() for seen in runs], indent=1))
+        return
+    if not runs:
+        say_aside(f"no run in {folder}")
         return
     from rich.markup import escape
     from rich.table import Table

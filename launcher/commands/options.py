@@ -27,9 +27,15 @@ _FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "cluster.gpus_per_node": ("--gpus-per-node", {"metavar": "N", "help": "GPUs on each."}),
     "cluster.measured": (
         "--measured",
-        {"metavar": "FILE", "help": "Rates of the cluster, as zerofit doctor --json measured."},
+        {
+            "metavar": "FILE",
+            "help": "Rates of the cluster: what zerofit doctor --output FILE wrote.",
+        },
     ),
-    "cluster.price_per_gpu_hour": ("--price", {"metavar": "X", "help": "Of a GPU for an hour."}),
+    "cluster.price_per_gpu_hour": (
+        "--price",
+        {"metavar": "X", "help": "Price of one GPU for an hour, in any currency."},
+    ),
 }
 
 existing_or_new = click.Path(path_type=Path)

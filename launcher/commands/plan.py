@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import click
@@ -51,9 +52,14 @@ def plan(
     if not prepared.plan.fits:
         leave_unfit()
     if not as_json:
-        say(
-            "\nNext: zerofit train with the same arguments; zerofit init writes them into a recipe."
-        )
+        say(f"\nNext: {_next_command(args, options)}")
+
+
+def _next_command(args: tuple[str, ...], options: dict[str, str | None]) -> str:
+    """Return how to train what was planned; only ``plan`` and ``init`` know the flags."""
+    if any(value is not None for value in options.values()):
+        return "zerofit init with the same flags and --data writes a recipe; zerofit train runs it"
+    return shlex.join(("zerofit", "train", *args))
 
 
 def _plan_matrix(
@@ -95,7 +101,7 @@ def init(*, path: Path, options: dict[str, str | None], data: str | None) -> Non
     from launcher.recipe_paths import check_data_paths
     from launcher.run_dir import create_file
 
-    prepared = prepare_from((), {**options, "data.path": data})
+    prepared = prepare_from((), {**options, "data.path": data or None})
     check_data_paths(prepared.recipe)
     create_file(path, new_recipe_text(prepared.recipe, prepared.plan))
-    say(f"wrote {path}; next: zerofit plan {path}")
+    say(f"wrote {path}; next: {shlex.join(('zerofit', 'plan', str(path)))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -44,4 +45,4 @@ def resume(*, run: Path, overrides: tuple[str, ...], dry_run: bool, as_json: boo
     if as_json:
         print(json.dumps({"run_dir": str(run_dir), "state": "finished"}))
     else:
-        say(f"finished; next: zerofit report {run_dir}")
+        say(f"finished; next: zerofit report {shlex.quote(str(run_dir))}")

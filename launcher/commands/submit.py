@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,7 +79,7 @@ def submit(
         runs = [{"job_id": item.job_id, "run_dir": str(item.run_dir)} for item in handles]
         print(json.dumps(runs if array else runs[0]))
     elif not array:
-        say(f"next: zerofit logs -f {handles[0].run_dir}")
+        say(f"next: zerofit logs -f {shlex.quote(str(handles[0].run_dir))}")
 
 
 def _prepare_each(args: tuple[str, ...], *, as_json: bool) -> list[Prepared]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def render(*, args: tuple[str, ...], output_dir: Path | None, as_json: bool) -> 
     if as_json:
         print(json.dumps({"run_dir": str(run_dir), "job_script": str(script)}))
     else:
-        say(f"wrote {run_dir}; start it with: {request.argv[0]} {script}")
+        say(f"wrote {run_dir}; start it with: {shlex.join((request.argv[0], str(script)))}")
 
 
 @click.command()
@@ -77,7 +78,7 @@ def train(
     if as_json:
         print(json.dumps({"run_dir": str(run_dir), "state": "finished"}))
     else:
-        say(f"finished; next: zerofit report {run_dir}")
+        say(f"finished; next: zerofit report {shlex.quote(str(run_dir))}")
 
 
 @click.command()
@@ -90,16 +91,16 @@ def demo(*, output_dir: Path | None) -> None:
 
     world_size = resolve_cluster(ClusterSection()).world_size
     recipe = str(write_demo_recipe(world_size=world_size, say=say))
-    say(f"\n$ zerofit plan {recipe}")
+    say(f"\n$ zerofit plan {shlex.quote(recipe)}")
     prepared = prepare_from((recipe,))
     show_plan(prepared.plan, as_json=False)
     if not prepared.plan.fits:
         leave_unfit()
-    say(f"\n$ zerofit train {recipe}")
+    say(f"\n$ zerofit train {shlex.quote(recipe)}")
     run = _train((recipe,), output_dir)
-    say(f"\n$ zerofit report {run}")
+    say(f"\n$ zerofit report {shlex.quote(str(run))}")
     show_report(run, as_json=False)
-    say(f"\n$ zerofit export {run}")
+    say(f"\n$ zerofit export {shlex.quote(str(run))}")
     export_run(run, output=None, kind="adapter", as_json=False)
 
 

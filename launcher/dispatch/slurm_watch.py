@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import signal
 import time
 from dataclasses import dataclass
@@ -216,6 +217,7 @@ def _leave(watch: _Watch, interruptions: Interruptions) -> None:
     raise InterruptionError(
         f"no longer watching after {name}; job {handle.job_id} goes on",
         where=str(handle.run_dir),
-        fix=f"`zerofit logs -f {handle.run_dir}` shows its log, `zerofit cancel` ends it",
+        fix=f"`zerofit logs -f {shlex.quote(str(handle.run_dir))}` shows its log, "
+        "`zerofit cancel` ends it",
         signal_number=number,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import signal
 import subprocess
 import time
@@ -308,7 +309,7 @@ def _said_when_stopped(run_dir: Path) -> str | None:
 def _way_on(run_dir: Path) -> str:
     """Return how to go on after an interruption."""
     if newest := newest_checkpoint(run_dir):
-        return f"`zerofit resume {run_dir}` goes on from {newest.name}"
+        return f"`zerofit resume {shlex.quote(str(run_dir))}` goes on from {newest.name}"
     return "start it again in a new folder; with optim.save_steps a run can go on from checkpoints"
 
 

@@ -142,14 +142,14 @@ def _total_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     is_gpu = cluster.gpu.device_type == "cuda"
     used = (
         f"{short_size(memory.device_used_bytes)} of {short_size(total)} per "
-        f"{'GPU' if is_gpu else 'rank'}; {short_size(plan.safety_margin_bytes)} is kept free, the "
-        "largest error measured"
+        f"{'GPU' if is_gpu else 'rank'}"
     )
     if is_gpu:
         used += (
-            f" (of which tensors take {short_size(memory.peak_allocated_bytes)}, and with what "
-            f"torch reserves {short_size(memory.peak_reserved_bytes)})"
+            f": tensors take {short_size(memory.peak_allocated_bytes)}, with what torch reserves "
+            f"{short_size(memory.peak_reserved_bytes)}"
         )
+    used += f"; {short_size(plan.safety_margin_bytes)} is kept free, the largest error measured"
     yield "memory", used
     host = (
         f"{short_size(memory.host_bytes_per_node)} of the {short_size(cluster.host_memory_bytes)} "

@@ -14,6 +14,7 @@ _BLUE, _LIGHT_BLUE, _GREY, _RED, _GREEN = "#0072B2", "#56B4E9", "#777777", "#D55
 _RANK_COLORS = (_BLUE, _RED, _GREEN, "#CC79A7")
 _SMOOTH_FROM_POINTS = 40
 Column = Callable[[MemorySample], int | None]
+Stretches = list[list[tuple[float, float]]]
 
 
 def draw_timeline(report: RunReport, shape: Shape, title: str) -> str:
@@ -25,9 +26,9 @@ def draw_timeline(report: RunReport, shape: Shape, title: str) -> str:
         ("allocated", _BLUE, lambda sample: sample.allocated_bytes),
     )
     curves = [
-        (LegendItem(label=name, color=color, kind="line"), points)
+        (LegendItem(label=name, color=color, kind="line"), stretches)
         for name, color, column in columns
-        if (points := _points(timeline, column))
+        if (stretches := _stretches(timeline, column))
     ]
     predicted = report.prediction.peak_allocated_bytes
     return _draw_memory_curves(curves, shape, title, predicted_bytes=predicted)
@@ -38,32 +39,41 @@ def draw_host(report: RunReport, shape: Shape, title: str) -> str:
     curves = [
         (
             LegendItem(label=f"rank {timeline.rank}", color=color, kind="line"),
-            _points(timeline, lambda sample: sample.host_rss_bytes),
+            _stretches(timeline, lambda sample: sample.host_rss_bytes),
         )
         for timeline, color in zip(report.timelines, _RANK_COLORS, strict=False)
     ]
     return _draw_memory_curves(curves, shape, title, predicted_bytes=None)
 
 
-def _points(timeline: Timeline, column: Column) -> list[tuple[float, float]]:
-    return [
-        (sample.seconds, float(size))
-        for sample in timeline.samples
-        if (size := column(sample)) is not None
-    ]
+def _stretches(timeline: Timeline, column: Column) -> Stretches:
+    """Return the samples that have a value, a list for each stretch without a gap.
+
+    On a processor tensors are counted in the first steps alone; a line across the rest would
+    show memory that nobody measured.
+    """
+    found: Stretches = [[]]
+    for sample in timeline.samples:
+        size = column(sample)
+        if size is not None:
+            found[-1].append((sample.seconds, float(size)))
+        elif found[-1]:
+            found.append([])
+    return [stretch for stretch in found if stretch]
 
 
 def _draw_memory_curves(
-    curves: Sequence[tuple[LegendItem, list[tuple[float, float]]]],
+    curves: Sequence[tuple[LegendItem, Stretches]],
     shape: Shape,
     title: str,
     *,
     predicted_bytes: int | None,
 ) -> str:
-    sizes = [size for _, points in curves for _, size in points]
+    drawn = [point for _, stretches in curves for points in stretches for point in points]
+    sizes = [size for _, size in drawn]
     top = max([*sizes, predicted_bytes or 0])
     scale, unit = (GIB, "GiB") if top >= GIB else (MIB, "MiB")
-    last = max(seconds for _, points in curves for seconds, _ in points)
+    last = max(seconds for seconds, _ in drawn)
     time_scale, time_unit = _time_unit(last)
     legend = [item for item, _ in curves]
     if predicted_bytes:
@@ -78,9 +88,10 @@ def _draw_memory_curves(
         y_label=f"Memory ({unit})",
         legend=legend,
     )
-    for item, points in curves:
-        scaled = [(seconds / time_scale, size / scale) for seconds, size in points]
-        chart.drawing.curve(chart.at(scaled), color=item.color, dots=len(scaled) == 1)
+    for item, stretches in curves:
+        for points in stretches:
+            scaled = [(seconds / time_scale, size / scale) for seconds, size in points]
+            chart.drawing.curve(chart.at(scaled), color=item.color, dots=len(scaled) == 1)
     if predicted_bytes:
         chart.level(predicted_bytes / scale, _RED)
     return chart.drawing.svg()
@@ -111,7 +122,7 @@ def draw_loss(report: RunReport, shape: Shape, title: str) -> str:
             is_first = index == 0 and len(held_out) > 1
             chart.drawing.text(
                 x, y - shape.font * 0.9, f"{value:.3f}", color=_RED, bold=True,
-                anchor="start" if is_first else "end",
+                anchor="start" if is_first else "end", halo=True,
             )  # fmt: skip
     return chart.drawing.svg()
 

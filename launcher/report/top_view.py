@@ -133,7 +133,9 @@ def _notes(view: RunView) -> list[Text]:
         more = "" if len(view.missing) <= _MAX_MISSING_SHOWN else ", …"
         notes.append(f"no file of {len(view.missing)} of {view.world_size} ranks: {first}{more}")
     if view.unreadable:
-        notes.append(f"{len(view.unreadable)} files of ranks are broken or of another version")
+        count = len(view.unreadable)
+        what = "file of a rank is" if count == 1 else "files of ranks are"
+        notes.append(f"{count} {what} broken or of another version")
     return [Text(note, style="yellow") for note in notes]
 
 

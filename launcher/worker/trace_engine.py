@@ -251,8 +251,14 @@ def _check(
             ),
             (strategy.zero_stage == 3 and rank != 0, "ZeRO-3 can be traced for rank 0 alone"),
             (not 0 <= rank < world_size, f"rank {rank} is outside 0..{world_size - 1}"),
-            (workload.max_seq_len % scale != 0, f"{workload.max_seq_len=} % {scale=} is not 0"),
-            (lora and workload.lora.r % scale != 0, f"{workload.lora.r=} % {scale=} is not 0"),
+            (
+                workload.max_seq_len % scale != 0,
+                f"max_seq_len {workload.max_seq_len} is no multiple of the scale {scale}",
+            ),
+            (
+                lora and workload.lora.r % scale != 0,
+                f"lora.r {workload.lora.r} is no multiple of the scale {scale}",
+            ),
         )
         if is_wrong
     ]
@@ -260,7 +266,7 @@ def _check(
         raise RecipeError(
             list_problems(problems),
             where="trace",
-            fix="trace a strategy without it, or use the plan's closed form",
+            fix="trace another strategy, rank or --scale, or use the plan's closed form",
         )
     if torch.distributed.is_initialized():
         raise SetupError(

@@ -69,6 +69,15 @@ def test_each_cell_has_the_fastest_that_fits_as_predicted_and_as_measured() -> N
     assert heat_map.measured[longer].text == "out of memory"
 
 
+def test_a_long_name_of_a_strategy_stays_within_its_cell() -> None:
+    (heat_map,) = make_heat_maps(
+        (result(256, 1, seconds=0.2, label="lora, checkpointing to host"),)
+    )
+    # 19 characters of 7.5 points fit into 1.25 inches.
+    text = heat_map.predicted["llama2-7b", 256].text
+    assert text.startswith("ZeRO-1 lora,\ncheckpointing to\nhost\n")
+
+
 def test_cases_written_out_have_no_heat_map() -> None:
     assert make_heat_maps((result(256, 1, seconds=1, label=None),)) == ()
 

@@ -135,6 +135,14 @@ def test_what_cannot_be_used_is_an_error_that_says_where(text: str, said: str) -
         parse_sweep(text, source="sweep.yaml")
 
 
+def test_an_override_that_no_case_knows_is_one_problem() -> None:
+    with pytest.raises(
+        RecipeError, match=r"case llama2-7b-256-z1-plain and 8 others: .*'foo'"
+    ) as e:
+        parse_sweep(MATRIX, source="sweep.yaml", overrides=("foo=1",))
+    assert "\n  - " not in e.value.problem
+
+
 def test_all_wrong_cases_are_named_at_once() -> None:
     text = "cases: [{name: one, modle: {}}, {name: two, method: lorra, model: {name_or_path: x}}]"
     with pytest.raises(RecipeError, match=r"(?s)2 problems.*case one.*case two"):

@@ -111,6 +111,12 @@ def test_the_version_is_printed_in_three_ways(zerofit: Zerofit) -> None:
         (["plan", "--model", "llama2-7"], ["'llama2-7'", "did you mean 'llama2-7b'"]),
         (["plan", "--model", "./nothere"], ["nothere", "no folder"]),
         (["plan", "--model", "./empty"], ["no config.json"]),
+        (["plan", "--model", ""], ["no model is named"]),
+        (["plan", "recipe.yaml", "--measured", "no.json"], ["no.json: there is no such file"]),
+        (["plan", "recipe.yaml", "--measured", "empty"], ["empty: it cannot be read: Is a dir"]),
+        (["train", "nothere.yaml"], ["nothere.yaml", "no such recipe", "`zerofit init` writes"]),
+        (["hostfile", "--machine-file", "no.txt"], ["no.txt: there is no such file"]),
+        (["bench", "no.yaml"], ["no.yaml: there is no such file"]),
         (["plan", "--model", "llama2-7b", "--gpu", "A100-81GB"], ["did you mean 'A100-80GB'"]),
         (["plan", "--model", "llama2-7b", "--gpu", "V100"], ["V100-16GB", "V100-32GB"]),
         (["plan", "recipe.yaml", "cluster.hostfile=none"], ["cannot read the hostfile", "none"]),
@@ -240,6 +246,36 @@ def test_flags_and_overrides_describe_the_same_plan(zerofit: Zerofit, recipe: st
     flags = zerofit("plan", "--model", "tiny", "--max-seq-len", "128", *hardware, "--json")
     keys = ["cluster.gpu=V100-32GB", "cluster.num_nodes=1", "cluster.gpus_per_node=8"]
     assert flags.stdout == zerofit("plan", recipe, *keys, "--json").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "next_command"),
+    [
+        (["plan", "recipe.yaml", "optim.seed=7"], "Next: zerofit train recipe.yaml optim.seed=7\n"),
+        (["plan", "--model", "tiny", "--max-seq-len", "128"], "Next: zerofit init with the same"),
+        (["init", "a $(b);c.yaml", "--model", "tiny", "--max-seq-len", "128"],
+         "next: zerofit plan 'a $(b);c.yaml'\n"),
+        (["render", "recipe.yaml", "--output-dir", "r $(id)"], "r $(id)/job.sh'\n"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("recipe")
+def test_the_next_command_is_one_that_works_when_it_is_pasted(
+    zerofit: Zerofit, args: list[str], next_command: str
+) -> None:
+    outcome = zerofit(*args)
+    assert outcome.status == 0
+    assert next_command in outcome.stdout
+
+
+def test_a_folder_without_runs_and_a_run_without_a_log_say_so(
+    zerofit: Zerofit, recipe: str, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert zerofit("list", "empty").stderr == "no run in empty\n"
+    assert json.loads(zerofit("list", "empty", "--json").stdout) == []
+    assert zerofit("render", recipe, "--output-dir", "run").status == 0
+    assert zerofit("logs", "run").stderr == "nothing was printed\n"
+    assert zerofit("logs", "run", "--rank", "9").stderr == "nothing was printed by rank 9\n"
 
 
 def test_a_new_recipe_plans_as_it_is(zerofit: Zerofit, recipe: str, tmp_path: Path) -> None:

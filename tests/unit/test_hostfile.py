@@ -30,6 +30,15 @@ def test_hosts_keep_their_order_and_comments_are_left_out() -> None:
     )
 
 
+def test_of_hundreds_of_broken_lines_the_first_twenty_are_shown() -> None:
+    with pytest.raises(HostfileError) as error:
+        parse_hostfile("{}\n" * 200, source="hosts")
+    lines = error.value.problem.splitlines()
+    assert lines[0] == "200 problems"
+    assert lines[20].startswith("  - hosts:20: ")
+    assert lines[21:] == ["  - and 180 more"]
+
+
 @pytest.mark.parametrize("text", ["", "\n\n", "# only a comment\n"])
 def test_empty_hostfile_never_falls_back_to_this_machine(text: str) -> None:
     with pytest.raises(HostfileError, match="my_hosts: the hostfile names no hosts"):

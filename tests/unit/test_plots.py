@@ -138,6 +138,21 @@ def test_memory_over_time_is_drawn_for_device_and_host() -> None:
     assert charts["host"].finding == "Host memory of rank 5 over time: at most 1.00 GiB each"
 
 
+def test_no_line_is_drawn_where_memory_was_not_measured() -> None:
+    sizes = (GIB, 2 * GIB, None, None, GIB, 2 * GIB)
+    samples = tuple(
+        MemorySample(
+            seconds=float(n), step=n, phase="forward", allocated_bytes=size, host_rss_bytes=GIB,
+            reserved_bytes=None, device_used_bytes=None,
+        )
+        for n, size in enumerate(sizes)
+    )  # fmt: skip
+    charts = charts_of(timelines=(Timeline(rank=0, interval_seconds=1.0, samples=samples),))
+    # The host's memory is one line, and so is all else of a drawing.
+    num_of_host = charts["host"].wide_svg.count("<polyline")
+    assert charts["timeline"].wide_svg.count("<polyline") == num_of_host + 1
+
+
 def test_throughput_is_drawn_beside_the_prediction() -> None:
     log = tuple({"step": step, "tokens_per_s": 3000 + step} for step in range(3))
     chart = charts_of(plan=PLAN, log=log)["throughput"]

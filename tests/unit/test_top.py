@@ -89,7 +89,7 @@ def test_missing_and_broken_files_are_counted(run: Path) -> None:
     run_dir.rank_file(run, 1).write_text('{"schema_version": 1, "ran')
     text = shown(run)
     assert "no file of 3 of 4 ranks: 1, 2, 3" in text
-    assert "1 files of ranks are broken or of another version" in text
+    assert "1 file of a rank is broken or of another version" in text
 
 
 @pytest.mark.parametrize("name", [run_dir.PLAN, run_dir.STATUS, run_dir.TRAINER_LOG])
