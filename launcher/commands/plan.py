@@ -77,18 +77,19 @@ def _plan_matrix(
 
     recipe, source, names = read_matrix_recipe(args, options, models=models)
     made = prepare_matrix(recipe, source=source, models=names, contexts=contexts)
-    if csv is not None:
-        write_output(csv, matrix_to_csv(made).encode())
-    if png is not None:
-        from launcher.planning.matrix_view import draw_matrix
-
-        write_output(png, draw_matrix(made))
     if as_json:
         print(json.dumps(matrix_to_json(made), indent=1))
     else:
         from launcher.planning.matrix_view import render_matrix
 
         out.print(render_matrix(made))
+    # Shown before it is written: a file that cannot be written costs no matrix.
+    if csv is not None:
+        write_output(csv, matrix_to_csv(made).encode())
+    if png is not None:
+        from launcher.planning.matrix_view import draw_matrix
+
+        write_output(png, draw_matrix(made))
 
 
 @click.command()

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import json
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
 import pytest
 import yaml
 
 from launcher.bench.sweep import parse_sweep
 from launcher.errors import RecipeError
 from launcher.recipe import parse_recipe, render_recipe
+from launcher.recipe_sections import Recipe
 from launcher.site_file import parse_site
 from launcher.strategy import Checkpointing, Method, Offload, Precision
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 MINIMAL = "model: {name_or_path: llama2-7b}\n"
 
 
@@ -213,3 +219,29 @@ def test_what_is_text_stays_as_it_was_typed() -> None:
     listed = "lora: {target_modules: [010]}\ndata: {columns: {prompt: 1.10}}"
     recipe = parse_recipe(MINIMAL + listed, source="r.yaml")
     assert (recipe.lora.target_modules, recipe.data.columns) == (("010",), {"prompt": "1.10"})
+
+
+def test_every_key_of_a_recipe_is_in_the_docs_with_its_default() -> None:
+    pages = {name: (DOCS / name).read_text(encoding="utf-8") for name in ("recipe.md", "slurm.md")}
+    parts = {text.partition("\n")[0]: text for text in pages["recipe.md"].split("\n## ")}
+    parts |= {"lora": parts["lora, quantization"], "quantization": parts["lora, quantization"]}
+    missing = []
+    for section in fields(Recipe):
+        default = getattr(Recipe(), section.name)
+        if section.name == "slurm":
+            missing += [
+                key.name for key in fields(default) if f"`{key.name}`" not in pages["slurm.md"]
+            ]
+        elif is_dataclass(default):
+            rows = {key.name: _row(key.name, getattr(default, key.name)) for key in fields(default)}
+            # The model's name has no default.
+            rows = {name: row for name, row in rows.items() if name != "name_or_path"}
+            missing += [name for name, row in rows.items() if row not in parts[section.name]]
+        elif f"{section.name}:" not in pages["recipe.md"]:
+            missing.append(section.name)
+    assert missing == []
+
+
+def _row(key: str, default: object) -> str:
+    value = list(default) if isinstance(default, tuple) else default
+    return f"| `{key}` | `{json.dumps(value)}` |".replace('"', "")
