@@ -61,6 +61,7 @@ def slurm_backend(recipe: Recipe) -> SlurmBackend:
     return SlurmBackend(
         settings=_slurm_settings(recipe),
         num_steps=recipe.optim.max_steps,
+        min_nodes=recipe.recovery.min_nodes,
         has_data=recipe.data.has_training_data,
     )
 

@@ -203,8 +203,8 @@ class RecoverySection:
     phase_seconds: float | None = None
     """The same for load, init, the first step, eval and save; ``None``: half an hour."""
     min_nodes: int | None = None
-    """A run that loses hosts of its hostfile goes on with the rest, if so many are left;
-    ``None``: only while spare hosts take their places (more in the hostfile than num_nodes)."""
+    """A run that loses hosts, of its hostfile or its Slurm job, goes on with the rest, if so many
+    are left; ``None``: only while spare hosts of the hostfile take their places."""
     save_grace_seconds: float | None = None
     """How long ranks that were told to stop may take to save; ``None``: four times the predicted
     time of the step and the checkpoint, a minute at least."""

@@ -100,6 +100,34 @@ RESUBMIT = (
     '  echo "the chain goes on as job $new"',
     "}",
 )
+ONE_TASK = "--nodes=1 --ntasks=1 --ntasks-per-node=1"
+SHARING = "--overlap --mem=0"
+"""A step that hangs on a lost node keeps CPUs and memory of the others."""
+NODES_LEFT = (
+    "# The nodes on which Slurm can start something; one that is lost is none of them.",
+    "nodes_left() {",
+    '  scontrol show hostnames "$(squeue -h -j "$SLURM_JOB_ID" -o %N)" |',
+    f"    xargs -rP 64 -I% timeout 60 srun {SHARING} {ONE_TASK} \\",
+    "      --nodelist=% printenv SLURMD_NODENAME 2> /dev/null | sort -V | paste -sd, || true",
+    "}",
+    "# When this script's own node is lost, Slurm lets the job go on, and nobody asks for another",
+    "# start. So the last of the ranks' nodes looks whether this one is still the job's.",
+    "keeper=",
+    "keep() {",
+    '  [[ -z $keeper ]] || kill "$keeper" 2> /dev/null || true',
+    "  keeper=",
+    '  [[ ${SLURMD_NODENAME:-${nodes##*,}} != "${nodes##*,}" ]] || return 0',
+    f'  srun {SHARING} {ONE_TASK} --nodelist="${{nodes##*,}}" \\',
+    "    bash -c 'while sleep 15; do",
+    '      has=$(squeue -h -j "$SLURM_JOB_ID" -o %N) && [[ -n $has ]] || continue',
+    '      has=$(scontrol show hostnames "$has") || continue',
+    '      grep -qxF "$0" <<< "$has" || scontrol requeue "$SLURM_JOB_ID" ||',
+    '        scancel "$SLURM_JOB_ID"',
+    '    done\' "$SLURMD_NODENAME" < /dev/null &> /dev/null &',
+    "  keeper=$!",
+    "}",
+    "",
+)
 ENDING = (
     f"((code == 0)) || ! preempted || touch {REQUEUE_MARKER}",
     f"[[ ! -e {REQUEUE_MARKER} ]] || next_job || code=1",

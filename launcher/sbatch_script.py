@@ -23,12 +23,15 @@ from launcher.sbatch_parts import (
     IN_ALLOCATION_VARIABLE,
     JOB_SBATCH,
     NEXT_JOB,
+    NODES_LEFT,
     NUM_PORTS,
+    ONE_TASK,
     ONLY_ONCE,
     RENDEZVOUS,
     REQUEUE,
     REQUEUE_MARKER,
     RESUBMIT,
+    SHARING,
     STEPS,
 )
 from launcher.stop_file import STOP_FILE
@@ -41,6 +44,7 @@ PREFLIGHT = "preflight.json"
 NODES = "nodes"
 """Names of the nodes to use, separated by commas, that the look at them has chosen."""
 PREFLIGHT_MODULE = "launcher.dispatch.job_preflight"
+NODES_MODULE = "launcher.dispatch.job_nodes"
 RECOVERY_MODULE = "launcher.recovery.in_job"
 # A rank that inherits these from the shell that submitted would take itself for another one.
 _OTHERS_RANKS = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
@@ -64,11 +68,18 @@ class SlurmJob:
     """How long before the time limit the ranks are told to save and stop."""
     time_limit_minutes: int | None = None
     """Used where the settings name none; ``None`` leaves it to the partition."""
+    min_nodes: int | None = None
+    """The run goes on with so many nodes when it loses others; ``None``: with all of them."""
 
     @property
     def name(self) -> str:
         """The job's name in Slurm."""
         return self.settings.job_name or f"zerofit-{self.ranks.run_dir.name}"
+
+    @property
+    def may_shrink(self) -> bool:
+        """Whether the job goes on when it loses a node."""
+        return self.min_nodes is not None and self.num_nodes > 1
 
 
 def port_of(job_id: int) -> int:
@@ -153,6 +164,7 @@ def _header(job: SlurmJob) -> list[str]:
             signal_seconds=job.signal_seconds,
             time_limit_minutes=job.time_limit_minutes,
         ),
+        *([directive("no-kill")] if job.may_shrink else []),
     ]
 
 
@@ -167,20 +179,22 @@ def _body(job: SlurmJob) -> list[str]:
     lines += ["set -euo pipefail", f"cd -- {shlex.quote(str(job.ranks.run_dir))}", ""]
     lines += [*ONLY_ONCE, *STEPS, *NEXT_JOB]
     lines += [*(RESUBMIT if job.settings.requeue is False else REQUEUE), *_signal(job)]
-    lines += [*_environment(job), "", *RENDEZVOUS, "", *_preflight(job)]
+    lines += [*_environment(job), "", *RENDEZVOUS, "", *_as_many_nodes_as_there_are(job)]
+    lines += _preflight(job)
     if job.ranks.has_data:
         tokenise = shlex.join(_program(job, DATA_MODULE))
         where = _node_list(job, "$MASTER_ADDR") + _container_options(job)
         lines += [
             "# Tokenise the data that recipe.yaml names, once and not in every rank.",
             f"if [[ ! -e {DATA_SUMMARY} && ! -e {STOP_FILE} ]]; then",
-            f"  run srun --nodes=1 --ntasks=1 --ntasks-per-node=1{where} \\",
+            f"  run srun {ONE_TASK}{where} \\",
             f"    {tokenise} > /dev/null",
             f'  ((code == 0)) || [[ -e {STOP_FILE} ]] || exit "$code"',
             "fi",
             "",
         ]
-    return [*lines, *_ranks(job), *ENDING]
+    end_keeper = ['[[ -z $keeper ]] || kill "$keeper" 2> /dev/null || true']
+    return [*lines, *_ranks(job), *(end_keeper if job.may_shrink else []), *ENDING]
 
 
 def _signal(job: SlurmJob) -> list[str]:
@@ -203,15 +217,41 @@ def _signal(job: SlurmJob) -> list[str]:
     ]
 
 
+def _as_many_nodes_as_there_are(job: SlurmJob) -> list[str]:
+    if not job.may_shrink:
+        return []
+    fit = [*_program(job, RECOVERY_MODULE), "--start", str(job.num_nodes)]
+    where = _node_list(job, "$MASTER_ADDR") + _container_options(job)
+    return [
+        *NODES_LEFT,
+        "# A job that comes back may have other nodes than the plan is for (recovery.min_nodes).",
+        f'if [[ -e {NODES} ]] || (($(wc -l <<< "$hosts") < {job.num_nodes})); then',
+        f"  run srun {SHARING} {ONE_TASK}{where} \\",
+        f"    {shlex.join(fit)} --left \"${{hosts//$'\\n'/,}}\"",
+        "  if ((code != 0)); then",
+        f"    [[ ! -e {REQUEUE_MARKER} ]] || next_job || true",
+        '    exit "$code"',
+        "  fi",
+        "else",
+        f'  head -n {job.num_nodes} <<< "$hosts" | paste -sd, > {NODES}',
+        "fi",
+        f"nodes=$(<{NODES})",
+        "MASTER_ADDR=${nodes%%,*}",
+        "",
+    ]
+
+
 def _preflight(job: SlurmJob) -> list[str]:
     if not looks_at_nodes(job.settings):
         said = "not looking at the nodes first: srun cannot be called from within a container"
         return [] if job.settings.preflight is False else [f'echo "{said}"', ""]
     look = [str(_python(job)), "-m", PREFLIGHT_MODULE, "--run-dir", str(job.ranks.run_dir)]
-    look += ["--num-nodes", str(job.num_nodes), "--ranks-per-node", str(job.ranks.ranks_per_node)]
+    there_are = '"$(tr , "\\n" <<< "$nodes" | wc -l)"'
+    num_nodes = there_are if job.may_shrink else job.num_nodes
+    counts = f"--num-nodes {num_nodes} --ranks-per-node {job.ranks.ranks_per_node}"
     return [
         "# A bad node is named now, and not by a time-out in half an hour (slurm.preflight).",
-        f"run {shlex.join(look)}",
+        f"run {shlex.join(look)} {counts}",
         f"if [[ ! -e {STOP_FILE} ]]; then",
         '  ((code == 0)) || exit "$code"',
         f"  nodes=$(<{NODES})",
@@ -222,7 +262,8 @@ def _preflight(job: SlurmJob) -> list[str]:
 
 
 def _node_list(job: SlurmJob, nodes: str) -> str:
-    return f' --nodelist="{nodes}"' if looks_at_nodes(job.settings) else ""
+    is_known = looks_at_nodes(job.settings) or job.may_shrink
+    return f' --nodelist="{nodes}"' if is_known else ""
 
 
 def _environment(job: SlurmJob) -> list[str]:
@@ -251,24 +292,33 @@ def _ranks(job: SlurmJob) -> list[str]:
     per_node = job.ranks.ranks_per_node
     # The job's own number of tasks counts those of spare nodes.
     shape = f"--nodes={job.num_nodes} --ntasks={job.num_nodes * per_node}"
-    shape += f" --ntasks-per-node={per_node}"
     name = shlex.quote(step_name(job.ranks.run_id))
+    left, left_option, sharing = [], "", ""
+    if job.may_shrink:
+        sharing, left_option = f"{SHARING} ", ' --left "$left"'
+        shape = f"{sharing}--nodes=${{#each[@]}} --ntasks=$((${{#each[@]}} * {per_node}))"
+        left = ["    left=$(nodes_left)", "    MASTER_ADDR=${left%%,*}"]
+    shape += f" --ntasks-per-node={per_node}"
+    before, after = _around_ranks(job)
     where = _node_list(job, "$MASTER_ADDR") + _container_options(job)
     goes_on = f"! -e {STOP_FILE} && ! -e {REQUEUE_MARKER} && -z ${{{IN_ALLOCATION_VARIABLE}:-}}"
     return [
         "# One task per GPU; when one fails, Slurm ends the others.",
         "ranks() {",
+        *before,
         f"  run srun {shape}{_node_list(job, '$nodes')} --kill-on-bad-exit=1 --label \\",
         f"    --job-name={name}{_container_options(job)} \\",
         f"    {shlex.join(_program(job, job.ranks.worker_module))}",
+        *after,
         "}",
         f"if [[ ! -e {STOP_FILE} ]]; then",
         "  ranks",
         "  # What follows from a failure: another start here, perhaps with a plan that needs less",
         "  # memory, or the end with a status that says why (recovery.max_attempts).",
         f"  while ((code != 0)) && [[ {goes_on} ]]; do",
-        f"    run srun --nodes=1 --ntasks=1 --ntasks-per-node=1{where} \\",
-        f"      {shlex.join(_program(job, RECOVERY_MODULE))}",
+        *left,
+        f"    run srun {sharing}{ONE_TASK}{where} \\",
+        f"      {shlex.join(_program(job, RECOVERY_MODULE))}{left_option}",
         "    ((code == 0)) || break",
         "    ranks",
         "  done",
@@ -276,6 +326,24 @@ def _ranks(job: SlurmJob) -> list[str]:
         f"  code=0; touch {REQUEUE_MARKER}  # nothing has run",
         "fi",
     ]
+
+
+def _around_ranks(job: SlurmJob) -> tuple[list[str], list[str]]:
+    """Return what a job that may shrink does before and after its ranks."""
+    if not job.may_shrink:
+        return [], []
+    before = [
+        f"  nodes=$(<{NODES})",
+        "  MASTER_ADDR=${nodes%%,*}",
+        '  IFS=, read -ra each <<< "$nodes"',
+        "  keep",
+    ]
+    if job.settings.container is not None:
+        return before, []
+    watch = [str(_python(job)), "-m", NODES_MODULE, "--run-dir", str(job.ranks.run_dir)]
+    watch += ["--step", step_name(job.ranks.run_id)]
+    before += [f"  {shlex.join(watch)} < /dev/null &", "  watch=$!"]
+    return before, ['  kill "$watch" 2> /dev/null || true']
 
 
 def step_name(run_id: str) -> str:

@@ -6,6 +6,7 @@ end the ranks of that host: they have to notice by themselves.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,11 @@ from pathlib import Path
 
 LOCK = "lock"
 """In the run directory, while somebody runs it; see launcher/dispatch/run_lock.py."""
+LOOK_SECONDS = 5.0
+"""Between two looks of a rank at it."""
 _LOOKS = 2
+FENCE_SECONDS = _LOOKS * LOOK_SECONDS + 5.0
+"""After so long, ranks of nodes that were given up have ended, or see no run directory to harm."""
 
 
 @dataclass(kw_only=True)
@@ -37,6 +42,24 @@ class StarterLock:
             return False
         self._misses = 0 if is_own else self._misses + 1
         return self._misses >= _LOOKS
+
+
+def give_up_ranks(run_dir: Path, *, now: str) -> None:
+    """Change the lock, so that ranks that run by now end; those that start later go by the new one.
+
+    Args:
+        run_dir: of a Slurm job that goes on without some of its nodes.
+        now: since when the lock is held; no time that it has had.
+
+    Raises:
+        OSError: the lock cannot be read or written.
+        ValueError: it is no lock.
+    """
+    path = run_dir / LOCK
+    written = path.with_name(f".{LOCK}-changed")
+    content = {**json.loads(path.read_text(encoding="utf-8")), "since": now}
+    written.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    written.replace(path)
 
 
 def starter_lock(run_dir: Path, environ: Mapping[str, str]) -> StarterLock | None:

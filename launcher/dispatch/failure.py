@@ -50,13 +50,26 @@ class DeadRank:
 
 
 class HostLostError(JobFailedError):
-    """Hosts crashed, were cut off, or hang; ``hosts`` are in the order in which they were lost."""
+    """Hosts crashed, were cut off, or hang.
+
+    ``hosts`` are in the order in which they were lost; ``num_left`` is how many the Slurm job still
+    has that are fit for the run, ``None`` where a hostfile names the others.
+    """
 
     kind = FailureKind.lost_host
 
-    def __init__(self, problem: str, *, where: str, fix: str, hosts: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        problem: str,
+        *,
+        where: str,
+        fix: str,
+        hosts: tuple[str, ...],
+        num_left: int | None = None,
+    ) -> None:
         super().__init__(problem, where=where, fix=fix)
         self.hosts = hosts
+        self.num_left = num_left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

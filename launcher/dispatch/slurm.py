@@ -45,6 +45,8 @@ class SlurmBackend:
     """Optimizer steps of the run, from which its time limit follows; ``None`` if unknown."""
     partition_minutes: float | None = None
     """Longest time of a job in the partition; a run that needs more is a chain of jobs."""
+    min_nodes: int | None = None
+    """With how many nodes the run goes on when it loses others (recovery.min_nodes)."""
     has_data: bool = False
     python: str = sys.executable
     run_id: str = field(default_factory=new_run_id)
@@ -83,6 +85,7 @@ class SlurmBackend:
             settings=self.settings,
             signal_seconds=signal_seconds,
             time_limit_minutes=None if limit is None else max(1, int(limit)),
+            min_nodes=self.min_nodes,
         )
 
     def num_jobs(self, plan: Plan) -> int:

@@ -35,18 +35,20 @@ class SlurmNodes:
     run_dir: Path
     _hosts: SilentHosts = field(init=False)
     _daemons: Daemons | None = None
+    _names: str = ""
     _said: frozenset[str] = frozenset()
     _looked: float = 0.0
 
     def __post_init__(self) -> None:
         self._hosts = SilentHosts(run_dir=self.run_dir)
 
-    def look(self, now: float, job_id: str | None) -> None:
+    def look(self, now: float, job_id: str | None, *, names: str = "") -> None:
         """Look at the nodes of a job, and say what has changed.
 
         Args:
             now: seconds of a clock that never jumps.
             job_id: ``None`` while no job runs.
+            names: of the job's nodes as Slurm lists them, where they may become fewer.
         """
         if job_id is None:
             self.close()
@@ -55,9 +57,10 @@ class SlurmNodes:
             self._looked = now
             for host in self._hosts.look(now):
                 _log.error("%s %s", host, SILENT)
-        if self._daemons is None or self._daemons.job_id != job_id:
+        if self._daemons is None or self._daemons.job_id != job_id or self._names != names:
+            # A node that the job goes on without does not answer again.
             self.close()
-            self._daemons = Daemons(job_id=job_id)
+            self._daemons, self._names = Daemons(job_id=job_id), names
         if not self._daemons.look(now):
             return
         silent = self._daemons.silent

@@ -126,7 +126,7 @@ def _follow(
             _leave(watch, interruptions)
         now = time.monotonic()
         watch.ask(now)
-        nodes.look(now, watch.running_job)
+        nodes.look(now, watch.running_job, names=watch.state.nodes if watch.state else "")
         relay.copy_new()
         if watch.state is not None and watch.state.has_ended:
             following = read_handle(watch.handle.run_dir)

@@ -21,6 +21,8 @@ class Action(StrEnum):
     """The same, with a plan that needs less of the memory that ran out."""
     other_hosts = "other_hosts"
     """The same, on the hosts that are left."""
+    requeue = "requeue"
+    """Back into the queue, for as many nodes as at first: too few are left of a Slurm job's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from launcher import starter_lock
 from launcher.dispatch.failure import HostLostError, is_consequence, read_failures
 from launcher.dispatch.run_state import last_logged
 from launcher.errors import JobFailedError
@@ -18,7 +19,12 @@ from launcher.peaks import RankPeaks
 from launcher.prepare import Prepared
 from launcher.recovery.decide import Action, Decision, decide
 from launcher.recovery.next_rung import changed_fields, next_rung, set_by_hand
-from launcher.recovery.other_hosts import FENCE_SECONDS, NoOtherHostsError, on_other_hosts
+from launcher.recovery.other_hosts import (
+    FENCE_SECONDS,
+    NoOtherHostsError,
+    on_nodes_left,
+    on_other_hosts,
+)
 from launcher.recovery.record import FailedAttempt, append_failed_attempt
 from launcher.run_checkpoints import newest_checkpoint
 from launcher.run_dir import read_ranks
@@ -76,7 +82,10 @@ class Verdict:
         record = self.record
         if self.following is None:
             # The error itself is shown by whoever ends with it.
-            if record.kind is not FailureKind.interrupted:
+            if record.action == Action.requeue:
+                yield f"attempt {record.attempt} failed ({record.kind}): {record.problem}"
+                yield f"going back into the queue: {record.reason}"
+            elif record.kind is not FailureKind.interrupted:
                 yield f"not starting again: {record.reason}"
             return
         yield f"attempt {record.attempt} failed ({record.kind}): {record.problem}"
@@ -126,7 +135,9 @@ def judge(
     try:
         following = _FOLLOWING[decision.action](situation)
     except NoOtherHostsError as why:
-        decision = Decision(action=Action.stop, reason=str(why))
+        in_queue = _num_left(error) is not None
+        action = Action.requeue if in_queue else Action.stop
+        decision = Decision(action=action, reason=str(why))
     if error.kind in _MEMORY and following is None:
         # Not to be started; but the last word says what would fit.
         error = _with_what_would_fit(situation, _next_rung(situation))
@@ -190,7 +201,10 @@ def _next_rung(situation: Situation) -> Following:
 def _other_hosts(situation: Situation) -> Following:
     before, error = situation.prepared, situation.error
     lost = error.hosts if isinstance(error, HostLostError) else ()
-    found = on_other_hosts(situation.run_dir, before, lost)
+    if (num_left := _num_left(error)) is not None:
+        found = on_nodes_left(situation.run_dir, before, num_left)
+    else:
+        found = on_other_hosts(situation.run_dir, before, lost)
     changes = changed_fields(before.plan.strategy, found.plan.strategy)
     nodes = (before.plan.cluster.num_nodes, found.plan.cluster.num_nodes)
     if nodes[0] != nodes[1]:
@@ -199,8 +213,12 @@ def _other_hosts(situation: Situation) -> Following:
         prepared=found,
         changes=changes,
         given_up=tuple(sorted(changes.keys() & set_by_hand(before.recipe))),
-        wait_seconds=FENCE_SECONDS,
+        wait_seconds=FENCE_SECONDS if num_left is None else starter_lock.FENCE_SECONDS,
     )
+
+
+def _num_left(error: JobFailedError) -> int | None:
+    return error.num_left if isinstance(error, HostLostError) else None
 
 
 _FOLLOWING: Mapping[Action, Callable[[Situation], Following | None]] = {

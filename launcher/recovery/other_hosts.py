@@ -36,23 +36,48 @@ def on_other_hosts(run_dir: Path, prepared: Prepared, lost: tuple[str, ...]) -> 
         NoOtherHostsError: too few are left, or nothing fits on them.
         LauncherError: the hostfile cannot be read any more.
     """
-    recipe = prepared.recipe
-    if recipe.cluster.hostfile is None or not lost:
+    section = prepared.recipe.cluster
+    if section.hostfile is None or not lost:
         raise NoOtherHostsError("no hostfile names other hosts")
-    last = prepared.plan.cluster
-    section = _without(lost, recipe.cluster, num_nodes=last.num_nodes)
+    num_wanted = prepared.plan.cluster.num_nodes
+    left = _without(lost, section, num_nodes=num_wanted)
+    return _on(left, run_dir, prepared, num_wanted=num_wanted)
+
+
+def on_nodes_left(
+    run_dir: Path, prepared: Prepared, num_left: int, *, num_wanted: int | None = None
+) -> Prepared:
+    """Return the plan for the nodes that a Slurm job has, as :func:`on_other_hosts` does.
+
+    Args:
+        run_dir: as there.
+        prepared: as there.
+        num_left: nodes that can be used.
+        num_wanted: that the run has at best; by default as many as it had.
+
+    Raises:
+        NoOtherHostsError: too few are left, or nothing fits on them.
+    """
+    num_wanted = num_wanted or prepared.plan.cluster.num_nodes
+    section = replace(prepared.recipe.cluster, num_nodes=min(num_left, num_wanted))
+    return _on(section, run_dir, prepared, num_wanted=num_wanted)
+
+
+def _on(section: ClusterSection, run_dir: Path, prepared: Prepared, *, num_wanted: int) -> Prepared:
+    """Return the plan for as many of the section's nodes as are of use, the most first."""
+    recipe, gpus_per_node = prepared.recipe, prepared.plan.cluster.gpus_per_node
     left = section.num_nodes or 0
-    least = recipe.recovery.min_nodes or last.num_nodes
+    least = recipe.recovery.min_nodes or num_wanted
     shared_by = prepared.plan.strategy.sequence_parallel_size
     sizes = [
         number
         for number in range(left, least - 1, -1)
-        if (number * last.gpus_per_node) % shared_by == 0
-        and recipe.optim.global_batch_size % (number * last.gpus_per_node // shared_by) == 0
+        if (number * gpus_per_node) % shared_by == 0
+        and recipe.optim.global_batch_size % (number * gpus_per_node // shared_by) == 0
     ]
     if left < least:
         allows = "recovery.min_nodes" if recipe.recovery.min_nodes else "without recovery.min_nodes"
-        raise NoOtherHostsError(f"{left} of {last.num_nodes} hosts are left; {allows}: {least}")
+        raise NoOtherHostsError(f"{left} of {num_wanted} hosts are left; {allows}: {least}")
     for number in sizes:
         fewer = replace(recipe, cluster=replace(section, num_nodes=number))
         chosen = with_plan(fewer, prepared.plan).strategy

@@ -21,7 +21,7 @@ from launcher import run_dir
 from launcher.errors import JobFailedError
 from launcher.failure_kind import FailureKind
 from launcher.peaks import RankFailure, RankPeaks, peaks_to_text
-from launcher.starter_lock import starter_lock
+from launcher.starter_lock import LOOK_SECONDS, starter_lock
 from launcher.watchdog import HUNG_EXIT_STATUS, Patience
 
 TICK_SECONDS = 1.0
@@ -31,7 +31,6 @@ LINGER_SECONDS = 3.0
 # Writing what is known can hang, too, where the file system is what hangs.
 REPORT_SECONDS = 10.0
 _BACKUP_SECONDS = 30.0
-STARTER_SECONDS = 5.0
 LOST_EXIT_STATUS = 128 + signal.SIGTERM
 """As if Slurm had ended the rank."""
 
@@ -162,7 +161,7 @@ class Heartbeat:
 
     def _has_lost_its_job(self, now: float) -> bool:
         """Look at the lock of the Slurm job now and then; with a dead slurmd nobody else does."""
-        if self._starter is None or now - self._starter_seen < STARTER_SECONDS:
+        if self._starter is None or now - self._starter_seen < LOOK_SECONDS:
             return False
         self._starter_seen = now
         return self._starter.is_lost()

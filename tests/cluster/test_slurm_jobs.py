@@ -151,7 +151,7 @@ def test_several_recipes_are_one_job_array(runs: SlurmRuns) -> None:
 def test_slurm_takes_the_scripts_of_typical_sites(runs: SlurmRuns, cluster: VirtualCluster) -> None:
     """Not its own time limit, account or QOS: this cluster enforces none; features it has none."""
     files = sorted(path for path in FOLDER.iterdir() if path.name != "constraint.sbatch")
-    assert len(files) == 8
+    assert len(files) == 9
     script = "; ".join(f"sbatch --test-only {shlex.quote(str(path))} || echo BAD" for path in files)
     done = cluster.run("head", ["sh", "-c", script])
     assert "BAD" not in done.stdout, done.stderr

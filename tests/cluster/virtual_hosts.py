@@ -232,6 +232,12 @@ class VirtualCluster:
                     process.suspend()
             time.sleep(0.01)
 
+    def thaw(self, host: str) -> None:
+        """Let the processes of a host that was frozen go on."""
+        for process in self._processes(host):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
     def stop_sshd(self, host: str) -> None:
         """End a host's sshd, so that connections are refused."""
         self._is_hurt.add(host)

@@ -57,6 +57,7 @@ JOBS = {
         container_mounts=("/models",),
         python="/opt/venv/bin/python",
     ),
+    "fewer-nodes": replace(_job(partition="main"), min_nodes=1),
     "cpu": _job(_CPU_RANKS, cpus_per_task=4),
     "hostile-names": _job(
         replace(_CPU_RANKS, run_dir=PurePosixPath("/scratch/a b/x;rm -rf $(id) 'q\" ü `id` #1")),

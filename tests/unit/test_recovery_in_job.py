@@ -13,9 +13,11 @@ from launcher.launch import create_run
 from launcher.peaks import RankFailure, RankPeaks, peaks_to_json
 from launcher.prepare import prepare
 from launcher.recipe import parse_recipe
-from launcher.recovery.in_job import decide_in_job, main, why_the_ranks_failed
+from launcher.recovery.in_job import decide_in_job, fit_to_nodes, main, why_the_ranks_failed
 from launcher.recovery.record import read_failed_attempts
-from launcher.sbatch_parts import JOB_SBATCH
+from launcher.sbatch_parts import JOB_SBATCH, REQUEUE_MARKER
+from launcher.sbatch_script import NODES, PREFLIGHT
+from launcher.starter_lock import LOCK
 
 RECIPE = """
 model: {name_or_path: llama3.2-1b, random_weights: true}
@@ -101,3 +103,76 @@ def test_a_job_ends_with_the_status_of_what_it_gave_up_on(
     assert main(["--run-dir", str(run)]) == EXIT_STATUS[FailureKind.gpu_oom] == 81
     assert rd.read_status(run).state == "failed"
     assert "goes on with a plan that fits" in capsys.readouterr().err
+
+
+@pytest.fixture
+def shrinking(run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same on two nodes, of which one is enough, and with nothing to wait for."""
+    monkeypatch.setattr("launcher.starter_lock.FENCE_SECONDS", 0.0)
+    recipe = (run / rd.RECIPE).read_text()
+    (run / rd.RECIPE).write_text(f"{recipe}recovery: {{min_nodes: 1}}\n")
+    (run / NODES).write_text("node1,node2\n")
+    (run / LOCK).write_text('{"host": "node1", "pid": 1, "slurm_job": "12", "since": "10:00"}\n')
+    return run
+
+
+def test_a_job_that_lost_a_node_goes_on_with_a_plan_for_the_others(shrinking: Path) -> None:
+    held = (shrinking / LOCK).read_text()
+    assert decide_in_job(shrinking, job_id="12", left=["node2"]) == 0
+    plan = json.loads((shrinking / rd.PLAN).read_text())
+    strategy = plan["strategy"]
+    assert (plan["num_nodes"], plan["gpus_per_node"]) == (1, 2)
+    samples = strategy["micro_batch_size_per_gpu"] * strategy["gradient_accumulation_steps"] * 2
+    assert samples == plan["global_batch_size"] == 16
+    assert (shrinking / NODES).read_text() == "node2\n"
+    (record,) = read_failed_attempts(shrinking)
+    assert record.kind is FailureKind.lost_host
+    assert record.problem == "node1 was lost: Slurm cannot start anything there"
+    assert record.changes["num_nodes"] == (2, 1)
+    # Ranks that live on a node out of reach find a lock that is not theirs.
+    assert json.loads(held).items() - json.loads((shrinking / LOCK).read_text()).items() == {
+        ("since", "10:00")
+    }
+
+
+def test_a_spare_node_that_looked_good_takes_the_place_of_one_that_is_lost(shrinking: Path) -> None:
+    looked = [
+        {"name": "node0", "ok": False},
+        *({"name": f"node{i}", "ok": True} for i in (1, 2, 3)),
+    ]
+    rd.write_json(shrinking / PREFLIGHT, {"hosts": looked})
+    assert decide_in_job(shrinking, job_id="12", left=["node0", "node2", "node3"]) == 0
+    assert json.loads((shrinking / rd.PLAN).read_text())["num_nodes"] == 2
+    assert (shrinking / NODES).read_text() == "node2,node3\n"
+    # Also after the next loss.
+    assert decide_in_job(shrinking, job_id="12", left=["node0", "node3"]) == 0
+    assert (shrinking / NODES).read_text() == "node3\n"
+
+
+def test_with_too_few_nodes_the_job_goes_back_into_the_queue_and_says_why(
+    shrinking: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = (shrinking / rd.RECIPE).read_text()
+    (shrinking / rd.RECIPE).write_text(recipe.replace("min_nodes: 1", "min_nodes: 2"))
+    before = (shrinking / rd.PLAN).read_text()
+    status = decide_in_job(shrinking, job_id="12", left=["node2"])
+    assert status == EXIT_STATUS[FailureKind.lost_host]
+    assert (shrinking / REQUEUE_MARKER).exists()
+    assert (shrinking / rd.PLAN).read_text() == before
+    said = "1 of 2 hosts are left; recovery.min_nodes: 2"
+    assert said in capsys.readouterr().out
+    assert (rd.read_status(shrinking).reason or "").endswith(said)
+    assert read_failed_attempts(shrinking)[0].action == "requeue"
+
+
+def test_a_job_that_comes_back_gets_a_plan_for_the_nodes_that_it_has(shrinking: Path) -> None:
+    for left, number in (["node4"], 1), (["node4", "node5", "node6"], 2):
+        assert fit_to_nodes(shrinking, left=left, num_wanted=2) == 0
+        plan = json.loads((shrinking / rd.PLAN).read_text())
+        assert (plan["num_nodes"], plan["global_batch_size"]) == (number, 16)
+        assert (shrinking / NODES).read_text() == ",".join(left[:number]) + "\n"
+    changes = [record.changes["num_nodes"] for record in read_failed_attempts(shrinking)]
+    assert changes == [(2, 1), (1, 2)]
+    # As it is: nothing to do, and nothing to record.
+    assert fit_to_nodes(shrinking, left=["node4", "node6"], num_wanted=2) == 0
+    assert len(read_failed_attempts(shrinking)) == 2

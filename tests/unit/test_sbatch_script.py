@@ -37,7 +37,7 @@ def test_scripts_are_those_that_were_reviewed() -> None:
     """After a change on purpose: python tests/golden/sbatch_cases.py, and look at the diff."""
     stored = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()}
     assert scripts() == stored
-    assert len(stored) == 9
+    assert len(stored) == 10
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.iterdir()), ids=lambda path: path.name)
