@@ -79,6 +79,9 @@ def decide_in_job(run_dir: Path, *, job_id: str, left: Sequence[str] | None = No
     usable = good_nodes(run_dir, used, left or ())
     lost = tuple(name for name in used if name not in usable)
     error = why_nodes_are_lost(run_dir, lost, usable) if lost else why_the_ranks_failed(run_dir)
+    if lost:
+        # Before the record is written, which belongs to the attempt that ended last.
+        rd.write_status(run_dir, "interrupted", reason=error.problem.replace("\n", " "))
     supervisor = f"slurm:{job_id}"
     earlier = [item for item in read_failed_attempts(run_dir) if item.supervisor == supervisor]
     verdict = judge(run_dir, read_prepared(run_dir), error, earlier, supervisor=supervisor)
@@ -119,7 +122,9 @@ def fit_to_nodes(run_dir: Path, *, left: Sequence[str], num_wanted: int) -> int:
         try:
             found = on_nodes_left(run_dir, prepared, len(left), num_wanted=num_wanted)
         except NoOtherHostsError as why:
-            return _ask_for_requeue(run_dir, f"the job has {len(left)} nodes; {why}")
+            reason = f"the job has {len(left)} nodes; {why}"
+            rd.write_status(run_dir, "interrupted", reason=reason)
+            return _ask_for_requeue(run_dir, reason)
         after = found.plan.cluster.num_nodes
         # Not every number of nodes divides the global batch: the plan may be the best there is.
         if after != before:
@@ -178,8 +183,6 @@ def why_nodes_are_lost(run_dir: Path, lost: Sequence[str], usable: Sequence[str]
 
 
 def _ask_for_requeue(run_dir: Path, reason: str) -> int:
-    reason = reason.replace("\n", " ")
-    rd.write_status(run_dir, "interrupted", reason=reason)
     (run_dir / REQUEUE_MARKER).touch()
     print(f"error: {reason}", file=sys.stderr)  # noqa: T201
     return EXIT_STATUS[FailureKind.lost_host]
