@@ -25,6 +25,7 @@ NUM_EXAMPLES = 32
 NUM_STEPS = 60
 STEPS_PER_EPOCH = 4
 NOTICED_WITHIN_SECONDS = 15.0
+WAIT_SECONDS = 1800.0  # for machines that do much else
 RECIPE = """\
 model: {{name_or_path: {folder}/model, precision: fp32}}
 method: lora
@@ -51,7 +52,7 @@ def start(cluster: VirtualCluster, folder: Path, stage: int, **env: str) -> Host
 
 
 def until_step(process: HostProcess, run: Path, step: int) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + WAIT_SECONDS
     log = run / rd.TRAINER_LOG
     while not (log.exists() and f'"step": {step},' in log.read_text()):
         assert process.entering.poll() is None, process.output
@@ -74,7 +75,7 @@ def test_a_run_goes_on_on_a_spare_host_and_then_on_the_last_one(
     until_step(process, run, 17)
     cluster.crash("node1")
     struck_at.append(time.time())
-    assert process.wait(timeout=500) == 0, process.output
+    assert process.wait(timeout=WAIT_SECONDS) == 0, process.output
     assert rd.read_status(run).state == "finished"
     found = list(failed_attempts(run, struck_at))
     assert [attempt.kind for attempt, _ in found] == ["killed", "lost_host", "lost_host"]
