@@ -48,7 +48,8 @@ def status(*, run: Path, as_json: bool) -> None:
         return
     say(f"{seen.state}" + (f": {seen.reason}" if seen.reason else ""))
     if seen.job_id is not None:
-        say(f"  started by the {seen.backend} backend as {seen.job_id}, on {seen.host}")
+        where = f", on {seen.host}" if seen.host else ""
+        say(f"  started by the {seen.backend} backend as {seen.job_id}{where}")
     if seen.step is not None:
         say(f"  step {seen.step}" + ("" if seen.loss is None else f", loss {seen.loss:.4f}"))
     say(f"  since {seen.changed_at}")

@@ -39,7 +39,7 @@ class RunState:
     backend: str | None
     job_id: str | None
     host: str | None
-    """Where it was started; with Slurm, the nodes that it runs on."""
+    """Where it was started; with Slurm, the nodes that it has now, ``None`` when it has none."""
     changed_at: str
     """When the run directory's state last changed: UTC, ISO 8601."""
     step: int | None
@@ -109,7 +109,8 @@ def _observe_one(
     trouble: str | None,
 ) -> RunState:
     status = rd.read_status(run_dir)
-    where = handle.host if handle else None
+    # A Slurm job's ranks are where Slurm has put them, not where it was submitted.
+    where = handle.host if handle and handle.backend != slurm_backend.NAME else None
     state: State
     reason: str | None = None
     if status.state == "finished":
@@ -119,7 +120,7 @@ def _observe_one(
     elif handle.backend == slurm_backend.NAME:
         job = jobs.get(handle.job_id)
         state, reason = _of_slurm(handle, job, status, trouble)
-        where = (job.nodes if job else "") or where
+        where = (job.nodes if job else "") or None
     else:
         state, reason = _of_processes(handle, status)
     step, loss = last_logged(run_dir)
