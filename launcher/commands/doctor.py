@@ -64,8 +64,8 @@ def doctor(
         create_file(exclude_bad, render_hostfile(made.good))
         is_ready = made.rates_problem is None
         if not as_json:
-            count = len(made.good)
-            say(f"wrote {exclude_bad}: {'1 host' if count == 1 else f'{count} hosts'}")
+            num_hosts = len(made.good)
+            say(f"wrote {exclude_bad}: {num_hosts} host{'' if num_hosts == 1 else 's'}")
     if not is_ready:
         raise SystemExit(2)
 
