@@ -58,7 +58,7 @@ def parse_hostfile(text: str, *, source: str) -> tuple[Host, ...]:
         entry = line.partition("#")[0].strip()
         if not entry:
             continue
-        where = f"{source}:{line_number}"
+        where = f"line {line_number}"
         found = _parse_entry(entry)
         if isinstance(found, str):
             problems.append(f"{where}: {found}")

@@ -112,7 +112,17 @@ def logs(*, run: Path, follow: bool, rank: int | None, as_json: bool) -> None:
         num_shown += len(lines)
         sys.stdout.flush()
     if not num_shown:
-        say_aside("nothing was printed" if rank is None else f"nothing was printed by rank {rank}")
+        say_aside("nothing was printed" if rank is None else _silent_words(run, rank))
+
+
+def _silent_words(run: Path, rank: int) -> str:
+    from launcher.report.prediction import prediction_from_plan
+    from launcher.report.run_extras import read_object
+    from launcher.run_dir import PLAN
+
+    size = prediction_from_plan(read_object(run / PLAN)).world_size or rank + 1
+    why = "" if rank < size else f": the run's ranks are 0 to {size - 1}"
+    return f"nothing was printed by rank {rank}{why}"
 
 
 def _until_it_ends(run: Path, *, follow: bool) -> Iterator[bool]:

@@ -174,14 +174,15 @@ def _total_lines(plan: Plan) -> Iterator[tuple[str, str]]:
 def _run_words(plan: Plan) -> str:
     """Return the whole run's time and cost; a million tokens' while its length is unknown."""
     run, price = plan.run, plan.price_per_gpu_hour
+    hours = "GPU-hours" if plan.cluster.gpu.device_type == "cuda" else "rank-hours"
     if run is not None:
         cost = "" if run.cost is None else f", which cost {run.cost:,.2f}"
         took = format_seconds(run.seconds)
-        return f"{run.num_steps:,} steps in {took}, {run.gpu_hours:,.2f} GPU-hours{cost}"
+        return f"{run.num_steps:,} steps in {took}, {run.gpu_hours:,.2f} {hours}{cost}"
     gpu_hours = 1e6 / plan.time.tokens_per_second_per_gpu / 3600
     cost = "" if price is None else f", which cost {gpu_hours * price:,.2f}"
     return (
-        f"{gpu_hours:,.3f} GPU-hours for a million tokens{cost}; for the whole run tokenise the "
+        f"{gpu_hours:,.3f} {hours} for a million tokens{cost}; for the whole run tokenise the "
         "data first, or set optim.max_steps"
     )
 

@@ -275,7 +275,9 @@ def test_a_folder_without_runs_and_a_run_without_a_log_say_so(
     assert json.loads(zerofit("list", "empty", "--json").stdout) == []
     assert zerofit("render", recipe, "--output-dir", "run").status == 0
     assert zerofit("logs", "run").stderr == "nothing was printed\n"
-    assert zerofit("logs", "run", "--rank", "9").stderr == "nothing was printed by rank 9\n"
+    assert zerofit("logs", "run", "--rank", "9").stderr == (
+        "nothing was printed by rank 9: the run's ranks are 0 to 1\n"
+    )
 
 
 def test_a_new_recipe_plans_as_it_is(zerofit: Zerofit, recipe: str, tmp_path: Path) -> None:

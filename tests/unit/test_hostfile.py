@@ -35,7 +35,7 @@ def test_of_hundreds_of_broken_lines_the_first_twenty_are_shown() -> None:
         parse_hostfile("{}\n" * 200, source="hosts")
     lines = error.value.problem.splitlines()
     assert lines[0] == "200 problems"
-    assert lines[20].startswith("  - hosts:20: ")
+    assert lines[20].startswith("  - line 20: ")
     assert lines[21:] == ["  - and 180 more"]
 
 
@@ -77,7 +77,7 @@ def test_empty_hostfile_never_falls_back_to_this_machine(text: str) -> None:
 def test_a_line_that_cannot_be_used_is_named_with_its_number(line: str, problem: str) -> None:
     with pytest.raises(HostfileError, match=problem) as caught:
         parse_hostfile(f"node1 slots=8\n# next\n{line}\n", source="hosts")
-    assert "hosts:3" in str(caught.value)
+    assert "hosts: line 3: " in str(caught.value)
 
 
 def test_ranges_stand_for_hosts_and_keep_their_zeros() -> None:
@@ -127,8 +127,8 @@ def test_a_filter_that_cannot_be_used_says_why(filters: dict[str, str], problem:
 def test_all_bad_lines_are_reported_at_once() -> None:
     with pytest.raises(HostfileError) as caught:
         parse_hostfile("a\nb slots=1\nc slots=none\n", source="hosts")
-    assert "hosts:1" in str(caught.value)
-    assert "hosts:3" in str(caught.value)
+    assert "line 1: " in str(caught.value)
+    assert "line 3: " in str(caught.value)
 
 
 def test_hosts_with_different_slots_are_refused() -> None:
