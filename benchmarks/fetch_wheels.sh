@@ -21,8 +21,8 @@ for platform in manylinux_2_28_x86_64 manylinux_2_24_x86_64 manylinux_2_17_x86_6
                 manylinux2014_x86_64 manylinux_2_5_x86_64 manylinux1_x86_64; do
   platforms+=(--platform "$platform")
 done
-for name in annotated-types bitsandbytes click datasets dill gguf hjson liger-kernel msgpack multiprocess \
-            omegaconf prometheus-client py-cpuinfo pydantic pydantic-core typing-inspection xxhash; do
+for name in annotated-types bitsandbytes click datasets dill gguf hjson liger-kernel msgpack msgspec \
+            multiprocess omegaconf prometheus-client py-cpuinfo pydantic pydantic-core typing-inspection xxhash; do
   "$python" -m pip download -q --no-deps --only-binary=:all: --python-version "$python_version" \
     --implementation cp "${platforms[@]}" -d "$folder" "$(pinned "$name")"
 done

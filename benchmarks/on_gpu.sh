@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Run a sweep on a GPU machine without network, from the wheels of benchmarks/fetch_wheels.sh.
 # A program in place of a sweep, such as benchmarks/scenarios.py, is run as it is.
-# Usage: [ZEROFIT_COMMIT=…] [SECONDS_IN_ALL=570] benchmarks/on_gpu.sh SWEEP.yaml OUTPUT_FOLDER
-#        [KEY=VALUE …] [options of zerofit bench]
+# Usage: [ZEROFIT_COMMIT=…] [SECONDS_IN_ALL=570] [RESULTS_SO_FAR=FILE.jsonl] \
+#        benchmarks/on_gpu.sh SWEEP.yaml OUTPUT_FOLDER [KEY=VALUE …] [options of zerofit bench]
 # For a sweep on real weights, run `benchmarks/on_gpu.sh --keep-model` first, where only one part
 # of the model can travel at a time: the parts are put aside until both are there.
-# Results are in OUTPUT_FOLDER as they come; run directories stay in /tmp/zerofit-runs.
+# Results are in OUTPUT_FOLDER as they come, behind those so far, whose cases are not run again;
+# run directories stay in /tmp/zerofit-runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 home=/tmp/zerofit-home
@@ -23,8 +24,17 @@ site=/tmp/zerofit-site
 export PYTHONPATH="$PWD:$site" PATH="$site/bin:$PATH" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 # NVLink multicast can put GPUs that others share out of service: it stays off.
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
+if [[ $sweep != *.py ]]; then
+  # DeepSpeed's CPU Adam takes a minute to compile: it begins before all else.
+  (DS_ACCELERATOR=cuda PYTORCH_NVML_BASED_CUDA_CHECK=1 TORCH_CUDA_ARCH_LIST=9.0 nice -n 19 python3 -c '
+from deepspeed.ops.op_builder import CPUAdamBuilder
+CPUAdamBuilder().load(verbose=False)' >/tmp/zerofit-cpu-adam.log 2>&1 ||
+  { echo "CPU Adam was not compiled:"; tail -n 20 /tmp/zerofit-cpu-adam.log; }) &
+fi
 if grep -q /tmp/zerofit-demo/ "$sweep"; then
-  # The real model, where transformers looks for its hub id; and the demo's text.
+  # The demo's text; and the real model, where transformers looks for its hub id.
+  python3 -m launcher.worker.demo_data --out /tmp/zerofit-demo &
+  demo_data=$!
   export HF_HOME=$home/huggingface
   cache=$HF_HOME/hub/models--HuggingFaceTB--SmolLM2-135M-Instruct
   if [[ ! -e $cache/refs/main ]]; then
@@ -34,16 +44,12 @@ if grep -q /tmp/zerofit-demo/ "$sweep"; then
     ln -sfn "$home/models/SmolLM2-135M-Instruct" "$cache/snapshots/carried"
     printf carried >"$cache/refs/main"
   fi
-  python3 -m launcher.worker.demo_data --out /tmp/zerofit-demo
+  wait "$demo_data"
 fi
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 if [[ $sweep == *.py ]]; then exec python3 "$sweep" --out "$out" "$@"; fi
-# DeepSpeed's CPU Adam takes a minute to compile; the first cases do not need it.
-(DS_ACCELERATOR=cuda PYTORCH_NVML_BASED_CUDA_CHECK=1 TORCH_CUDA_ARCH_LIST=9.0 nice -n 19 python3 -c '
-from deepspeed.ops.op_builder import CPUAdamBuilder
-CPUAdamBuilder().load(verbose=False)' >/tmp/zerofit-cpu-adam.log 2>&1 ||
-  { echo "CPU Adam was not compiled:"; tail -n 20 /tmp/zerofit-cpu-adam.log; }) &
 mkdir -p "$out" /tmp/zerofit-runs
+if [[ -n ${RESULTS_SO_FAR:-} ]]; then cp "$RESULTS_SO_FAR" "$out/$(basename "$sweep" .yaml).jsonl"; fi
 status=0
 python3 -m launcher.cli bench "$sweep" --out "$out" --runs /tmp/zerofit-runs --warm \
   --max-failures-in-a-row 2 --case-seconds "${CASE_SECONDS:-150}" \
