@@ -21,10 +21,9 @@ from launcher.model_source import find_config
 from launcher.model_spec import spec_from_config
 from launcher.planning.ceiling import NO_CEILING, Ceiling
 from launcher.planning.plan import Plan
-from launcher.planning.planner import can_fit, make_plan
+from launcher.planning.planner import can_fit, choose_strategy, make_plan
 from launcher.predict.run_cost import run_estimate
 from launcher.predict.site_constants import with_site_constants
-from launcher.predict.step_time import speedup_over_one_node
 from launcher.recipe import parse_recipe
 from launcher.recipe_paths import DEFAULT_PARENT, with_absolute_paths
 from launcher.recipe_sections import ClusterSection, Recipe, StrategySection
@@ -127,6 +126,7 @@ def prepare(recipe: Recipe, *, source: str, ceiling: Ceiling = NO_CEILING) -> Pr
     }
 
     plan = make_plan(workload, cluster, fixed=recipe.strategy, **choices)
+    plan = replace(plan, speedup_over_one_node=_speedup_over_one_node(plan, recipe, choices))
 
     def fits(changed: Workload, place: ClusterSpec, fixed: StrategySection) -> bool:
         # What was learnt on one GPU says nothing of another.
@@ -149,7 +149,7 @@ def prepare(recipe: Recipe, *, source: str, ceiling: Ceiling = NO_CEILING) -> Pr
 
 
 def _with_run(plan: Plan, recipe: Recipe, summary: DataSummary | None) -> Plan:
-    """Add the whole run's time and cost where its steps are known, and what the nodes bring."""
+    """Add the whole run's time and cost where its steps are known."""
     price, num_steps = recipe.cluster.price_per_gpu_hour, recipe.optim.max_steps
     seconds = None if num_steps is None else num_steps * plan.time.step_seconds
     if summary is not None:
@@ -158,15 +158,29 @@ def _with_run(plan: Plan, recipe: Recipe, summary: DataSummary | None) -> Plan:
     run = None
     if num_steps is not None and seconds is not None:
         run = run_estimate(num_steps, seconds, plan.cluster, price_per_gpu_hour=price)
-    speedup = speedup_over_one_node(plan.workload, plan.strategy, plan.cluster)
     target = Path(recipe.output_dir).parent if recipe.output_dir else DEFAULT_PARENT
     return replace(
         plan,
         run=run,
         price_per_gpu_hour=price,
-        speedup_over_one_node=speedup,
         save_rate=rate_beside(target),
     )
+
+
+def _speedup_over_one_node(plan: Plan, recipe: Recipe, choices: Mapping[str, Any]) -> float | None:
+    """Return how much faster all nodes are than one of them at its own best, at equal batch.
+
+    Below 1 the network costs more than the added GPUs bring. ``None``: one node cannot do it.
+    """
+    if plan.cluster.num_nodes == 1:
+        return 1.0
+    one_node = replace(plan.cluster, num_nodes=1)
+    try:
+        alone = choose_strategy(plan.workload, one_node, fixed=recipe.strategy, **choices)
+    except RecipeError:
+        # What the recipe fixes needs all nodes: groups of GPUs larger than a node, for one.
+        return None
+    return alone.best.time.step_seconds / plan.time.step_seconds if alone.fits else None
 
 
 def resolve_cluster(section: ClusterSection) -> ClusterSpec:

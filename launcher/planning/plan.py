@@ -80,8 +80,8 @@ class Plan:
     run: RunEstimate | None = None
     """The whole run; ``None`` while the number of its steps is not known."""
     price_per_gpu_hour: float | None = None
-    speedup_over_one_node: float = 1.0
-    """At equal global batch; below 1 the network costs more than the other nodes bring."""
+    speedup_over_one_node: float | None = 1.0
+    """Over one node at its own best, at equal global batch; ``None``: one has not the memory."""
     save_rate: SaveRate = USUAL_RATE
 
     @property

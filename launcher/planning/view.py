@@ -163,11 +163,12 @@ def _total_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     tokens = time.tokens_per_second_per_gpu * cluster.world_size
     speed = f"{format_seconds(time.step_seconds)} per optimizer step, {tokens:,.0f} tokens/s in all"
     if is_gpu:
-        speed += f"; {time.mfu:.0%} of the GPUs' peak is useful work (MFU)"
+        share = f"{time.mfu:.0%}" if time.mfu >= 0.01 else f"{time.mfu:.1%}"
+        speed += f"; {share} of the GPUs' peak is useful work (MFU)"
     yield "speed", speed
     yield "bound by", time.bound_by
     yield "run", _run_words(plan)
-    if cluster.num_nodes > 1:
+    if cluster.num_nodes > 1 and plan.fits:
         yield "nodes", _nodes_words(cluster.num_nodes, plan.speedup_over_one_node)
 
 
@@ -187,13 +188,15 @@ def _run_words(plan: Plan) -> str:
     )
 
 
-def _nodes_words(num_nodes: int, speedup: float) -> str:
+def _nodes_words(num_nodes: int, speedup: float | None) -> str:
+    if speedup is None:
+        return "one node alone has not enough memory"
     if speedup < 1:
         return (
-            f"{num_nodes:,} nodes take {1 / speedup:.1f} times as long as one would: the network "
-            "costs more than their GPUs bring"
+            f"{num_nodes:,} nodes take {1 / speedup:.1f} times as long as one at its best: the "
+            "network costs more than their GPUs bring; plan with cluster.num_nodes=1"
         )
-    return f"{num_nodes:,} nodes are {speedup:.1f} times as fast as one"
+    return f"{num_nodes:,} nodes are {speedup:.1f} times as fast as one at its best"
 
 
 def _bullets(lines: tuple[str, ...]) -> RenderableType:

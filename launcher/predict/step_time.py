@@ -155,34 +155,6 @@ def _step_seconds(
     return step_seconds, components
 
 
-def speedup_over_one_node(
-    workload: Workload,
-    strategy: Strategy,
-    cluster: ClusterSpec,
-    *,
-    calibration: TimeCalibration | None = None,
-) -> float:
-    """Return how much faster the cluster is than one of its nodes, at equal global batch.
-
-    Below 1 the network costs more than the added GPUs bring. The single node accumulates as
-    many more micro-steps as it has fewer GPUs; whether it has the memory is not asked here.
-    """
-    if cluster.num_nodes == 1:
-        return 1.0
-    # A group that spans nodes becomes smaller, and takes fewer micro-steps for it.
-    degree = min(strategy.sequence_parallel_size, cluster.gpus_per_node)
-    factor = cluster.num_nodes * degree // strategy.sequence_parallel_size
-    alone = replace(
-        strategy,
-        sequence_parallel_size=degree,
-        gradient_accumulation_steps=strategy.gradient_accumulation_steps * factor,
-    )
-    one_node = replace(cluster, num_nodes=1)
-    there = estimate_time(workload, strategy, cluster, calibration=calibration)
-    here = estimate_time(workload, alone, one_node, calibration=calibration)
-    return here.step_seconds / there.step_seconds
-
-
 def _compute_seconds(
     work: MicroStepWork,
     workload: Workload,
