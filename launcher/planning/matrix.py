@@ -23,8 +23,8 @@ SCHEMA_VERSION = 1
 _CSV_COLUMNS = (
     "model", "num_params", "max_seq_len", "fits", "zero_stage", "offload_optimizer",
     "offload_param", "gradient_checkpointing", "attention", "loss", "micro_batch_size_per_gpu",
-    "gradient_accumulation_steps", "device_used_bytes", "limit_bytes", "host_bytes_per_node",
-    "step_seconds", "tokens_per_second_per_gpu", "note",
+    "gradient_accumulation_steps", "sequence_parallel_size", "device_used_bytes", "limit_bytes",
+    "host_bytes_per_node", "step_seconds", "tokens_per_second_per_gpu", "note",
 )  # fmt: skip
 
 

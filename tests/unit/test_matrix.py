@@ -67,13 +67,57 @@ def test_json_is_the_same_data() -> None:
     assert content["gpu"] == "V100-32GB"
 
 
-def test_the_table_fits_80_columns() -> None:
+def shown(made: Matrix) -> str:
     stream = io.StringIO()
-    Console(width=80, file=stream, color_system=None).print(render_matrix(matrix()))
-    text = stream.getvalue()
+    Console(width=80, file=stream, color_system=None).print(render_matrix(made))
+    return stream.getvalue()
+
+
+@cache
+def long_matrix() -> Matrix:
+    """Seven lengths, of which the last fits where GPUs share it; and a model that is too large."""
+    place = cluster("V100-32GB", nodes=2)
+
+    def choose_there(spec: ModelSpec, tokens: int) -> Choice:
+        work = workload(spec.name, place=place, tokens=tokens, method=Method.full)
+        return choose_strategy(work, place)
+
+    return make_matrix(
+        [model("llama3.1-8b"), model("falcon-180b")],
+        (128, 256, 384, 512, 640, 768, 131_072),
+        method=Method.full,
+        cluster=place,
+        choose=choose_there,
+    )
+
+
+def test_the_table_fits_80_columns() -> None:
+    text = shown(matrix())
     assert "llama2-70b" in text
     assert "ZeRO-3" in text
     assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_more_lengths_than_a_line_holds_continue_below() -> None:
+    text = shown(long_matrix())
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert text.count("falcon-180b") == 2
+    assert "…" not in text
+    assert all(f" {tokens:,} " in text for tokens in long_matrix().contexts)
+
+
+def test_a_cell_says_that_gpus_share_sequences_and_what_is_missing() -> None:
+    made = long_matrix()
+    best, missing = made.rows[0][-1].best, made.rows[1][0].best
+    assert best is not None
+    degree = best.strategy.sequence_parallel_size
+    assert degree > 1
+    assert f"shared by {degree}" in shown(made)
+    assert missing is not None
+    assert not missing.fits
+    assert f"{missing.memory.device_used_bytes / 2**30:,.1f} GiB" in shown(made)
+    last = list(csv.DictReader(io.StringIO(matrix_to_csv(made))))[6]
+    assert last["sequence_parallel_size"] == str(degree)
 
 
 def test_the_picture_is_a_png() -> None:
