@@ -44,29 +44,51 @@ TOP_LEVEL_KEYS = frozenset(
     }
 )  # fmt: skip
 
-# deepspeed 0.19.8 runtime/zero/config.py, class DeepSpeedZeroConfig.
+# deepspeed 0.19.8 runtime/zero/config.py, class DeepSpeedZeroConfig. Its short names of stage-3
+# keys are left out: the configuration has the long ones, which DeepSpeed would take.
 ZERO_KEYS = frozenset(
     {
-        "allgather_bucket_size", "allgather_partitions", "allgather_sequential",
+        "allgather_bucket_size", "allgather_partitions",
         "compute_grad_norm", "contiguous_gradients", "elastic_checkpoint", "enable_sanity_checks",
         "ignore_unused_parameters",
         "leaf_module", "legacy_stage1", "load_from_fp32_weights", "log_trace_cache_warnings",
         "memory_efficient_linear", "mics_hierarchical_params_gather", "mics_shard_size",
-        "module_granularity_threshold", "override_module_apply", "overlap_comm",
-        "parameter_alignment",
-        "param_persistence_threshold", "pipeline_loading_checkpoint", "reduce_bucket_size",
+        "override_module_apply", "overlap_comm", "parameter_alignment",
+        "pipeline_loading_checkpoint", "reduce_bucket_size",
         "reduce_scatter", "round_robin_gradients", "stage3_allgather_sequential",
         "stage3_gather_16bit_weights_on_model_save", "stage3_max_live_parameters",
         "stage3_max_reuse_distance", "stage3_model_persistence_threshold",
         "stage3_module_granularity_threshold",
         "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
         "stage3_use_all_reduce_for_fetch_params", "sub_group_size",
-        "use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce", "zenflow",
+        "use_multi_rank_bucket_allreduce", "zenflow",
         "zero_hpz_partition_size", "zero_quantized_gradients",
         "zero_quantized_nontrainable_weights", "zero_quantized_weights",
         *PLANNED_ZERO_KEYS,
     }
 )  # fmt: skip
+
+# What moves memory or time and has no formula here, with DeepSpeed's default.
+_UNPREDICTED: Mapping[str, Any] = {
+    "amp": None,
+    "communication_data_type": None,
+    "compile": None,
+    "compression_training": None,
+    "data_efficiency": None,
+    "torch_autocast": None,
+    "zero_optimization.leaf_module": None,
+    "zero_optimization.memory_efficient_linear": True,
+    "zero_optimization.mics_hierarchical_params_gather": False,
+    "zero_optimization.mics_shard_size": -1,
+    "zero_optimization.stage3_model_persistence_threshold": None,
+    "zero_optimization.stage3_module_granularity_threshold": 0,
+    "zero_optimization.stage3_use_all_reduce_for_fetch_params": False,
+    "zero_optimization.zenflow": None,
+    "zero_optimization.zero_hpz_partition_size": 1,
+    "zero_optimization.zero_quantized_gradients": False,
+    "zero_optimization.zero_quantized_nontrainable_weights": False,
+    "zero_optimization.zero_quantized_weights": False,
+}
 
 _KNOBS = {item.name for item in fields(ZeroKnobs)} - {"pin_memory"}
 
@@ -115,3 +137,21 @@ def apply_to_knobs(knobs: ZeroKnobs, raw: Mapping[str, Any]) -> ZeroKnobs:
         for name in _KNOBS & set(zero)
     }
     return replace(knobs, **changes)
+
+
+def not_knobs(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the raw keys without those that :func:`apply_to_knobs` has put into a strategy."""
+    zero = {
+        key: value for key, value in raw.get("zero_optimization", {}).items() if key not in _KNOBS
+    }
+    others = {key: value for key, value in raw.items() if key != "zero_optimization"}
+    return {**others, "zero_optimization": zero} if zero else others
+
+
+def unpredicted_keys(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the raw keys whose effect on memory and time no prediction follows."""
+    zero = raw.get("zero_optimization", {})
+    given = {**raw, **{f"zero_optimization.{key}": value for key, value in zero.items()}}
+    return tuple(
+        name for name, default in _UNPREDICTED.items() if name in given and given[name] != default
+    )

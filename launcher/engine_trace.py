@@ -52,6 +52,7 @@ def trace_engine_of(prepared: Prepared, *, rank: int, scale: int) -> EngineCompa
         world_size=plan.cluster.world_size,
         rank=rank,
         scale=scale,
+        raw_deepspeed=prepared.recipe.deepspeed,
     )
     with tempfile.TemporaryDirectory(prefix="zerofit-trace-") as folder:
         path = Path(folder) / "request.json"

@@ -113,8 +113,9 @@ def _stage(setting: Setting) -> str:
     if ranks == 1:
         meaning = "one GPU has nobody to share with; all stages keep everything on it"
         if strategy.offload_param is not Offload.none:
-            meaning = "the stage that can keep the weights in host memory"
-        return meaning
+            return "the stage that can keep the weights in host memory"
+        rivals = _rivals(setting, lambda s: s.zero_stage, lambda v: f"ZeRO-{v}")
+        return f"{meaning}. {rivals}" if strategy.zero_stage == 3 else meaning
     shared = {
         0: "every GPU keeps everything",
         1: f"each of the {ranks} GPUs keeps 1/{ranks} of the optimizer states",
@@ -304,15 +305,21 @@ def _rivals(
 
 
 def _nearness(candidate: Candidate, best: Candidate) -> tuple[int, bool, float]:
-    """Sort by how many other things differ, then what fits, then time."""
+    """Sort by how many other things differ, then what fits by time, the rest by its memory."""
     pairs = zip(kind(candidate.strategy), kind(best.strategy), strict=True)
     differences = sum(a != b for a, b in pairs)
-    return (differences, not candidate.fits, candidate.time.step_seconds)
+    seconds, size = candidate.time.step_seconds, candidate.memory.device_used_bytes
+    return (differences, not candidate.fits, seconds if candidate.fits else float(size))
 
 
 def _reason(rival: Candidate, setting: Setting) -> str:
-    pairs = zip(kind(rival.strategy), kind(setting.best.strategy), strict=True)
-    prefix = f"({short_label(rival.strategy)}) " if sum(a != b for a, b in pairs) > 1 else ""
+    strategy, chosen = rival.strategy, setting.best.strategy
+    pairs = zip(kind(strategy), kind(chosen), strict=True)
+    words = [short_label(strategy)] if sum(a != b for a, b in pairs) > 1 else []
+    size = strategy.micro_batch_size_per_gpu
+    if rival.fits and size != chosen.micro_batch_size_per_gpu:
+        words.append(f"micro-batch {size}")
+    prefix = f"({', '.join(words)}) " if words else ""
     return prefix + _outcome(rival, setting)
 
 
@@ -321,12 +328,18 @@ def _verdict(name: str, rival: Candidate, setting: Setting) -> str:
 
 
 def _outcome(rival: Candidate, setting: Setting) -> str:
-    if rival.fits or not setting.best.fits:
+    space = setting.space
+    host_bytes = rival.memory.host_bytes_per_node
+    more_host = f"{short_size(host_bytes)} of host memory per node"
+    if rival.fits:
         return compare(rival, setting.best)
-    if rival.memory.device_used_bytes > setting.space.limit_bytes:
+    if not setting.best.fits:
+        words = compare(rival, setting.best)
+        room = max(space.cluster.host_memory_bytes, setting.best.memory.host_bytes_per_node)
+        return f"{words}, but needs {more_host}" if host_bytes > room else words
+    if rival.memory.device_used_bytes > space.limit_bytes:
         return f"needs {short_size(rival.memory.device_used_bytes)} per GPU and does not fit"
-    host = short_size(rival.memory.host_bytes_per_node)
-    return f"needs {host} of host memory per node, more than there is"
+    return f"needs {more_host}, more than there is"
 
 
 def _capitalized(text: str) -> str:

@@ -77,6 +77,8 @@ class Plan:
     """Progressively more frugal strategies to fall back to, the plan itself left out."""
     suggestions: tuple[str, ...] = ()
     """When nothing fits: the smallest changes that would."""
+    unpredicted_keys: tuple[str, ...] = ()
+    """Raw DeepSpeed keys that move memory or time in ways that no number here follows."""
     run: RunEstimate | None = None
     """The whole run; ``None`` while the number of its steps is not known."""
     price_per_gpu_hour: float | None = None
@@ -136,6 +138,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
             for item in plan.ladder
         ],
         "suggestions": list(plan.suggestions),
+        "unpredicted_keys": list(plan.unpredicted_keys),
         "run": None if plan.run is None else asdict(plan.run),
         "price_per_gpu_hour": plan.price_per_gpu_hour,
         "speedup_over_one_node": plan.speedup_over_one_node,

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from launcher.ds_keys import unpredicted_keys
 from launcher.errors import RecipeError
 from launcher.hardware import ClusterSpec
 from launcher.planning.ceiling import NO_CEILING, Ceiling
 from launcher.planning.explain import Setting, explain_choice
+from launcher.planning.ladder import ladder, num_offloads, simplicity
 from launcher.planning.plan import Candidate, Plan
 from launcher.planning.rejections import explain_rejections
 from launcher.planning.rules import why_offload_gains_nothing, why_zero_3_is_too_much
@@ -25,13 +27,8 @@ from launcher.planning.search import (
 from launcher.planning.sequences import can_fit_shared, shared_by, weigh_shared
 from launcher.planning.wording import fit_words
 from launcher.recipe_sections import StrategySection
-from launcher.strategy import Checkpointing, Offload, Strategy, ZeroStage
+from launcher.strategy import Checkpointing, Offload, Strategy
 from launcher.workload import Workload
-
-# Preferred order among equals: the study's default first (arXiv 2406.02290, section 5).
-STAGE_ORDER: Mapping[ZeroStage, int] = {2: 0, 1: 1, 3: 2, 0: 3}
-# A rung of the ladder that saves less would not cure an out-of-memory error.
-_RUNG_FRACTION = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,23 +189,27 @@ def make_plan(
             replace(rejected, reason=fit_words(rejected.reason, cluster.gpu))
             for rejected in explain_rejections(setting, choice.impossible, pointless)
         ),
-        ladder=_ladder(best, [*choice.weighed, *choice.smaller]),
+        ladder=ladder(best, [*choice.weighed, *choice.smaller]),
+        unpredicted_keys=unpredicted_keys(choice.space.raw_deepspeed),
     )
 
 
 def _comparable(space: SearchSpace, candidate: Candidate, best: Candidate) -> Candidate:
-    """Return a rival at the choice's micro-batch where a larger one gains it no time.
+    """Return a rival with the choice's loss and micro-batch where its own gain it no time.
 
     Ties are broken towards less memory; a rival that was not would look hungrier than it is.
     """
-    size = best.strategy.micro_batch_size_per_gpu
-    if candidate.strategy.sequence_parallel_size != best.strategy.sequence_parallel_size:
+    rival, chosen = candidate.strategy, best.strategy
+    if rival.sequence_parallel_size != chosen.sequence_parallel_size or not candidate.fits:
         return candidate
-    if not candidate.fits or candidate.strategy.micro_batch_size_per_gpu <= size:
-        return candidate
-    same = space.weigh(candidate.strategy, size)
-    is_as_fast = same.time.step_seconds <= candidate.time.step_seconds * (1 + TIE_FRACTION)
-    return same if same.fits and is_as_fast else candidate
+    alike = replace(rival, loss=chosen.loss, liger_kernels=chosen.liger_kernels)
+    size = min(rival.micro_batch_size_per_gpu, chosen.micro_batch_size_per_gpu)
+    limit_seconds = candidate.time.step_seconds * (1 + TIE_FRACTION)
+    for shape in dict.fromkeys((alike, rival)):
+        same = space.weigh(shape, size)
+        if same.fits and same.time.step_seconds <= limit_seconds:
+            return same
+    return candidate
 
 
 def _search_space(
@@ -332,8 +333,8 @@ def _choose(space: SearchSpace, allowed: list[Candidate]) -> tuple[Candidate, li
     fastest_seconds = min(candidate.time.step_seconds for candidate in fitting)
     limit_seconds = fastest_seconds * (1 + TIE_FRACTION)
     equals = [item for item in fitting if item.time.step_seconds <= limit_seconds]
-    fewest = min(_num_offloads(item) for item in equals)
-    equals = [item for item in equals if _num_offloads(item) == fewest]
+    fewest = min(num_offloads(item) for item in equals)
+    equals = [item for item in equals if num_offloads(item) == fewest]
     smaller = [small for item in equals for small in smaller_micro_batches(space, item)]
     equals += [item for item in smaller if item.time.step_seconds <= limit_seconds]
     least_bytes = min(candidate.memory.device_used_bytes for candidate in equals)
@@ -342,7 +343,7 @@ def _choose(space: SearchSpace, allowed: list[Candidate]) -> tuple[Candidate, li
         for candidate in equals
         if candidate.memory.device_used_bytes <= least_bytes * (1 + TIE_FRACTION)
     ]
-    return min(equals, key=_simplicity), smaller
+    return min(equals, key=simplicity), smaller
 
 
 def _excess(space: SearchSpace, candidate: Candidate) -> tuple[float, float]:
@@ -351,38 +352,3 @@ def _excess(space: SearchSpace, candidate: Candidate) -> tuple[float, float]:
     device = memory.device_used_bytes / space.limit_bytes
     host = memory.host_bytes_per_node / space.cluster.host_memory_bytes
     return round(max(device, host), 2), device
-
-
-def _num_offloads(candidate: Candidate) -> int:
-    strategy = candidate.strategy
-    moved = (strategy.offload_optimizer, strategy.offload_param)
-    return sum(offload is not Offload.none for offload in moved) + (
-        strategy.gradient_checkpointing is Checkpointing.cpu_offload
-    )
-
-
-def _simplicity(candidate: Candidate) -> tuple[int, int, int, float]:
-    strategy = candidate.strategy
-    return (
-        _num_offloads(candidate),
-        STAGE_ORDER[strategy.zero_stage],
-        int(strategy.gradient_checkpointing is not Checkpointing.none),
-        candidate.time.step_seconds,
-    )
-
-
-def _ladder(best: Candidate, weighed: list[Candidate]) -> tuple[Candidate, ...]:
-    """Return strategies that use ever less memory, each the fastest of its kind."""
-    frugal = [
-        candidate
-        for candidate in weighed
-        if candidate.fits and candidate.memory.device_used_bytes < best.memory.device_used_bytes
-    ]
-    frugal.sort(key=lambda candidate: (candidate.time.step_seconds, _simplicity(candidate)))
-    rungs: list[Candidate] = []
-    lowest_bytes = best.memory.device_used_bytes
-    for candidate in frugal:
-        if candidate.memory.device_used_bytes <= _RUNG_FRACTION * lowest_bytes:
-            rungs.append(candidate)
-            lowest_bytes = candidate.memory.device_used_bytes
-    return tuple(rungs)

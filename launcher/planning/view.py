@@ -95,6 +95,10 @@ def _headline(plan: Plan) -> RenderableType:
         notes = [Text(f"{kind} has no formulas here: its layers were built and traced instead")]
     if cluster.site is not None:
         notes.append(Text(_calibrated_words(cluster.site)))
+    if plan.unpredicted_keys:
+        keys = ", ".join(plan.unpredicted_keys)
+        text = f"no number below follows what these keys do to memory and time: {keys}"
+        notes.append(Text(text, style="bold yellow"))
     verdict = f"fits: {chosen}" if plan.fits else f"DOES NOT FIT; closest: {chosen}"
     return Group(
         Text(f"{describe(plan.workload)}, on {where}"),

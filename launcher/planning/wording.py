@@ -83,10 +83,11 @@ def changes(strategy: Strategy, chosen: Strategy) -> str:
     if strategy.loss is not chosen.loss:
         words.append(_LOSS[strategy.loss])
     mine, theirs = strategy.zero, chosen.zero
-    if strategy.zero_stage == 3 and (
-        mine.stage3_max_live_parameters < theirs.stage3_max_live_parameters
-    ):
+    live, usual = mine.stage3_max_live_parameters, theirs.stage3_max_live_parameters
+    if strategy.zero_stage == 3 and live < usual:
         words.append("fewer weights gathered ahead")
+    if strategy.zero_stage == 3 == chosen.zero_stage and live > usual:
+        words.append("more weights gathered ahead")
     if strategy.zero_stage == chosen.zero_stage and mine.overlap_comm != theirs.overlap_comm:
         words.append("overlapping communication" if mine.overlap_comm else "no overlap")
     if strategy.micro_batch_size_per_gpu != chosen.micro_batch_size_per_gpu:

@@ -175,7 +175,8 @@ class ZeroRuntime:
         found = self.model_bytes()
         found[OPTIMIZER] = self.optimizer_bytes()
         if self.stage == 3:
-            found[BUCKETS] = float(self.width * self.bucket)
+            if self.strategy.zero.contiguous_gradients:
+                found[BUCKETS] = float(self.width * self.bucket)
             if not self.has_offloaded_optimizer:
                 # grad_partitions_flat_buffer, from init on
                 found["gradient partitions"] = self.accumulation_width * self.partition

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class TraceRequest:
     world_size: int
     rank: int = 0
     scale: int = 16
+    raw_deepspeed: Mapping[str, Any] = field(default_factory=dict)
 
 
 def request_to_json(request: TraceRequest) -> dict[str, Any]:
@@ -55,6 +56,7 @@ def request_to_json(request: TraceRequest) -> dict[str, Any]:
         "world_size": request.world_size,
         "rank": request.rank,
         "scale": request.scale,
+        "raw_deepspeed": dict(request.raw_deepspeed),
     }
 
 
@@ -84,6 +86,7 @@ def request_from_json(value: Mapping[str, Any]) -> TraceRequest:
             world_size=value["world_size"],
             rank=value["rank"],
             scale=value["scale"],
+            raw_deepspeed=value["raw_deepspeed"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _unreadable(f"{type(error).__name__}: {error}") from None
@@ -113,6 +116,7 @@ def run_request(request: TraceRequest) -> dict[str, Any]:
             world_size=request.world_size,
             rank=request.rank,
             scale=request.scale,
+            raw_deepspeed=request.raw_deepspeed,
         )
     return {**asdict(trace), "peak_bytes": trace.peak_bytes}
 

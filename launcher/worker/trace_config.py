@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from launcher.ds_config import merge
+from launcher.ds_keys import not_knobs
 from launcher.strategy import Offload, Optimizer, Precision, Strategy
 from launcher.workload import Workload
 
 
-def deepspeed_config(workload: Workload, strategy: Strategy, *, scale: int) -> dict[str, Any]:
-    """Return the DeepSpeed configuration with every count of elements divided by scale**2."""
+def deepspeed_config(
+    workload: Workload, strategy: Strategy, *, scale: int, raw_deepspeed: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the DeepSpeed configuration with every count of elements divided by scale**2.
+
+    Raw keys that are part of the strategy are taken from there; the others go in as they are.
+    """
     knobs, area = strategy.zero, scale**2
 
     def elements(count: int) -> int:
@@ -52,7 +60,7 @@ def deepspeed_config(workload: Workload, strategy: Strategy, *, scale: int) -> d
         config[workload.precision.value] = {"enabled": True, **static}
     if strategy.grad_accum_dtype is not None:
         config["data_types"] = {"grad_accum_dtype": strategy.grad_accum_dtype.value}
-    return config
+    return merge(config, not_knobs(raw_deepspeed))
 
 
 def make_optimizer(params: list[torch.nn.Parameter], strategy: Strategy) -> torch.optim.Optimizer:

@@ -69,6 +69,7 @@ def trace_engine(
     rank: int = 0,
     scale: int = 16,
     num_steps: int = 2,
+    raw_deepspeed: Mapping[str, Any] | None = None,
 ) -> EngineTrace:
     """Run a few steps of DeepSpeed as one rank of a fake process group and count bytes.
 
@@ -84,6 +85,7 @@ def trace_engine(
         rank: which of them this process is; ZeRO-3 works for rank 0 alone.
         scale: divisor of widths and sequence length; bytes shrink by its square.
         num_steps: optimizer steps; ZeRO-3 prefetches from the second one on.
+        raw_deepspeed: the recipe's raw keys; those of the strategy are taken from there.
 
     Returns:
         Bytes of the full model on that rank.
@@ -99,7 +101,7 @@ def trace_engine(
     config = scale_config(hf_config, scale=scale)
     tracker = StorageTracker()
     boundary = DeviceBoundary(tracker)
-    run = _Run(workload, strategy, scale=scale, tracker=tracker)
+    run = _Run(workload, strategy, scale=scale, tracker=tracker, raw_deepspeed=raw_deepspeed or {})
     with ExitStack() as stack:
         stack.enter_context(_fake_rank(rank, world_size))
         stack.enter_context(_two_memories(tracker))
@@ -119,10 +121,19 @@ class _Run:
     """One traced training run; holds the engine between phases."""
 
     def __init__(
-        self, workload: Workload, strategy: Strategy, *, scale: int, tracker: StorageTracker
+        self,
+        workload: Workload,
+        strategy: Strategy,
+        *,
+        scale: int,
+        tracker: StorageTracker,
+        raw_deepspeed: Mapping[str, Any],
     ) -> None:
         self._workload, self._strategy, self._scale = workload, strategy, scale
         self._tracker = tracker
+        self._ds_config = deepspeed_config(
+            workload, strategy, scale=scale, raw_deepspeed=raw_deepspeed
+        )
         self._phases: dict[str, int] = {}
         self._highest = 0
         self._live: tuple[LiveTensors, ...] = ()
@@ -137,9 +148,8 @@ class _Run:
 
         self._begin("load")
         workload = self._workload
-        ds_config = deepspeed_config(workload, self._strategy, scale=self._scale)
         is_partitioned = self._strategy.zero_stage == 3
-        birth = deepspeed.zero.Init(config_dict_or_path=ds_config) if is_partitioned else None
+        birth = deepspeed.zero.Init(config_dict_or_path=self._ds_config) if is_partitioned else None
         with birth or nullcontext():
             base: Any = build_model(
                 config, self._strategy, precision=workload.precision, scale=self._scale
@@ -161,7 +171,7 @@ class _Run:
         self._engine, *_ = deepspeed.initialize(
             model=self._model,
             optimizer=make_optimizer(trainable, self._strategy),
-            config=deepspeed_config(self._workload, self._strategy, scale=self._scale),
+            config=self._ds_config,
         )
         self._end("init")
         self._decoder.register_forward_hook(self._after_decoder)

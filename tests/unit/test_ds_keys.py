@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from launcher.ds_keys import apply_to_knobs, check_keys
+from launcher.ds_keys import apply_to_knobs, check_keys, not_knobs, unpredicted_keys
 from launcher.errors import RecipeError
 from launcher.strategy import ZeroKnobs
 
@@ -47,3 +47,30 @@ def test_keys_that_move_memory_reach_the_knobs() -> None:
 
 def test_keys_that_move_no_memory_pass() -> None:
     check_keys({"wall_clock_breakdown": True, "comms_logger": {"enabled": True}}, where="x")
+
+
+def test_deepspeeds_short_names_of_stage_3_keys_are_refused_as_the_long_ones_would_win() -> None:
+    # deepspeed 0.19.8 runtime/zero/config.py: alias="stage3_param_persistence_threshold".
+    problem = problem_of({"zero_optimization": {"param_persistence_threshold": 1}})
+    assert "did you mean 'stage3_param_persistence_threshold'?" in problem
+
+
+def test_keys_that_no_prediction_follows_are_known() -> None:
+    raw = {
+        "communication_data_type": "fp32",
+        "wall_clock_breakdown": True,
+        "zero_optimization": {
+            "zero_hpz_partition_size": 8,
+            "zero_quantized_weights": False,
+            "reduce_bucket_size": 1,
+        },
+    }
+    found = unpredicted_keys(raw)
+    assert found == ("communication_data_type", "zero_optimization.zero_hpz_partition_size")
+    assert unpredicted_keys({}) == ()
+
+
+def test_what_is_part_of_a_strategy_is_told_from_other_raw_keys() -> None:
+    raw = {"prescale_gradients": True, "zero_optimization": {"sub_group_size": 1, "zenflow": {}}}
+    assert not_knobs(raw) == {"prescale_gradients": True, "zero_optimization": {"zenflow": {}}}
+    assert not_knobs({"zero_optimization": {"sub_group_size": 1}}) == {}

@@ -17,7 +17,7 @@ from launcher.planning.view import render_plan
 from launcher.planning.wording import changes, label, plain_part, short_size
 from launcher.predict import components
 from launcher.recipe_sections import StrategySection
-from launcher.strategy import Checkpointing, Loss, Method, Offload, Strategy
+from launcher.strategy import Checkpointing, Loss, Method, Offload, Strategy, ZeroKnobs
 from launcher.units import GIB, MIB
 from launcher.workload import Workload
 
@@ -152,6 +152,67 @@ def test_labels() -> None:
     assert changes(strategy, Strategy(zero_stage=3)) == (
         "optimizer in host memory, checkpointing, Liger loss, micro-batch 4"
     )
+
+
+def test_strategies_that_gather_more_or_less_ahead_are_told_apart() -> None:
+    usual = Strategy(zero_stage=3)
+    frugal = Strategy(zero_stage=3, zero=ZeroKnobs(stage3_max_live_parameters=100_000_000))
+    assert changes(frugal, usual) == "fewer weights gathered ahead"
+    assert changes(usual, frugal) == "more weights gathered ahead"
+
+
+def test_the_rungs_of_a_ladder_have_different_names() -> None:
+    # Two rungs of 7B on 8 V100 differ in how much ZeRO-3 gathers ahead alone.
+    made = plan("V100-32GB", Method.full, 4096)
+    names = [changes(rung.strategy, made.strategy) for rung in made.ladder]
+    assert len(names) > 2
+    assert len(set(names)) == len(names)
+
+
+def test_a_rung_changes_the_stage_only_where_that_saves_memory() -> None:
+    made = plan("A100-80GB", Method.lora, 4096)
+    assert made.strategy.zero_stage == 2
+    # LoRA: what ZeRO-1 does not share out are the adapters' gradients, of megabytes.
+    assert made.ladder
+    assert {rung.strategy.zero_stage for rung in made.ladder} == {2, 3}
+
+
+def test_an_alternative_at_another_micro_batch_says_so() -> None:
+    place = cluster(gpus=4)
+    made = make_plan(workload("mixtral-8x7b", place=place, tokens=4096, batch=8), place)
+    twice = next(
+        item for item in made.rejected if item.strategy.gradient_checkpointing is Checkpointing.full
+    )
+    size = twice.strategy.micro_batch_size_per_gpu
+    assert size > made.strategy.micro_batch_size_per_gpu
+    reason = next(d.reason for d in made.decisions if d.field == "gradient_checkpointing")
+    assert f"Computing layers twice (micro-batch {size}) saves" in reason
+
+
+def test_what_is_compared_with_a_plan_that_does_not_fit_needs_more_host_memory() -> None:
+    # 70e9 parameters x 18 bytes are 1,174 GiB: more than the 672 GiB of the node.
+    place = cluster("V100-32GB")
+    work = workload("llama3.1-70b", place=place, method=Method.full, tokens=8192)
+    made = make_plan(work, place)
+    assert not made.fits
+    reason = next(d.reason for d in made.decisions if d.field == "offload_param")
+    assert re.search(r"saves [\d.]+ GiB, but needs [\d.]+ GiB of host memory per node", reason)
+
+
+def test_zero_3_on_one_gpu_is_explained() -> None:
+    # States of 2.8e9 parameters at ZeRO-1 and 2 round up to 72 GiB of 64 in host memory.
+    place = cluster("RTX-3090", gpus=1)
+    made = make_plan(workload("phi-2", place=place, method=Method.full, batch=8), place)
+    assert made.strategy.zero_stage == 3
+    reason = next(item.reason for item in made.decisions if item.field == "zero_stage")
+    assert "ZeRO-2 or ZeRO-1 needs" in reason
+
+
+def test_raw_keys_that_no_number_follows_are_named_above_the_numbers() -> None:
+    raw = {"zero_optimization": {"zero_hpz_partition_size": 8}}
+    made = make_plan(workload(), cluster(), raw_deepspeed=raw)
+    assert made.unpredicted_keys == ("zero_optimization.zero_hpz_partition_size",)
+    assert "zero_hpz_partition_size" in shown(made)
 
 
 def test_sizes_are_short() -> None:
