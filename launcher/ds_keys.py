@@ -27,16 +27,17 @@ PLANNED_ZERO_KEYS = {
     "offload_param": "strategy.offload_param",
 }
 
-# deepspeed 0.19.8 runtime/config.py and runtime/constants.py; DeepSpeed ignores other names.
+# deepspeed 0.19.8 runtime/config.py and runtime/constants.py; DeepSpeed ignores other names, and
+# refuses those of features that were removed (_REMOVED_TOP_LEVEL_CONFIG_KEYS).
 TOP_LEVEL_KEYS = frozenset(
     {
-        "activation_checkpointing", "aio", "amp", "autotuning", "checkpoint", "comms_logger",
-        "communication_data_type", "compile", "compression_training", "csv_monitor",
+        "activation_checkpointing", "aio", "autotuning", "checkpoint", "comms_logger",
+        "communication_data_type", "compile", "csv_monitor",
         "data_efficiency", "dataloader_drop_last", "disable_allgather", "disable_python_gc",
-        "dump_state", "elasticity", "flops_profiler",
+        "dump_state", "flops_profiler",
         "gradient_allreduce_op", "gradient_predivide_factor", "log_level", "memory_breakdown",
         "prescale_gradients",
-        "seq_parallel_communication_data_type", "sparse_attention", "sparse_gradients",
+        "seq_parallel_communication_data_type",
         "steps_per_print", "tensorboard", "timers", "torch_autocast", "use_node_local_storage",
         "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer",
         "zero_force_ds_cpu_optimizer", "zero_optimization",
@@ -52,7 +53,7 @@ ZERO_KEYS = frozenset(
         "compute_grad_norm", "contiguous_gradients", "elastic_checkpoint", "enable_sanity_checks",
         "ignore_unused_parameters",
         "leaf_module", "legacy_stage1", "load_from_fp32_weights", "log_trace_cache_warnings",
-        "memory_efficient_linear", "mics_hierarchical_params_gather", "mics_shard_size",
+        "memory_efficient_linear",
         "override_module_apply", "overlap_comm", "parameter_alignment",
         "pipeline_loading_checkpoint", "reduce_bucket_size",
         "reduce_scatter", "round_robin_gradients", "stage3_allgather_sequential",
@@ -70,16 +71,12 @@ ZERO_KEYS = frozenset(
 
 # What moves memory or time and has no formula here, with DeepSpeed's default.
 _UNPREDICTED: Mapping[str, Any] = {
-    "amp": None,
     "communication_data_type": None,
     "compile": None,
-    "compression_training": None,
     "data_efficiency": None,
     "torch_autocast": None,
     "zero_optimization.leaf_module": None,
     "zero_optimization.memory_efficient_linear": True,
-    "zero_optimization.mics_hierarchical_params_gather": False,
-    "zero_optimization.mics_shard_size": -1,
     "zero_optimization.stage3_model_persistence_threshold": None,
     "zero_optimization.stage3_module_granularity_threshold": 0,
     "zero_optimization.stage3_use_all_reduce_for_fetch_params": False,

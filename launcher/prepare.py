@@ -136,7 +136,8 @@ def prepare(recipe: Recipe, *, source: str, ceiling: Ceiling = NO_CEILING) -> Pr
     if not plan.fits:
         from launcher.planning.advice import suggest_changes
 
-        larger = tuple(replace(cluster, gpu=gpu) for gpu in _larger_gpus(cluster.gpu))
+        counts = {"num_nodes": cluster.num_nodes, "gpus_per_node": cluster.gpus_per_node}
+        larger = tuple(default_cluster(gpu, **counts) for gpu in _larger_gpus(cluster.gpu))
         changes = suggest_changes(plan, recipe.strategy, larger, fits)
         plan = replace(plan, suggestions=tuple(changes))
     summary = found[1] if found else None
@@ -237,10 +238,13 @@ def _has_gpus() -> bool:
 
 
 def _larger_gpus(gpu: GpuSpec) -> list[GpuSpec]:
-    """Return the known GPUs with more memory, smallest first."""
+    """Return the known GPUs with more memory, smallest first, those of the same make before."""
     known = [find_gpu(name) for name in gpu_names()]
     larger = [other for other in known if other.memory_bytes > 1.05 * gpu.memory_bytes]
-    return sorted(larger, key=lambda other: other.memory_bytes)
+    is_amd = gpu.name.startswith("MI")
+    return sorted(
+        larger, key=lambda other: (other.name.startswith("MI") != is_amd, other.memory_bytes)
+    )
 
 
 def may_use_liger(recipe: Recipe) -> bool:

@@ -7,10 +7,10 @@ from dataclasses import fields, replace
 from enum import Enum
 
 from launcher.errors import RecipeError
-from launcher.hardware import ClusterSpec
+from launcher.hardware import ClusterSpec, default_cluster
 from launcher.planning.plan import Plan
 from launcher.recipe_sections import StrategySection
-from launcher.strategy import Method, Offload, Optimizer
+from launcher.strategy import Method, Offload, Optimizer, Precision
 from launcher.units import format_gib
 from launcher.workload import Workload
 
@@ -29,7 +29,7 @@ def suggest_changes(
     Args:
         plan: a plan that does not fit.
         fixed: the strategy fields that the recipe sets.
-        larger_gpus: the same cluster with GPUs of more memory, smallest first.
+        larger_gpus: as many GPUs of more memory in their usual nodes, in the order to try them.
         fits: asks the planner; a combination that cannot work counts as not fitting.
     """
 
@@ -39,19 +39,61 @@ def suggest_changes(
         except RecipeError:
             return False
 
+    found = list(_single_changes(plan, fixed, larger_gpus, asks))
+    yield from found or _several_changes(plan.workload, fixed, larger_gpus, asks)
+
+
+def _single_changes(
+    plan: Plan, fixed: StrategySection, larger_gpus: tuple[ClusterSpec, ...], fits: Fits
+) -> Iterator[str]:
     workload, cluster = plan.workload, plan.cluster
-    yield from _free_a_field(workload, cluster, fixed, asks)
-    yield from _save_more(workload, cluster, fixed, asks)
-    tokens = _longest_that_fits(workload, lambda changed: asks(changed, cluster, fixed))
+    yield from _free_a_field(workload, cluster, fixed, fits)
+    yield from _save_more(workload, cluster, fixed, fits)
+    tokens = _longest_that_fits(workload, lambda changed: fits(changed, cluster, fixed))
     if tokens is not None:
         yield f"shorter samples: max_seq_len={tokens} fits"
-    yield from _train_less(workload, cluster, fixed, asks)
-    yield from _more_nodes(workload, cluster, lambda w, c: asks(w, c, fixed))
+    yield from _store_less(workload, cluster, fixed, fits)
+    yield from _train_less(workload, cluster, fixed, fits)
+    nodes = _fewest_nodes(workload, cluster, fixed, fits, low=cluster.num_nodes)
+    if nodes is not None:
+        yield f"more GPUs: {nodes}"
     for larger in larger_gpus:
-        if asks(workload, larger, fixed):
-            size = format_gib(larger.gpu.memory_bytes)
-            yield f"larger GPUs: {larger.world_size:,} x {larger.gpu.name} ({size} each) fit"
+        if fits(workload, larger, fixed):
+            size, host = format_gib(larger.gpu.memory_bytes), format_gib(larger.host_memory_bytes)
+            verb = "fits" if larger.world_size == 1 else "fit"
+            yield (
+                f"larger GPUs: {larger.world_size:,} x {larger.gpu.name} ({size} each; "
+                f"{host} of host memory per node) {verb}"
+            )
             break
+
+
+def _several_changes(
+    workload: Workload, fixed: StrategySection, larger_gpus: tuple[ClusterSpec, ...], fits: Fits
+) -> Iterator[str]:
+    """Yield the fewest usual nodes of larger GPUs, with what is trained, else with less."""
+    for changed, also in _ever_smaller(workload):
+        for larger in larger_gpus:
+            nodes = _fewest_nodes(changed, default_cluster(larger.gpu), fixed, fits, low=0)
+            if nodes is not None:
+                yield f"more and larger GPUs: {nodes}{also}"
+                return
+
+
+def _ever_smaller(workload: Workload) -> Iterator[tuple[Workload, str]]:
+    """Yield the workload, then what needs less memory or can be shared better, in words."""
+    yield workload, ""
+    for method in _methods_that_train_less(workload.method)[1:]:
+        yield replace(workload, method=method), f", with method={method.value}"
+    if workload.method is Method.qlora:
+        # What ZeRO-3 can share out: see the rules.
+        quantization = replace(workload.quantization, kind="nf4")
+        lora = replace(workload.lora, use_dora=False)
+        changed = ["quantization.kind=nf4"] if workload.quantization.kind != "nf4" else []
+        changed += ["lora.use_dora=false"] if workload.lora.use_dora else []
+        if changed:
+            plain = replace(workload, quantization=quantization, lora=lora)
+            yield plain, f", with {' and '.join(changed)}"
 
 
 def _free_a_field(
@@ -92,15 +134,38 @@ def _train_less(
     workload: Workload, cluster: ClusterSpec, fixed: StrategySection, fits: Fits
 ) -> Iterator[str]:
     """Yield the first method that trains or stores less and fits."""
-    cheaper = {
-        Method.full: ((Method.lora, "train small adapters"), (Method.qlora, "and store 4 bits")),
-        Method.lora: ((Method.qlora, "store the frozen weights in 4 bits"),),
-        Method.qlora: (),
-    }[workload.method]
-    for method, meaning in cheaper:
+    for method in _methods_that_train_less(workload.method)[1:]:
         if fits(replace(workload, method=method), cluster, fixed):
+            meaning = "store the frozen weights in 4 bits"
+            if workload.method is Method.full:
+                adapters = "train small adapters"
+                meaning = adapters if method is Method.lora else f"{adapters} and {meaning}"
             yield f"{meaning}: method={method.value} fits"
             return
+
+
+def _methods_that_train_less(method: Method) -> tuple[Method, ...]:
+    """Return the method itself, then those that need ever less memory."""
+    return tuple(Method)[tuple(Method).index(method) :]
+
+
+def _store_less(
+    workload: Workload, cluster: ClusterSpec, fixed: StrategySection, fits: Fits
+) -> Iterator[str]:
+    """Yield what is stored in more bits than need be, or keeps ZeRO-3 from sharing weights."""
+    gpu, quantization = cluster.gpu, workload.quantization
+    if workload.precision is Precision.fp32 and gpu.device_type == "cuda":
+        precision = Precision.bf16 if gpu.has_bf16 else Precision.fp16
+        if fits(replace(workload, precision=precision), cluster, fixed):
+            yield f"16 bits a number: model.precision={precision.value} fits"
+    if workload.method is not Method.qlora:
+        return
+    nf4 = replace(workload, quantization=replace(quantization, kind="nf4"))
+    if quantization.kind == "int8" and fits(nf4, cluster, fixed):
+        yield "4 bits instead of 8: quantization.kind=nf4 fits"
+    plain = replace(workload, lora=replace(workload.lora, use_dora=False))
+    if workload.lora.use_dora and fits(plain, cluster, fixed):
+        yield "plain adapters: lora.use_dora=false fits"
 
 
 def _longest_that_fits(workload: Workload, fits: Callable[[Workload], bool]) -> int | None:
@@ -115,28 +180,36 @@ def _longest_that_fits(workload: Workload, fits: Callable[[Workload], bool]) -> 
     return low * _TOKEN_STEP
 
 
-def _more_nodes(
-    workload: Workload, cluster: ClusterSpec, fits: Callable[[Workload, ClusterSpec], bool]
-) -> Iterator[str]:
-    """Yield the fewest nodes that fit; the batch grows to a multiple of the GPUs."""
+def _fewest_nodes(
+    workload: Workload, cluster: ClusterSpec, fixed: StrategySection, fits: Fits, *, low: int
+) -> str | None:
+    """Return the fewest nodes that fit, in words; the batch grows to a multiple of the GPUs.
+
+    Args:
+        workload: what is to be trained.
+        cluster: the nodes' kind.
+        fixed: the strategy fields that the recipe sets.
+        fits: asks the planner.
+        low: nodes that are known to be too few.
+    """
 
     def at(num_nodes: int) -> tuple[Workload, ClusterSpec]:
         larger = replace(cluster, num_nodes=num_nodes)
         batch = -(-workload.global_batch_size // larger.world_size) * larger.world_size
         return replace(workload, global_batch_size=batch), larger
 
-    low = cluster.num_nodes
-    high = 2 * low
-    while not fits(*at(high)):
+    most, high = _MOST_NODES_FACTOR * max(low, 1), max(2 * low, 1)
+    while not fits(*at(high), fixed):
         low, high = high, 2 * high
-        if high > _MOST_NODES_FACTOR * cluster.num_nodes:
-            return
+        if high > most:
+            return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if fits(*at(middle)) else (middle, high)
+        low, high = (low, middle) if fits(*at(middle), fixed) else (middle, high)
     batch = at(high)[0].global_batch_size
     grown = f" (with optim.global_batch_size={batch})"
-    yield (
-        f"more GPUs: {high} nodes of {cluster.gpus_per_node} {cluster.gpu.name} fit"
-        + (grown if batch != workload.global_batch_size else "")
+    nodes = "1 node" if high == 1 else f"{high:,} nodes"
+    verb = "fits" if high == 1 else "fit"
+    return f"{nodes} of {cluster.gpus_per_node} {cluster.gpu.name} {verb}" + (
+        grown if batch != workload.global_batch_size else ""
     )

@@ -15,7 +15,9 @@ _ON_DEVICE = frozenset({"matmul", "attention", "memory_traffic", "communication"
 _ADVICE: Mapping[str, str] = {
     "matmul": "matrix products: the hardware is busy with useful work",
     "recompute": "matrix products, a third of them recomputed: turn checkpointing off if it fits",
-    "attention": "attention over long sequences: FlashAttention and sequence parallelism help",
+    "attention": "attention over long sequences: its work grows with the square of their length",
+    "slow_attention": "attention over long sequences: FlashAttention helps, which needs no mask "
+    "and 16 bits",
     "memory_traffic": "memory traffic of small kernels: enable Liger kernels",
     "other_traffic": "memory traffic of small kernels: faster memory helps",
     "other_traffic_of_adapters": "memory traffic of small kernels: faster memory, or fewer LoRA "
@@ -32,6 +34,7 @@ _ADVICE: Mapping[str, str] = {
     "cpu_optimizer": "the optimizer on the CPU: raise gradient accumulation or keep it on the GPU",
     "optimizer": "the optimizer step: raise gradient accumulation",
 }
+_LARGER_MICRO_BATCH = "raise the micro-batch"
 
 
 def what_bounds(
@@ -40,6 +43,8 @@ def what_bounds(
     cluster: ClusterSpec,
     *,
     can_fuse: bool,
+    can_flash: bool,
+    is_one_micro_step: bool,
 ) -> str:
     """Return what to change first, in words, from the seconds of a step's parts.
 
@@ -48,8 +53,15 @@ def what_bounds(
         work: says whether adapters are trained, and layers computed twice.
         cluster: whether a network lies between the ranks.
         can_fuse: Liger has kernels for the model on this GPU, and they are not in use.
+        can_flash: the GPU has FlashAttention, and it is not in use.
+        is_one_micro_step: a micro-batch is all that a GPU has of the global batch.
     """
-    return _ADVICE[_bottleneck(components, work, cluster, can_fuse=can_fuse)]
+    key = _bottleneck(components, work, cluster, can_fuse=can_fuse)
+    advice = _ADVICE["slow_attention" if key == "attention" and can_flash else key]
+    if is_one_micro_step:
+        larger = f"{_LARGER_MICRO_BATCH} by a larger optim.global_batch_size"
+        advice = advice.replace(_LARGER_MICRO_BATCH, larger)
+    return advice
 
 
 def _bottleneck(

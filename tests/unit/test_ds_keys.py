@@ -74,3 +74,10 @@ def test_what_is_part_of_a_strategy_is_told_from_other_raw_keys() -> None:
     raw = {"prescale_gradients": True, "zero_optimization": {"sub_group_size": 1, "zenflow": {}}}
     assert not_knobs(raw) == {"prescale_gradients": True, "zero_optimization": {"zenflow": {}}}
     assert not_knobs({"zero_optimization": {"sub_group_size": 1}}) == {}
+
+
+@pytest.mark.parametrize("key", ["amp", "elasticity", "sparse_attention", "compression_training"])
+def test_what_deepspeed_has_removed_is_refused_before_a_run_dies_of_it(key: str) -> None:
+    # deepspeed 0.19.8 runtime/config.py: _REMOVED_TOP_LEVEL_CONFIG_KEYS, _REMOVED_ZERO_CONFIG_KEYS.
+    assert f"unknown key '{key}'" in problem_of({key: {}})
+    assert "mics_shard_size" in problem_of({"zero_optimization": {"mics_shard_size": 2}})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from functools import cache
 
 import pytest
 from planning_inputs import cluster, processors, workload
 from rich.console import Console
 
+from launcher.hardware import ClusterSpec
 from launcher.planning.advice import suggest_changes
 from launcher.planning.plan import Plan
 from launcher.planning.planner import can_fit, make_plan
@@ -17,9 +19,17 @@ from launcher.planning.view import render_plan
 from launcher.planning.wording import changes, label, plain_part, short_size
 from launcher.predict import components
 from launcher.recipe_sections import StrategySection
-from launcher.strategy import Checkpointing, Loss, Method, Offload, Strategy, ZeroKnobs
+from launcher.strategy import (
+    Checkpointing,
+    Loss,
+    Method,
+    Offload,
+    Precision,
+    Strategy,
+    ZeroKnobs,
+)
 from launcher.units import GIB, MIB
-from launcher.workload import Workload
+from launcher.workload import QuantizationSpec, Workload
 
 
 @cache
@@ -231,8 +241,12 @@ def test_every_memory_component_has_plain_words() -> None:
         assert not re.search(r"\bZeRO|fp64|cross-entropy\b", plain_part(name))
 
 
-def suggestions(work: Workload, fixed: StrategySection = StrategySection()) -> list[str]:  # noqa: B008
-    place = cluster("V100-32GB")
+def suggestions(
+    work: Workload,
+    fixed: StrategySection = StrategySection(),  # noqa: B008
+    place: ClusterSpec | None = None,
+) -> list[str]:
+    place = place or cluster("V100-32GB")
     made = make_plan(work, place, fixed=fixed)
     assert not made.fits
     larger = tuple(cluster(gpu) for gpu in ("A100-80GB", "B200"))
@@ -270,3 +284,32 @@ def test_advice_names_the_fixed_field_that_stands_in_the_way() -> None:
     fixed = StrategySection(zero_stage=1)
     found = suggestions(workload("llama2-70b", place=place, tokens=512), fixed)
     assert found[0] == "leave strategy.zero_stage to the planner: without 1 it fits"
+
+
+def test_where_no_single_change_is_enough_several_are_named_together() -> None:
+    # 18 bytes for each of 406e9 parameters: 7.3 TB, which 64 single L40S have neither on the
+    # GPUs nor, at 96 GiB each, in host memory beside it.
+    place = cluster("L40S", gpus=1)
+    work = workload("llama3.1-405b", place=place, method=Method.full, tokens=8192)
+    (only,) = suggestions(work, place=place)
+    found = re.match(r"more and larger GPUs: (\d+) nodes of 8 (\S+) fit", only)
+    assert found
+    there = cluster(found[2], nodes=int(found[1]))
+    batch = int(re.search(r"global_batch_size=(\d+)", only)[1])  # type: ignore[index]
+    assert can_fit(replace(work, global_batch_size=batch), there)
+
+
+def test_4_bits_are_advised_where_int8_keeps_zero_3_from_sharing_weights() -> None:
+    # rules: int8 weights cannot be sharded; 180 GB of them exceed one H200, six share 90 GB.
+    place = cluster("H200", gpus=6)
+    int8 = QuantizationSpec(kind="int8")
+    work = workload("falcon-180b", place=place, method=Method.qlora, quantization=int8)
+    assert "4 bits instead of 8: quantization.kind=nf4 fits" in suggestions(work, place=place)
+
+
+def test_16_bits_are_advised_for_what_is_computed_in_32() -> None:
+    place = cluster("A100-80GB", gpus=1)
+    work = workload("llama3.1-8b", place=place, precision=Precision.fp32, tokens=8192)
+    fixed = StrategySection(gradient_checkpointing=Checkpointing.none, zero_stage=2)
+    found = suggestions(work, fixed, place)
+    assert "16 bits a number: model.precision=bf16 fits" in found

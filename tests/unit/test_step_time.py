@@ -344,7 +344,7 @@ def test_sequence_parallelism_splits_the_work_of_a_sample() -> None:
 @pytest.mark.parametrize(
     ("run", "words"),
     [
-        (MEASURED[0], "launch overhead: raise the micro-batch"),
+        (MEASURED[0], "launch overhead: raise the micro-batch by a larger optim.global_batch_size"),
         (MEASURED[4], "ZeRO-3's work on every module"),
         (MEASURED[5], "turn checkpointing off"),
         (MEASURED[-1], "attention over long sequences"),
@@ -472,6 +472,25 @@ def test_advice_never_asks_for_kernels_that_are_already_in_use() -> None:
     assert "enable Liger kernels" in plain
     assert "memory traffic" in fused
     assert "Liger" not in fused
+
+
+def test_a_larger_micro_batch_is_advised_alone_where_the_batch_has_room_for_it() -> None:
+    cluster = default_cluster(find_gpu("H100"), gpus_per_node=1)
+    advice = estimate_time(
+        job("llama2-7b", Method.lora, 256),
+        Strategy(zero_stage=2, gradient_accumulation_steps=8),
+        cluster,
+    ).bound_by
+    assert "launch overhead: raise the micro-batch or pack sequences" in advice
+
+
+def test_flash_attention_is_advised_only_where_it_is_not_in_use() -> None:
+    cluster = default_cluster(find_gpu("RTX-4090"), gpus_per_node=1)
+    long, strategy = job("llama3.1-8b", Method.lora, 65_536), Strategy(zero_stage=2)
+    flash = estimate_time(long, strategy, cluster).bound_by
+    masked = estimate_time(replace(long, has_padding=True), strategy, cluster).bound_by
+    assert flash == "attention over long sequences: its work grows with the square of their length"
+    assert "FlashAttention helps" in masked
 
 
 # Falcon: not in liger_kernel 0.8.5's MODEL_TYPE_TO_APPLY_LIGER_FN. V100: Triton needs 8.0.
