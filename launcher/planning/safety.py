@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-SAFETY_FRACTION = 0.066
+SAFETY_FRACTION = 0.054
 """Share of the device's memory (0-1) that no plan uses.
 
 The most that a measured run needed beyond its prediction, as a share of the smallest device that

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from launcher.hardware import GpuSpec
 from launcher.predict.calibration import Calibration
@@ -47,6 +47,7 @@ def outside_bytes(
 
 def reserved_bytes(
     phases: Mapping[str, Mapping[str, int]],
+    moments: Mapping[str, Iterable[Mapping[str, float]]],
     *,
     zero: ZeroRuntime,
     is_cuda: bool,
@@ -62,6 +63,7 @@ def reserved_bytes(
 
     Args:
         phases: components of each phase's fullest moment, in bytes.
+        moments: of all its moments: what one stream needs most may be needed at another.
         zero: the rank's ZeRO bookkeeping.
         is_cuda: on the CPU, reserved is allocated.
         logits_hole_bytes: the logits in the model's precision, if the loss makes them whole.
@@ -80,7 +82,7 @@ def reserved_bytes(
         holes["backward"] = _activations_hole_bytes(phases)
     pooled = max(size + holes.get(name, 0) for name, size in totals.items())
     if strategy.zero_stage == 3:
-        pooled = max(pooled, _stream_pools_bytes(phases, strategy, calibration))
+        pooled = max(pooled, round(_stream_pools_bytes(moments, strategy, calibration)))
     fraction = (
         calibration.transient_fragmentation
         if strategy.expandable_segments
@@ -139,7 +141,9 @@ def _activations_hole_bytes(phases: Mapping[str, Mapping[str, int]]) -> int:
 
 
 def _stream_pools_bytes(
-    phases: Mapping[str, Mapping[str, int]], strategy: Strategy, calibration: Calibration
+    moments: Mapping[str, Iterable[Mapping[str, float]]],
+    strategy: Strategy,
+    calibration: Calibration,
 ) -> float:
     """Return the sum of each stream's own peak.
 
@@ -150,14 +154,15 @@ def _stream_pools_bytes(
     reducing = {REDUCTION}
     if strategy.zero.overlaps(3):
         reducing |= {NORM, LEAVING, OVERFLOW}
-    compute = gathered = reduced = 0
-    for name, parts in phases.items():
+    compute = gathered = reduced = 0.0
+    for name, of_phase in moments.items():
         # The optimizer takes its norms on the main stream.
         apart = reducing if name != "step" else reducing & {OVERFLOW}
-        gathered_here = parts.get(GATHERED, 0)
-        reduced_here = sum(parts.get(part, 0) for part in apart)
-        gathered, reduced = max(gathered, gathered_here), max(reduced, reduced_here)
-        compute = max(compute, sum(parts.values()) - gathered_here - reduced_here)
+        for parts in of_phase:
+            gathered_here = parts.get(GATHERED, 0.0)
+            reduced_here = sum(parts.get(part, 0.0) for part in apart)
+            gathered, reduced = max(gathered, gathered_here), max(reduced, reduced_here)
+            compute = max(compute, sum(parts.values()) - gathered_here - reduced_here)
     waiting = 0
     if gathered:
         waiting = calibration.gathers_in_flight * 2 * strategy.zero.stage3_prefetch_bucket_size

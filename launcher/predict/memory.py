@@ -87,7 +87,6 @@ def estimate_memory(workload: Workload, strategy: Strategy, cluster: ClusterSpec
         ``run_phases``, ``allocator``, ``host_memory``; constants in ``calibration``.
     """
     gpu, calibration = cluster.gpu, memory_constants(cluster)
-    is_cuda = gpu.device_type == "cuda"
     zero = zero_runtime(workload, strategy, world_size=cluster.world_size)
     adapter_bytes = zero.trained_width if not zero.is_full else zero.width
     acts = timeline(workload, strategy, gpu, adapter_bytes=adapter_bytes)
@@ -96,28 +95,23 @@ def estimate_memory(workload: Workload, strategy: Strategy, cluster: ClusterSpec
     resident[INPUTS] = acts.inputs_bytes
     micro_step = MicroStep(zero, acts, {**resident, **zero.carried_bytes()})
     run = RunPhases(zero, acts, resident)
-    candidates: dict[Phase, Iterable[Candidate]] = {
-        "load": run.load(),
-        "init": run.init(),
-        "forward": micro_step.forward(),
-        "loss": micro_step.loss(),
-        "backward": micro_step.backward(),
-        "step": run.step(),
-        "save": run.save(),
-        "eval": run.evaluate(),
-    }
+    candidates = _moments(run, micro_step)
     phases = tuple(_fullest(name, candidates[name]) for name in PHASES)
     reserved = reserved_bytes(
         {phase.phase: phase.components for phase in phases},
+        {name: [parts for _, parts in found] for name, found in candidates.items()},
         zero=zero,
-        is_cuda=is_cuda,
+        is_cuda=gpu.device_type == "cuda",
         logits_hole_bytes=acts.logits_hole_bytes,
         calibration=calibration,
     )
-    saved_inputs = acts.hidden_bytes * acts.num_layers
     peak = max(phase.allocated_bytes for phase in phases)
     host = host_components(
-        zero, cluster, calibration, saved_inputs_bytes=saved_inputs, peak_allocated_bytes=peak
+        zero,
+        cluster,
+        calibration,
+        saved_inputs_bytes=acts.hidden_bytes * acts.num_layers,
+        peak_allocated_bytes=peak,
     )
     return MemoryEstimate(
         phases=phases,
@@ -130,6 +124,20 @@ def estimate_memory(workload: Workload, strategy: Strategy, cluster: ClusterSpec
         nvme_bytes_per_node=nvme_bytes(zero, cluster),
         checkpoint_bytes=checkpoint_bytes(zero),
     )
+
+
+def _moments(run: RunPhases, micro_step: MicroStep) -> dict[Phase, list[Candidate]]:
+    """Return every moment of each phase that may be its fullest."""
+    return {
+        "load": list(run.load()),
+        "init": list(run.init()),
+        "forward": list(micro_step.forward()),
+        "loss": list(micro_step.loss()),
+        "backward": list(micro_step.backward()),
+        "step": list(run.step()),
+        "save": list(run.save()),
+        "eval": list(run.evaluate()),
+    }
 
 
 def _fullest(name: Phase, candidates: Iterable[Candidate]) -> PhaseEstimate:

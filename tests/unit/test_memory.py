@@ -351,3 +351,21 @@ def test_more_ranks_never_need_more_memory_each() -> None:
     for stage in (1, 2, 3):
         peaks = [peak(Strategy(zero_stage=stage, zero=AUTO), count=count) for count in (2, 4, 8)]
         assert peaks == sorted(peaks, reverse=True)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("checkpointing", list(Checkpointing))
+def test_longer_sequences_never_need_less_memory(
+    stage: ZeroStage, checkpointing: Checkpointing
+) -> None:
+    # Also reserved: a stream of ZeRO-3's keeps what it needed at a moment that is not the
+    # fullest, as the fullest moment of short sequences is a reduction, of long ones is not.
+    strategy = Strategy(zero_stage=stage, gradient_checkpointing=checkpointing, zero=AUTO)
+    place = default_cluster(find_gpu("H200"), gpus_per_node=4)
+    found = [
+        estimate_memory(workload("gemma2-2b", tokens=tokens), strategy, place)
+        for tokens in (128, 256, 512, 1024)
+    ]
+    for name in ("peak_allocated_bytes", "peak_reserved_bytes", "host_bytes_per_node"):
+        sizes = [getattr(memory, name) for memory in found]
+        assert sizes == sorted(sizes), name
