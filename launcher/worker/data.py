@@ -45,7 +45,7 @@ from launcher.worker.data_sources import (
 )
 from launcher.worker.data_writer import Counts, length_bins, percentiles, write_split
 from launcher.worker.examples import ExampleReader
-from launcher.worker.program import begin_program
+from launcher.worker.program import begin_program, collect_garbage_from_now_on, run_program
 from launcher.worker.vocabulary import check_vocabulary, configured_rows
 
 # Not __name__, which is "__main__" when this module is run.
@@ -250,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # DeepSpeed, which transformers imports where it is installed, logs to stdout.
         with contextlib.redirect_stdout(sys.stderr):
             tokenizer = load_tokenizer(recipe)
+            collect_garbage_from_now_on()
             entry = prepare_data(recipe, tokenizer, cache)
             summary = load_summary(entry)
             config = options.run_dir / MODEL_CONFIG if options.run_dir else None
@@ -271,4 +272,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

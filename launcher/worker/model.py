@@ -58,6 +58,7 @@ def load_model(
     check_packages(recipe.method, strategy)
     check_nvme(recipe.strategy.nvme_path, strategy)
     config = _read_config(recipe, strategy, run_dir)
+    _check_not_quantized(recipe, config)
     dtype = _DTYPES[precision]
     quantization = None
     if recipe.method is Method.qlora:
@@ -164,6 +165,16 @@ def _read_config(recipe: Recipe, strategy: Strategy, run_dir: Path) -> Any:
         # Position encodings that stretch with the limit read it when the model is made.
         config.get_text_config().max_position_embeddings = recipe.model.max_position_embeddings
     return config
+
+
+def _check_not_quantized(recipe: Recipe, config: Any) -> None:
+    packing = getattr(config, "quantization_config", None) or {}
+    if recipe.method is not Method.qlora and packing.get("quant_method") == "bitsandbytes":
+        raise ModelError(
+            "its weights are stored in 4 or 8 bits (bitsandbytes)",
+            where=recipe.model.name_or_path,
+            fix=f"choose the method qlora, or the model in full precision for {recipe.method}",
+        )
 
 
 def _pretrained_model(

@@ -1,7 +1,9 @@
-"""What the worker's programs begin with: quiet libraries, messages on stderr, a clean end."""
+"""How the worker's programs begin and end: quiet libraries, messages on stderr, quick imports."""
 
 from __future__ import annotations
 
+import atexit
+import gc
 import io
 import logging
 import os
@@ -9,9 +11,9 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType, MappingProxyType
-from typing import TYPE_CHECKING, BinaryIO, TextIO
+from typing import TYPE_CHECKING, BinaryIO, NoReturn, TextIO
 
 from launcher.redact import StreamRedactor, has_secrets, redacted
 
@@ -50,6 +52,40 @@ def begin_program() -> None:
     hide_secrets()
     quiet_libraries(logging.INFO)
     signal.signal(signal.SIGTERM, _leave)
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Run ``main`` and end this process with its status, without freeing its memory piece by piece.
+
+    What is registered with ``atexit`` runs as always, and threads are waited for. What is left out
+    is Python's walk through all objects of the training stack, 1.2 s of a processor; the system
+    takes the memory back at once. Call it before anything else is imported. Where ``main`` raises,
+    the end is Python's own.
+    """
+    statuses: list[int] = []
+
+    def leave_now() -> None:
+        if statuses:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(statuses[0])
+
+    # The first that is registered runs last.
+    atexit.register(leave_now)
+    # Nothing of an import is garbage: looking for it takes a quarter of the time of all imports.
+    gc.disable()
+    statuses.append(main())
+    raise SystemExit(statuses[0])
+
+
+def collect_garbage_from_now_on() -> None:
+    """Look for garbage again, but never again among the half a million objects of the imports.
+
+    For a program to call when it has imported what it needs. Each look at all of them would stop
+    a rank for 0.3 s, and with it all ranks.
+    """
+    gc.freeze()
+    gc.enable()
 
 
 def hide_secrets() -> None:

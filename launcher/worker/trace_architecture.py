@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import LauncherError, ModelError
-from launcher.worker.program import begin_program
+from launcher.worker.program import begin_program, collect_garbage_from_now_on, run_program
 
 if TYPE_CHECKING:
     from launcher.worker.trace_one_layer import LayerRequest
@@ -30,6 +30,7 @@ def run_request(value: Mapping[str, Any]) -> dict[str, Any]:
     from launcher.worker.model_facts import facts_of, whole_model
     from launcher.worker.trace_one_layer import trace_layer
 
+    collect_garbage_from_now_on()
     try:
         model = whole_model(value["hf_config"])
         facts = facts_of(model)
@@ -99,4 +100,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

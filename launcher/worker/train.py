@@ -30,7 +30,13 @@ from launcher.worker.heartbeat import Heartbeat
 from launcher.worker.interruption import exit_on_signal, listen_for_stop
 from launcher.worker.last_words import report_failure
 from launcher.worker.observation import add_step_snapshot, open_to_view
-from launcher.worker.program import hide_secrets, quiet_libraries
+from launcher.worker.prerequisites import leave_out_bitsandbytes, needs_bitsandbytes
+from launcher.worker.program import (
+    collect_garbage_from_now_on,
+    hide_secrets,
+    quiet_libraries,
+    run_program,
+)
 from launcher.worker.ranks import (
     Ranks,
     choose_device,
@@ -132,6 +138,7 @@ def _load_and_train(
     from launcher.worker.stop_request import StopOnRequest
     from launcher.worker.trainer import MeasuredTrainer, training_arguments
 
+    collect_garbage_from_now_on()
     recipe, strategy = inputs.recipe, inputs.strategy
     layout = layout_of(strategy, inputs.precision, inputs.ds_config, world_size=ranks.world_size)
     with recorder.during("load"):
@@ -332,6 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recorder = None
     try:
         inputs = read_inputs(options.run_dir)
+        if not needs_bitsandbytes(inputs.recipe.method, inputs.strategy):
+            leave_out_bitsandbytes()
         for name, value in tracker_environment(inputs.recipe.tracking, options.run_dir).items():
             os.environ.setdefault(name, value)
         if inputs.recipe.model.random_weights or Path(inputs.recipe.model.name_or_path).is_dir():
@@ -372,9 +381,13 @@ def _start_heartbeat(inputs: Inputs, ranks: Ranks) -> Heartbeat:
     return heartbeat
 
 
-if __name__ == "__main__":
+def _rank() -> int:
     status = main()
     if status:
         # Not sys.exit: threads of NCCL and of loaders can keep a failed process from ending.
         os._exit(status)
-    raise SystemExit(0)
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(_rank)

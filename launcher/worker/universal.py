@@ -24,7 +24,7 @@ from typing import Any
 from launcher.errors import LauncherError, RunDirError
 from launcher.run_checkpoints import why_bound_to_layout
 from launcher.worker.checkpoints import Checkpoint, read_checkpoint
-from launcher.worker.program import begin_program
+from launcher.worker.program import begin_program, collect_garbage_from_now_on, run_program
 from launcher.worker.weights_only import load_weights_only
 
 logger = logging.getLogger("launcher.worker.universal")
@@ -105,6 +105,7 @@ def _merge_shards(source: Path, states: Path) -> list[dict[str, Any]]:
     """Let DeepSpeed merge the ranks' shards; return the optimizer's parameter groups."""
     from deepspeed.checkpoint import ds_to_universal
 
+    collect_garbage_from_now_on()
     shapes = _shapes(source)
     # One process: memory stays that of one rank's file, and nothing forks a torch process.
     options = argparse.Namespace(
@@ -209,4 +210,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

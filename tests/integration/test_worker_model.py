@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -200,11 +201,20 @@ def test_a_raised_limit_of_positions_reaches_the_model(folder: Path, tmp_path: P
     assert raised(input_ids=torch.zeros(1, 700, dtype=torch.int64)).logits.shape == (1, 700, 300)
 
 
+def test_packed_weights_are_refused_by_methods_that_would_not_know_them(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed/config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"stored in 4 or 8 bits(.|\n)*method qlora"):
+        load(tmp_path / "packed", tmp_path)
+
+
 @pytest.fixture
 def folder_with_code(folder: Path, tmp_path: Path) -> Path:
     """A model whose folder brings code, which leaves a file when it is run."""
-    import json
-
     target = tmp_path / "own-code"
     make_tokenizer(target)
     config = json.loads((folder / "config.json").read_text())
