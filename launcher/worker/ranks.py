@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +85,24 @@ def prepare_environment(ranks: Ranks) -> None:
     }
     for name, value in {**QUIET_ENVIRONMENT, **places}.items():
         os.environ.setdefault(name, value)
+    find_programs_beside_python()
     if ranks.world_size == 1:
         os.environ.setdefault("MASTER_PORT", "0")
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def find_programs_beside_python() -> None:
+    """Put the folder of this Python first in PATH, as job.sh does on the host that it runs on.
+
+    DeepSpeed builds its kernels with the first ninja there. The shells that ssh opens may know
+    none, or another one, by whose log all that this one has compiled counts as changed.
+    """
+    folder, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    if path.partition(os.pathsep)[0] != folder:
+        os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
 
 
 def choose_device(ranks: Ranks, precision: Precision) -> torch.device:

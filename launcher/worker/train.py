@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from launcher.worker.peak_memory import PeakRecorder
     from launcher.worker.resume import Resumption
     from launcher.worker.sequence import SequenceGroup
-    from launcher.worker.stop_request import StopOnRequest, StopRequest
+    from launcher.worker.stop_request import StopRequest
 
 # Not __name__, which is "__main__" in a rank.
 logger = logging.getLogger("launcher.worker.train")
@@ -135,7 +135,6 @@ def _load_and_train(
     from launcher.worker.model import load_model
     from launcher.worker.resume import agree_on_checkpoint, evaluates_first, resuming_config
     from launcher.worker.sequence import share_sequences
-    from launcher.worker.stop_request import StopOnRequest
     from launcher.worker.trainer import MeasuredTrainer, training_arguments
 
     collect_garbage_from_now_on()
@@ -181,7 +180,7 @@ def _load_and_train(
         processing_class=tokenizer,
         **options,
     )
-    _train(trainer, inputs, ranks, recorder, summary, resumption, StopOnRequest(stop_request))
+    _train(trainer, inputs, ranks, recorder, summary, resumption, stop_request)
 
 
 def _train(  # noqa: PLR0917
@@ -191,7 +190,7 @@ def _train(  # noqa: PLR0917
     recorder: PeakRecorder,
     summary: DataSummary | None,
     resumption: Resumption | None,
-    stop: StopOnRequest,
+    stop_request: StopRequest,
 ) -> None:
     import torch.distributed as dist
 
@@ -199,14 +198,14 @@ def _train(  # noqa: PLR0917
     from launcher.worker.progress import Progress
     from launcher.worker.resume import RemoveConverted
     from launcher.worker.sample import Sample, wants_sample
-    from launcher.worker.stop_request import leave_for_restart
+    from launcher.worker.stop_request import StopOnRequest, leave_for_restart
     from launcher.worker.trainer import StepClock, without_built_in_progress
 
     progress = Progress(recorder, folder=inputs.folder, world_size=ranks.world_size)
     asked = wants_sample(inputs.recipe.tracking, summary, inputs.strategy)
     sample = Sample(trainer, recorder, summary if asked else None, folder=inputs.folder)
     without_built_in_progress(trainer)
-    for callback in (sample, StepClock(recorder), stop):
+    for callback in (sample, StepClock(recorder), stop := StopOnRequest(stop_request)):
         trainer.add_callback(callback)
     add_step_snapshot(trainer, inputs.recipe.tracking, inputs.folder, ranks)
     # First, because it adds to the numbers that trackers write down.

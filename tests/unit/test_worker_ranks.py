@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+from pathlib import Path
+
 import pytest
 
 from launcher.errors import SetupError
 from launcher.worker.gather_peaks import is_under_mpi
-from launcher.worker.ranks import Ranks, ranks_from_environment
+from launcher.worker.ranks import Ranks, find_programs_beside_python, ranks_from_environment
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3",
@@ -37,3 +42,18 @@ def test_mpi_is_not_initialised_under_srun_with_pmi2() -> None:
     assert not is_under_mpi({**MPICH, "SLURM_PROCID": "3"})
     assert is_under_mpi({"PMIX_RANK": "3", "SLURM_PROCID": "3"})
     assert not is_under_mpi({"RANK": "0"})
+
+
+@pytest.mark.parametrize("path", ["/usr/bin:/bin", None])
+def test_ranks_find_the_programs_beside_their_python_first(
+    path: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path is None:
+        monkeypatch.delenv("PATH")
+    else:
+        monkeypatch.setenv("PATH", path)
+    for _ in range(2):
+        find_programs_beside_python()
+        assert shutil.which(Path(sys.executable).name) == sys.executable
+        assert os.environ["PATH"].endswith(path or os.defpath)
+        assert os.environ["PATH"].count(str(Path(sys.executable).parent)) == 1
