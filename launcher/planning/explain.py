@@ -10,7 +10,7 @@ from launcher.planning.plan import Candidate, Decision
 from launcher.planning.rules import losses_that_work
 from launcher.planning.search import SearchSpace, kind
 from launcher.planning.wording import compare, label, short_label, short_size
-from launcher.predict.attention_kernel import attention_kernel
+from launcher.predict.attention_kernel import attention_kernel, can_run_flash
 from launcher.strategy import (
     Attention,
     Checkpointing,
@@ -212,6 +212,10 @@ def _attention(setting: Setting) -> str:
         name += f" ({gpu.name} has no FlashAttention-2)"
     eager = setting.what_if(replace(strategy, attention=Attention.eager))
     verdict = _verdict("Storing them (eager)", eager, setting)
+    if kernel != "flash" and can_run_flash(workload, gpu):
+        flash = setting.what_if(replace(strategy, attention=Attention.flash_attention_2))
+        package = "The flash-attn package (strategy.attention=flash_attention_2)"
+        verdict += f" {_verdict(package, flash, setting)}"
     return f"{name}; scores between tokens are never stored. {verdict}"
 
 

@@ -129,7 +129,8 @@ def compare(rival: Candidate, best: Candidate) -> str:
     if is_slower:
         return f"{pace} and {memory}"
     if saved_bytes > 0:
-        return f"{pace} and {memory}" + (", which is not needed" if best.fits else "")
+        is_as_fast = best.fits and ratio > 1 - SAME_TIME_FRACTION
+        return f"{pace} and {memory}" + (", which is not needed" if is_as_fast else "")
     return f"{pace}, but {memory}"
 
 

@@ -7,6 +7,7 @@ from launcher.predict.layer_parts import AttentionKernel
 from launcher.strategy import Attention, Precision, Strategy
 from launcher.workload import Workload
 
+_LARGEST_FLASH_HEAD_DIM = 256
 # Compute capability from which torch prefers cuDNN's attention to the memory-efficient kernel.
 _CUDNN_ATTENTION = (9, 0)
 
@@ -44,6 +45,18 @@ def attention_kernel(
     if gpu.has_flash_attention_2 and workload.precision is not Precision.fp32:
         return "flash"
     return "efficient"
+
+
+def can_run_flash(workload: Workload, gpu: GpuSpec) -> bool:
+    """Return whether the flash-attn package has a kernel for the model, its precision and the GPU.
+
+    Source: flash-attention 2 README: Ampere and newer, fp16 and bf16, heads up to 256; transformers
+    5.23 ``models/gemma2/modeling_gemma2.py``: scores are capped in eager attention alone.
+    """
+    model = workload.model
+    is_16_bit = workload.precision is not Precision.fp32
+    fits_kernel = model.head_dim <= _LARGEST_FLASH_HEAD_DIM and model.attention_softcap is None
+    return gpu.has_flash_attention_2 and is_16_bit and fits_kernel
 
 
 def has_cudnn_attention(gpu: GpuSpec) -> bool:

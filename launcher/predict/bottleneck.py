@@ -16,8 +16,8 @@ _ADVICE: Mapping[str, str] = {
     "matmul": "matrix products: the hardware is busy with useful work",
     "recompute": "matrix products, a third of them recomputed: turn checkpointing off if it fits",
     "attention": "attention over long sequences: its work grows with the square of their length",
-    "slow_attention": "attention over long sequences: FlashAttention helps, which needs no mask "
-    "and 16 bits",
+    "slow_attention": "attention over long sequences: the flash-attn package helps "
+    "(strategy.attention=flash_attention_2)",
     "memory_traffic": "memory traffic of small kernels: enable Liger kernels",
     "other_traffic": "memory traffic of small kernels: faster memory helps",
     "other_traffic_of_adapters": "memory traffic of small kernels: faster memory, or fewer LoRA "
@@ -53,7 +53,7 @@ def what_bounds(
         work: says whether adapters are trained, and layers computed twice.
         cluster: whether a network lies between the ranks.
         can_fuse: Liger has kernels for the model on this GPU, and they are not in use.
-        can_flash: the GPU has FlashAttention, and it is not in use.
+        can_flash: FlashAttention-2 has a kernel for it, which is not in use.
         is_one_micro_step: a micro-batch is all that a GPU has of the global batch.
     """
     key = _bottleneck(components, work, cluster, can_fuse=can_fuse)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launcher.hardware import ClusterSpec
-from launcher.predict.attention_kernel import attention_kernel
+from launcher.predict.attention_kernel import attention_kernel, can_run_flash
 from launcher.predict.bottleneck import what_bounds
 from launcher.predict.compute_cost import (
     MicroStepWork,
@@ -98,7 +98,7 @@ def estimate_time(
             cluster,
             can_fuse=not strategy.liger_kernels
             and has_liger_kernels(workload.model.model_type, cluster.gpu),
-            can_flash=cluster.gpu.has_flash_attention_2
+            can_flash=can_run_flash(workload, cluster.gpu)
             and attention_kernel(workload, strategy, cluster.gpu) != "flash",
             is_one_micro_step=steps == 1,
         ),

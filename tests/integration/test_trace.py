@@ -107,15 +107,23 @@ def test_states_between_steps_are_those_of_the_zero_paper() -> None:
     gradients 4 and the bf16 staging 2 (DeepSpeed 0.19.8 stage_1_and_2.py), and 2 for the
     largest tensor.
     """
-    on_device, offloaded = run_traces(
+    sharded = request(Strategy(zero_stage=3, zero=AUTO), layers=2)
+    twice = {"zero_optimization": {"zero_hpz_partition_size": 2, "sub_group_size": 1}}
+    on_device, offloaded, plain, secondary = run_traces(
         request(Strategy(zero_stage=2, zero=AUTO), layers=2),
         request(Strategy(zero_stage=2, offload_optimizer=Offload.cpu, zero=AUTO), layers=2),
+        sharded,
+        replace(sharded, raw_deepspeed=twice),
     )
     count = on_device["num_params"]
     assert on_device["resident_bytes"] == pytest.approx((2 + 12 / 8) * count, rel=0.002)
     largest = 32000 * 4096
     assert offloaded["resident_bytes"] == pytest.approx(2 * count + 2 * largest, rel=0.002)
     assert offloaded["host_bytes"] == pytest.approx(18 * count / 8 + 2 * largest, rel=0.01)
+    # The recipe's raw keys reach the engine: ZeRO++ keeps a second copy of the weights, shared by
+    # two (arXiv:2306.10209, section 3.2). Those of the strategy keep their scaled sizes.
+    more = secondary["phases"]["step"] - plain["phases"]["step"]
+    assert more == pytest.approx(2 * count / 2, rel=0.01)
 
 
 def test_adapters_have_the_models_precision_at_every_stage() -> None:
@@ -168,6 +176,7 @@ def test_a_request_survives_json() -> None:
         method=Method.lora,
         lora=LoraSpec(r=16, dropout=0.05, target_modules=("q_proj",)),
     )
+    case = replace(case, raw_deepspeed={"prescale_gradients": True})
     assert request_from_json(json.loads(json.dumps(request_to_json(case)))) == case
 
 

@@ -218,6 +218,19 @@ def test_zero_3_on_one_gpu_is_explained() -> None:
     assert "ZeRO-2 or ZeRO-1 needs" in reason
 
 
+def test_packed_sequences_say_what_flash_attention_would_bring() -> None:
+    # Their borders are a mask, which torch's own FlashAttention does not take.
+    def reason(*, has_padding: bool, name: str = "qwen2.5-1.5b") -> str:
+        made = make_plan(workload(name, tokens=8192, has_padding=has_padding), cluster())
+        return next(item.reason for item in made.decisions if item.field == "attention")
+
+    assert "flash-attn" not in reason(has_padding=False)
+    packed = reason(has_padding=True)
+    assert "with a mask" in packed
+    assert re.search(r"flash-attn package \(strategy.+\) would be \d+% faster", packed)
+    assert "flash-attn" not in reason(has_padding=True, name="gemma2-2b")
+
+
 def test_raw_keys_that_no_number_follows_are_named_above_the_numbers() -> None:
     raw = {"zero_optimization": {"zero_hpz_partition_size": 8}}
     made = make_plan(workload(), cluster(), raw_deepspeed=raw)
