@@ -23,8 +23,10 @@ test: $(VENV)/dev.stamp  ## all tests that this machine can run
 test-unit: $(VENV)/dev.stamp  ## the quick tests alone
 	$(BIN)/pytest -n 2 --dist loadfile tests/unit
 
-test-slow: $(VENV)/dev.stamp  ## the tests that `make test` leaves out: the rest of the grid, NVMe
+test-slow: $(VENV)/dev.stamp  ## the tests that `make test` leaves out: the rest of the grid, NVMe, all trackers
 	$(BIN)/pytest -m slow tests/integration
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[trackers]'
+	$(BIN)/pytest tests/integration/test_no_telemetry.py
 
 test-cluster: $(VENV)/dev.stamp  ## the tests on virtual hosts; installs Debian packages as root
 	if [[ $$(id -u) == 0 ]]; then tests/cluster/install.sh; fi

@@ -109,9 +109,7 @@ def _check_layout(run_dir: Path, prepared: Prepared) -> None:
     if before == now:
         return
     for layout in (before, now):
-        reason = why_bound_to_layout(
-            optimizer=str(layout["optimizer"]), offload_optimizer=str(layout["offload_optimizer"])
-        )
+        reason = why_bound_to_layout(offload_optimizer=str(layout["offload_optimizer"]))
         if reason is not None:
             raise RunDirError(
                 f"this checkpoint cannot be used by other ranks or another ZeRO stage: {reason}",

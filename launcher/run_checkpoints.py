@@ -22,13 +22,11 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return max(steps, key=lambda path: steps[path], default=None)
 
 
-def why_bound_to_layout(*, optimizer: str, offload_optimizer: str) -> str | None:
+def why_bound_to_layout(*, offload_optimizer: str) -> str | None:
     """Return why saved optimizer states can be loaded by the same ranks and stage alone.
 
     ``None``: DeepSpeed's universal checkpoints convert them for others.
     """
-    if "8bit" in optimizer:
-        return f"{optimizer} keeps its states in 8 bits, block by block of each rank"
     if offload_optimizer == "nvme":
         return "its optimizer states were swapped to NVMe in DeepSpeed's own files"
     return None

@@ -171,7 +171,7 @@ def loadable(section: StrategySection, last: Strategy, run_dir: Path) -> Strateg
     """Fix what the newest checkpoint cannot be converted to (launcher/worker/universal.py)."""
     if newest_checkpoint(run_dir) is None:
         return section
-    if "8bit" in last.optimizer or last.offload_optimizer is Offload.nvme:
+    if last.offload_optimizer is Offload.nvme:
         return replace(
             section, zero_stage=last.zero_stage, offload_optimizer=last.offload_optimizer
         )

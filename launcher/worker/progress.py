@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from launcher import run_dir
 from launcher.units import format_bytes, format_seconds
 from launcher.worker.peak_memory import PeakRecorder
+from launcher.worker.stop_request import StopOnRequest
 
 logger = logging.getLogger(__name__)
 
@@ -144,3 +145,22 @@ def _bar(fraction: float, *, width: int = 16) -> str:
     """Return a bar that also reads well in a log, where nothing can be drawn over."""
     done = round(fraction * width)
     return "█" * done + "░" * (width - done)
+
+
+class LastEvaluation(TrainerCallback):  # type: ignore[misc]
+    """Evaluates what was trained, unless its last step was: before trackers end their runs.
+
+    After that, transformers' trackers begin another run, without name or parameters.
+    """
+
+    def __init__(self, trainer: Any, stop: StopOnRequest) -> None:
+        self._trainer = trainer
+        self._stop = stop
+
+    def on_train_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Evaluate; all ranks do or none."""
+        if self._stop.stopped_at is not None or self._trainer.eval_dataset is None:
+            return
+        logged = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
+        if state.global_step not in logged:
+            self._trainer.evaluate()

@@ -28,6 +28,7 @@ from launcher.worker.checkpoints import (
     clear_unfinished,
     find_newest,
 )
+from launcher.worker.eight_bit_states import is_eight_bit, round_states
 from launcher.worker.universal import STATES, check_convertible, states_folder
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ def load_converted(engine: Any, resumption: Resumption) -> None:
 
     The loaders of DeepSpeed 0.19.8 take over all hyperparameters of the saved groups (ZeRO-3:
     those of the first for all, so that norms would decay like weights) and put the step where
-    the fused AdamW on a GPU and DeepSpeedCPUAdam do not expect it.
+    the fused AdamW on a GPU and DeepSpeedCPUAdam do not expect it; 8-bit states they do not know.
     """
     plain_load = engine.load_checkpoint
 
@@ -186,6 +187,12 @@ def load_converted(engine: Any, resumption: Resumption) -> None:
         optimizer = _base_optimizer(engine)
         for group, values in zip(optimizer.param_groups, kept, strict=True):
             group.update(values)
+        if is_eight_bit(optimizer):
+            for parameter in engine.module.parameters():
+                if getattr(parameter, "_hp_mapping", None) is not None:
+                    parameter._hp_mapping.optim_fragment = None  # else it keeps the fp32 moments
+            round_states(optimizer)
+            return loaded
         for group in optimizer.param_groups:
             for parameter in _with_state(optimizer, group):
                 state = optimizer.state[parameter]

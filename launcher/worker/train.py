@@ -195,7 +195,7 @@ def _train(  # noqa: PLR0917
     import torch.distributed as dist
 
     from launcher.worker.gather_peaks import log_fullest_rank, sum_over_ranks
-    from launcher.worker.progress import Progress
+    from launcher.worker.progress import LastEvaluation, Progress
     from launcher.worker.resume import RemoveConverted
     from launcher.worker.sample import Sample, wants_sample
     from launcher.worker.stop_request import StopOnRequest, leave_for_restart
@@ -208,15 +208,13 @@ def _train(  # noqa: PLR0917
     for callback in (sample, StepClock(recorder), stop := StopOnRequest(stop_request)):
         trainer.add_callback(callback)
     add_step_snapshot(trainer, inputs.recipe.tracking, inputs.folder, ranks)
-    # First, because it adds to the numbers that trackers write down.
-    trainer.callback_handler.callbacks.insert(0, progress)
+    # First, because they add to the numbers that trackers write down.
+    trainer.callback_handler.callbacks[:0] = [progress, LastEvaluation(trainer, stop)]
     if resumption is not None and resumption.is_converted:
         trainer.add_callback(RemoveConverted(resumption))
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resumption.path) if resumption else None)
     train_seconds = time.perf_counter() - started
-    if stop.stopped_at is None and trainer.eval_dataset is not None:
-        trainer.evaluate()
     if stop.stopped_at is not None:
         trainer.save_progress()
         recorder.interrupt()

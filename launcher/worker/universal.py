@@ -24,12 +24,13 @@ from typing import Any
 from launcher.errors import LauncherError, RunDirError
 from launcher.run_checkpoints import why_bound_to_layout
 from launcher.worker.checkpoints import Checkpoint, read_checkpoint
+from launcher.worker.eight_bit_states import MOMENTS, fp32_state, write_with_fp32_moments
 from launcher.worker.program import begin_program, collect_garbage_from_now_on, run_program
 from launcher.worker.weights_only import load_weights_only
 
 logger = logging.getLogger("launcher.worker.universal")
 
-STATES = ("fp32", "exp_avg", "exp_avg_sq")
+STATES = ("fp32", *MOMENTS)
 """Tensors of each parameter: the master weight and Adam's two moments."""
 _TRAINER_FILES = ("trainer_state.json", "scheduler.pt", "rng_state*.pth")
 _MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
@@ -61,6 +62,11 @@ def convert(checkpoint: Checkpoint, out: Path) -> Path:
     counters = _read(next(iter(sorted(source.glob("*model_states.pt")))))
     if checkpoint.layout.zero_stage == 0:
         groups = _split_replicated(counters, checkpoint.parameter_groups, states)
+    elif "8bit" in checkpoint.layout.optimizer:
+        rounded, source = source, out / "fp32_moments"
+        write_with_fp32_moments(rounded, source)
+        groups = _merge_shards(source, states)
+        shutil.rmtree(source)
     else:
         groups = _merge_shards(source, states)
     _save({"param_groups": groups, "ds_version": counters["ds_version"]} | _steps(states, groups),
@@ -80,9 +86,7 @@ def convert(checkpoint: Checkpoint, out: Path) -> Path:
 def check_convertible(checkpoint: Checkpoint) -> None:
     """Raise RunDirError for states that only the same ranks and stage can load."""
     layout = checkpoint.layout
-    reason = why_bound_to_layout(
-        optimizer=layout.optimizer, offload_optimizer=layout.offload_optimizer
-    )
+    reason = why_bound_to_layout(offload_optimizer=layout.offload_optimizer)
     if reason is not None:
         raise RunDirError(
             f"this checkpoint cannot be used by other ranks or another ZeRO stage: {reason}",
@@ -146,7 +150,7 @@ def _split_replicated(
         zip(base["param_groups"], names, strict=True)
     ):
         for place, (number, name) in enumerate(zip(group["params"], group_names, strict=True)):
-            state = base["state"][number]
+            state = fp32_state(base["state"][number])
             folder = states / "zero" / name
             weight = masters[group_index][place] if masters else saved["module"][name]
             tensors = (weight.detach().float(), state["exp_avg"], state["exp_avg_sq"])

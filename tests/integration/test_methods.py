@@ -144,7 +144,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "nf4 in bf16, ZeRO-3": ("qlora", {"precision": "bf16", "zero_stage": 3}),
     "8-bit AdamW, ZeRO-2": ("full", {"optimizer": Optimizer.adamw_8bit, "zero_stage": 2}),
-    "8-bit AdamW, ZeRO-3": ("full", {"optimizer": Optimizer.adamw_8bit, "zero_stage": 3}),
     "chunked loss and offloaded checkpoints, ZeRO-3": (
         "lora",
         {

@@ -78,12 +78,19 @@ def test_no_process_of_a_run_connects_to_another_machine(
 
 
 @pytest.mark.skipif(not TRACKERS, reason="no tracker is installed")
-def test_trackers_write_below_the_run_directory(watched_run: tuple[Path, list[str]]) -> None:
+def test_each_tracker_writes_one_run_below_the_run_directory(
+    watched_run: tuple[Path, list[str]],
+) -> None:
     run, _ = watched_run
     folder = run / "tracking"
+    # The last held-out loss comes after the training, and belongs to the same run.
     wanted = {"tensorboard": "tensorboard/events.*", "wandb": "wandb/offline-run-*/run-*.wandb",
-              "mlflow": "mlruns/*/*/metrics/tokens_per_s"}  # fmt: skip
-    for name in TRACKERS:
-        assert list(folder.glob(wanted[name])), name
+              "mlflow": "mlruns/*/*/metrics/eval_loss"}  # fmt: skip
+    found = {name: list(folder.glob(wanted[name])) for name in TRACKERS}
+    assert {name: len(paths) for name, paths in found.items()} == dict.fromkeys(TRACKERS, 1)
+    if "mlflow" in found:
+        steps = [line.split()[2] for line in found["mlflow"][0].read_text().splitlines()]
+        assert steps == ["0", "2"]
+        assert found["mlflow"][0].with_name("tokens_per_s").is_file()
     entry = json.loads((run / rd.TRAINER_LOG).read_text().splitlines()[-1])
     assert {"step", "total_steps", "seconds", "remaining_seconds"} <= set(entry)

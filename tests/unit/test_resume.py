@@ -16,6 +16,7 @@ from launcher.errors import RecipeError, RunDirError
 from launcher.job_script import RUN_ID_VARIABLE
 from launcher.resume import check_has_stopped, prepare_resume, set_aside
 from launcher.run_checkpoints import MANIFEST
+from launcher.strategy import Optimizer
 
 
 @pytest.fixture
@@ -94,27 +95,26 @@ def test_gpus_and_stage_may_change_and_the_precision_stays(run: Path) -> None:
     assert prepared.plan.workload.precision.value == "fp16"
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "place", "said"),
-    [
-        ("adamw_8bit", "none", "adamw_8bit keeps its states in 8 bits"),
-        ("adamw", "nvme", "swapped to NVMe"),
-    ],
-)
-def test_states_that_other_ranks_cannot_load_are_refused_before_the_job(
-    run: Path, optimizer: str, place: str, said: str
-) -> None:
+def test_states_that_other_ranks_cannot_load_are_refused_before_the_job(run: Path) -> None:
     checkpoint = run / rd.CHECKPOINTS / "checkpoint-3"
     checkpoint.mkdir(parents=True)
-    gpu = ["cluster.gpu=A100-40GB"]
-    layout = {"world_size": 4, "zero_stage": 2, "optimizer": optimizer, "offload_optimizer": place}
+    changes = ["cluster.gpu=A100-40GB", "cluster.gpus_per_node=1", "strategy.zero_stage=3"]
+    layout = {"world_size": 4, "zero_stage": 3, "optimizer": "adamw", "offload_optimizer": "nvme"}
     rd.write_json(checkpoint / MANIFEST, {"layout": layout})
-    with pytest.raises(RunDirError, match=said) as caught:
-        prepare_resume(run, [*gpu, "cluster.gpus_per_node=1", "strategy.zero_stage=3"])
-    assert "go on with 4 ranks and strategy.zero_stage=2" in caught.value.fix
-    same = {"world_size": 1, "zero_stage": 3, "optimizer": "adamw", "offload_optimizer": "none"}
-    rd.write_json(checkpoint / MANIFEST, {"layout": same | {"world_size": 2}})
-    prepare_resume(run, [*gpu, "cluster.gpus_per_node=1", "strategy.zero_stage=3"])
+    with pytest.raises(RunDirError, match="swapped to NVMe") as caught:
+        prepare_resume(run, changes)
+    assert "go on with 4 ranks and strategy.zero_stage=3" in caught.value.fix
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_states_on_gpus_go_to_other_ranks_and_another_optimizer(run: Path, optimizer: str) -> None:
+    checkpoint = run / rd.CHECKPOINTS / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    layout = {"world_size": 4, "zero_stage": 2, "optimizer": optimizer, "offload_optimizer": "none"}
+    rd.write_json(checkpoint / MANIFEST, {"layout": layout})
+    changes = ["cluster.gpu=A100-40GB", "cluster.gpus_per_node=1", "strategy.zero_stage=3"]
+    plan = prepare_resume(run, [*changes, "strategy.optimizer=paged_adamw_8bit"]).plan
+    assert plan.strategy.optimizer is Optimizer.paged_adamw_8bit
 
 
 def test_the_earlier_attempt_is_kept_and_the_log_goes_on(run: Path) -> None:
