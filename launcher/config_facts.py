@@ -81,10 +81,19 @@ class ConfigFacts:
 
     def __init__(self, config: Mapping[str, object], *, name: str) -> None:
         self._where = f"config of {name}"
-        self.model_type = self._supported_type(config.get("model_type"))
+        is_multimodal = isinstance(config.get("text_config"), Mapping)
+        self.model_type = self._supported_type(
+            config.get("model_type"), is_multimodal=is_multimodal
+        )
         self._values = {**_DEFAULTS[self.model_type], **config}
 
-    def _supported_type(self, model_type: object) -> str:
+    def _supported_type(self, model_type: object, *, is_multimodal: bool) -> str:
+        if is_multimodal:
+            raise ModelError(
+                f"model_type {model_type!r} is a model of more than text",
+                where=self._where,
+                fix="take its language model alone: a folder with the text_config as config.json",
+            )
         if not isinstance(model_type, str) or model_type not in _DEFAULTS:
             raise ModelError(
                 f"model_type {model_type!r} has no closed-form weight inventory",

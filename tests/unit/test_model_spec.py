@@ -144,6 +144,13 @@ def test_image_and_text_config_gives_the_language_model() -> None:
     assert spec_from_config(whole, name="x").num_params == catalogue_spec("gemma3-4b").num_params
 
 
+def test_a_model_of_more_than_text_is_refused_with_what_to_do() -> None:
+    config = {"model_type": "llava", "text_config": {"model_type": "llama"}}
+    with pytest.raises(ModelError, match="more than text") as caught:
+        spec_from_config(config, name="x")
+    assert "text_config" in str(caught.value)
+
+
 def test_unknown_architecture_names_the_supported_ones_and_the_traced_path() -> None:
     with pytest.raises(ModelError, match=r"mamba2(.|\n)*llama(.|\n)*zerofit plan"):
         spec_from_config({"model_type": "mamba2"}, name="x")

@@ -7,11 +7,14 @@ from dataclasses import replace
 import pytest
 
 from launcher.config_facts import is_unknown
+from launcher.errors import ModelError
 from launcher.hardware import find_gpu
 from launcher.model_source import resolve_model
 from launcher.model_spec import ModelSpec
 from launcher.predict.activations import timeline
+from launcher.recipe import parse_recipe
 from launcher.strategy import Attention, Checkpointing, Method, Strategy
+from launcher.trace_unknown import trace_model
 from launcher.traced_layer import (
     TracedArchitecture,
     TracedLayer,
@@ -99,3 +102,10 @@ def test_an_architecture_without_formulas_is_unknown() -> None:
     assert is_unknown({"model_type": "olmo2"})
     assert not is_unknown({"model_type": "llama"})
     assert not is_unknown({})  # an error of its own
+
+
+def test_an_unknown_mixture_of_experts_is_refused_before_anything_is_built() -> None:
+    recipe = parse_recipe("model: {name_or_path: x}", source="x")
+    config = {"model_type": "olmoe", "num_experts": 64}
+    with pytest.raises(ModelError, match="mixture of experts \\(num_experts is 64\\)"):
+        trace_model(config, recipe, find_gpu("H100"), name="x")
