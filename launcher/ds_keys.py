@@ -87,6 +87,10 @@ _UNPREDICTED: Mapping[str, Any] = {
     "zero_optimization.zero_quantized_weights": False,
 }
 
+# deepspeed 0.19.8 runtime/zero/config.py: gt=0, where the others have ge=0.
+_NEVER_ZERO = frozenset({"reduce_bucket_size"})
+_MOST_ELEMENTS = 2**63 - 1  # what torch counts to
+
 _KNOBS = {item.name for item in fields(ZeroKnobs)} - {"pin_memory"}
 
 
@@ -114,11 +118,12 @@ def check_keys(raw: Mapping[str, Any], *, where: str) -> None:
                 problems.append(f"unknown key '{prefix}{key}': {did_you_mean(str(key), known)}")
     for name in sorted(_KNOBS & set(zero)):
         value, default = zero[name], getattr(ZeroKnobs(), name)
-        is_switch = isinstance(default, bool) or default is None
+        is_switch, least = isinstance(default, bool) or default is None, int(name in _NEVER_ZERO)
         if isinstance(value, bool) is not is_switch or (
-            not is_switch and not (isinstance(value, int | float) and value >= 0)
+            not is_switch
+            and not (isinstance(value, int | float) and least <= value <= _MOST_ELEMENTS)
         ):
-            wanted = "true or false" if is_switch else "a count of elements, 0 or more"
+            wanted = "true or false" if is_switch else f"a count of elements, {least} or more"
             problems.append(f"'zero_optimization.{name}' is {value!r}, it must be {wanted}")
     if problems:
         raise RecipeError(list_problems(problems), where=where, fix="correct the keys named above")

@@ -35,6 +35,7 @@ def format_seconds(seconds: float) -> str:
 def format_count(count: float) -> str:
     """Return a count of parameters or tokens for people: ``6.74B``, ``33.6M``."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(count) >= unit:
+        # What three digits round up to the unit is written in it: 1B, not 1e+03M.
+        if abs(count) >= 0.9995 * unit:
             return f"{count / unit:.3g}{name}"
     return f"{count:.0f}"

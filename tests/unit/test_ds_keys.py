@@ -26,7 +26,7 @@ def test_a_key_that_the_plan_decides_names_the_recipe_key_to_use() -> None:
     assert "set model.precision instead" in problem_of({"bf16": {"enabled": True}})
 
 
-@pytest.mark.parametrize("value", ["big", -1, True, None])
+@pytest.mark.parametrize("value", ["big", -1, 0, True, None, float("inf"), float("nan"), 2**64])
 def test_a_bucket_size_that_is_no_count_is_an_error(value: object) -> None:
     assert "reduce_bucket_size" in problem_of({"zero_optimization": {"reduce_bucket_size": value}})
 

@@ -28,7 +28,7 @@ from launcher.strategy import (
     Strategy,
     ZeroKnobs,
 )
-from launcher.units import GIB, MIB
+from launcher.units import GIB, MIB, format_count
 from launcher.workload import QuantizationSpec, Workload
 
 
@@ -241,6 +241,14 @@ def test_raw_keys_that_no_number_follows_are_named_above_the_numbers() -> None:
 def test_sizes_are_short() -> None:
     assert short_size(7.44 * GIB) == "7.4 GiB"
     assert short_size(112.6 * MIB) == "113 MiB"
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(999_885_952, "1B"), (999_400_000, "999M"), (6_738_415_616, "6.74B"), (999, "999")],
+)
+def test_counts_have_three_digits_and_no_exponent(count: int, words: str) -> None:
+    assert format_count(count) == words
 
 
 def test_every_memory_component_has_plain_words() -> None:
