@@ -252,10 +252,6 @@ def _qlora_reasons(strategy: Strategy, workload: Workload) -> Iterator[str]:
         # peft 0.21 docs/source/accelerate/deepspeed.md: ZeRO-3 with bitsandbytes means 4 bits,
         # stored in the model's own dtype (bnb_4bit_quant_storage), as the worker does.
         yield "int8 weights cannot be sharded by ZeRO-3: use nf4, or ZeRO-2"
-    if workload.lora.use_dora:
-        # peft 0.21 tuners/lora/dora.py:update_layer copies a 4-bit layer, and with it weights
-        # that ZeRO-3 then does not know: two ranks, deepspeed 0.19.8, "no attribute ds_status".
-        yield "DoRA cannot be added to 4-bit weights that ZeRO-3 shards: use LoRA, or ZeRO-2"
     if strategy.offload_optimizer is not Offload.none or strategy.offload_param is not Offload.none:
         # peft 0.21 docs/source/accelerate/deepspeed.md, section on QLoRA and ZeRO-3.
         yield "QLoRA under ZeRO-3 needs more GPU memory with CPU offload than without: leave it out"

@@ -10,6 +10,7 @@ import bitsandbytes
 import torch
 from bitsandbytes.autograd._functions import MatMul4Bit
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, is_zero_param
+from peft.tuners.lora import dora
 
 
 def release_gathered_4bit_weights() -> None:
@@ -22,6 +23,24 @@ def release_gathered_4bit_weights() -> None:
     layers (0.19 ``zero/linear.py``), the parameter is saved; it is gathered when used.
     """
     bitsandbytes.matmul_4bit = _matmul_4bit
+
+
+def let_dora_read_4bit_weights() -> None:
+    """Have DoRA dequantize the gathered parameters themselves, not copies of their layers.
+
+    PEFT copies a 4-bit layer for FSDP's sake, with weights that ZeRO-3 then does not know, and puts
+    a copy of the weight into a layer on a processor (0.21 ``tuners/lora/dora.py:update_layer``,
+    ``utils/integrations.py:dequantize_module_weight``).
+    """
+    dora.deepcopy = lambda layer: layer
+    dora.dequantize_module_weight = _dequantized
+
+
+def _dequantized(layer: Any) -> torch.Tensor:
+    weight: torch.Tensor = layer.weight
+    if isinstance(weight, bitsandbytes.nn.Params4bit):
+        weight = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    return weight
 
 
 class _MatMulSavingParameter(MatMul4Bit):  # type: ignore[misc]

@@ -64,9 +64,13 @@ def load_model(
     if recipe.method is Method.qlora:
         quantization = quantization_config(recipe, dtype=dtype)
         if strategy.zero_stage == 3:
-            from launcher.worker.gathered_4bit import release_gathered_4bit_weights
+            from launcher.worker.gathered_4bit import (
+                let_dora_read_4bit_weights,
+                release_gathered_4bit_weights,
+            )
 
             release_gathered_4bit_weights()
+            let_dora_read_4bit_weights()
     if recipe.model.random_weights:
         model = _random_model(config, quantization, dtype=dtype, device=device, strategy=strategy)
     else:

@@ -126,6 +126,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "DoRA, ZeRO-2": ("lora", {"more": DORA, "zero_stage": 2}),
     "DoRA, ZeRO-3": ("lora", {"more": DORA, "zero_stage": 3}),
     "DoRA on nf4, ZeRO-2": ("qlora", {"more": DORA, "zero_stage": 2}),
+    "DoRA on nf4, ZeRO-3": ("qlora", {"more": DORA, "zero_stage": 3}),
     "rsLoRA on attention with dropout": (
         "lora",
         {
@@ -159,6 +160,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_every_variant_learns(train: Train, variant: str) -> None:
     method, choices = VARIANTS[variant]
     assert_learns(train(method, **choices))
+
+
+def test_dora_on_4_bit_weights_has_the_same_losses_whether_they_are_sharded(train: Train) -> None:
+    whole, sharded = (train("qlora", more=DORA, zero_stage=stage) for stage in (2, 3))
+    assert sharded.losses == pytest.approx(whole.losses, abs=2e-4)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
