@@ -68,4 +68,5 @@ def describe_training(training: Training, *, max_seq_len: int) -> Iterator[str]:
     yield (
         f"  training  {training.num_steps:,} steps ({epochs:.3g} epochs) at {mean:,.0f} tokens a "
         f"sequence on average: about {format_seconds(training.seconds)}"
+        + (f", {format_seconds(training.seconds / epochs)} an epoch" if epochs > 1 else "")
     )

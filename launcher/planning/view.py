@@ -166,6 +166,9 @@ def _total_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "host", f"{host}; {disk}"
     tokens = time.tokens_per_second_per_gpu * cluster.world_size
     speed = f"{format_seconds(time.step_seconds)} per optimizer step, {tokens:,.0f} tokens/s in all"
+    if cluster.world_size > 1:
+        who = "GPU" if is_gpu else "rank"
+        speed += f", {time.tokens_per_second_per_gpu:,.0f} per {who}"
     if is_gpu:
         share = f"{time.mfu:.0%}" if time.mfu >= 0.01 else f"{time.mfu:.1%}"
         speed += f"; {share} of the GPUs' peak is useful work (MFU)"
@@ -181,15 +184,20 @@ def _run_words(plan: Plan) -> str:
     run, price = plan.run, plan.price_per_gpu_hour
     hours = "GPU-hours" if plan.cluster.gpu.device_type == "cuda" else "rank-hours"
     if run is not None:
-        cost = "" if run.cost is None else f", which cost {run.cost:,.2f}"
+        cost = "" if run.cost is None else f", which cost {_amount(run.cost)}"
         took = format_seconds(run.seconds)
-        return f"{run.num_steps:,} steps in {took}, {run.gpu_hours:,.2f} {hours}{cost}"
+        return f"{run.num_steps:,} steps in {took}, {_amount(run.gpu_hours)} {hours}{cost}"
     gpu_hours = 1e6 / plan.time.tokens_per_second_per_gpu / 3600
-    cost = "" if price is None else f", which cost {gpu_hours * price:,.2f}"
+    cost = "" if price is None else f", which cost {_amount(gpu_hours * price)}"
     return (
-        f"{gpu_hours:,.3f} {hours} for a million tokens{cost}; for the whole run tokenise the "
+        f"{_amount(gpu_hours)} {hours} for a million tokens{cost}; for the whole run tokenise the "
         "data first, or set optim.max_steps"
     )
+
+
+def _amount(value: float) -> str:
+    """Return hours or money: two decimals, or two digits where these would be zeros."""
+    return f"{value:,.2f}" if value >= 1 else f"{value:.2g}"
 
 
 def _nodes_words(num_nodes: int, speedup: float | None) -> str:

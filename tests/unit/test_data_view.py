@@ -12,6 +12,7 @@ from launcher.epoch import describe_training, longest_tokens, training_of
 from launcher.planning.planner import make_plan
 from launcher.predict.step_time import estimate_time
 from launcher.recipe_sections import OptimSection, StrategySection
+from launcher.units import format_seconds
 
 
 def test_bars_are_as_long_as_counts_and_what_is_cut_off_is_said() -> None:
@@ -72,3 +73,4 @@ def test_steps_and_time_of_a_training_follow_from_its_sequences() -> None:
     assert "1,500 examples of 30,000 tokens" in lines
     assert "128 tokens, so the plan is for those and not for max_seq_len 2,048" in lines
     assert "282 steps (3 epochs)" in lines
+    assert f"{format_seconds(94 * mean.step_seconds)} an epoch" in lines

@@ -243,6 +243,14 @@ def test_sizes_are_short() -> None:
     assert short_size(112.6 * MIB) == "113 MiB"
 
 
+def test_small_costs_and_the_speed_of_each_gpu_are_shown() -> None:
+    made = replace(plan("A100-80GB", Method.lora, 2048), price_per_gpu_hour=0.05)
+    text = shown(made)
+    each = made.time.tokens_per_second_per_gpu
+    assert f"{8 * each:,.0f} tokens/s in all, {each:,.0f} per GPU" in " ".join(text.split())
+    assert re.search(r"which cost 0\.0\d*[1-9]", text)
+
+
 @pytest.mark.parametrize(
     ("count", "words"),
     [(999_885_952, "1B"), (999_400_000, "999M"), (6_738_415_616, "6.74B"), (999, "999")],
