@@ -54,6 +54,7 @@ class PeakRecorder:
         self._step_border: float | None = None
         self._outside_step_seconds = 0.0
         self._num_tokens = 0
+        self._tokens_of_steps = 0
         self._samples = MemorySampler(heartbeat.folder, rank=heartbeat.known.rank, device=device)
         self._tracker: StorageTracker | None = None
         self._is_tracking = False
@@ -166,6 +167,7 @@ class PeakRecorder:
         now = time.perf_counter()
         self._steps.add(now - self._step_border - self._outside_step_seconds)
         self._step_border, self._outside_step_seconds = now, 0.0
+        self._tokens_of_steps = self._num_tokens
         if self._device.type == "cuda" or self._is_tracking:
             for phase in _PHASES_OF_A_STEP & self._peaks.keys():
                 self._peaks[phase].end_step()
@@ -274,7 +276,7 @@ class PeakRecorder:
             phases=phases,
             step_seconds=self._steps.seconds(),
             first_step_at=self._steps.first_ended_at,
-            tokens_per_step=self._num_tokens // max(1, self.steps_done),
+            tokens_per_step=self._tokens_of_steps // max(1, self.steps_done),
             allocator_retries=retries,
             allocator_ooms=ooms,
             failure=self._failure,

@@ -32,11 +32,12 @@ RECIPE = (
 )  # fmt: skip
 SHORT = (*RECIPE, "max_seq_len=512", "optim.global_batch_size=4")
 SNAPSHOT_STEP = 2
-# Predicted: 203 GiB of activations and logits, which no GPU of today has.
+# Predicted: 110 GB in forward and 209 in the loss.
 TOO_LARGE = (
     *RECIPE, "max_seq_len=2048", "optim.global_batch_size=32", "optim.max_steps=2",
     "strategy.zero_stage=2", "strategy.micro_batch_size_per_gpu=32", "strategy.loss=full",
-    "strategy.gradient_checkpointing=none", "recovery.max_attempts=1",
+    "strategy.gradient_checkpointing=none", "strategy.offload_optimizer=none",
+    "recovery.max_attempts=1",
 )  # fmt: skip
 WAIT_SECONDS = 600.0
 IN_STEPS = ("forward", "loss", "backward", "step")
@@ -270,6 +271,8 @@ def test_lack_of_memory_ends_the_run_with_its_name(overfull: Path) -> None:
     report = report_of(overfull)
     assert report["state"] == "out_of_memory"
     assert report["advice"][0].startswith("Out of memory")
+    said = overfull.with_name("overfull.log").read_text(errors="replace")
+    assert re.search(r"zerofit resume .* strategy\.\w+=\S+` goes on with a plan that fits", said)
 
 
 def test_lack_of_memory_leaves_a_post_mortem_and_a_snapshot_of_that_moment(
@@ -287,7 +290,6 @@ def test_lack_of_memory_leaves_a_post_mortem_and_a_snapshot_of_that_moment(
     assert found.measured["weights"] == pytest.approx(2.5e9, rel=0.02)
     assert found.predicted_bytes is not None
     assert found.predicted_bytes > 1e11
-    assert found.next_rung is not None
     snapshot = snapshot_of(overfull, "00000-oom.pickle")
     # But for a tensor or two that were let go while the error rose.
     assert held_bytes(snapshot) == pytest.approx(found.allocated_bytes, rel=0.05)
