@@ -103,7 +103,7 @@ def watched(folder: Path) -> Path:
     """A run on one GPU; what was seen while it trained lies beside it."""
     run, port = folder / "watched", free_port()
     process = zerofit(
-        "train", *SHORT, "optim.max_steps=24", "strategy.micro_batch_size_per_gpu=1",
+        "train", *SHORT, "optim.max_steps=16", "strategy.micro_batch_size_per_gpu=1",
         f"tracking.memory_snapshot_step={SNAPSHOT_STEP}", f"tracking.metrics_port={port}",
         "--output-dir", str(run), log=folder / "watched.log",
     )  # fmt: skip
@@ -247,7 +247,7 @@ def test_advice_of_a_report_holds_when_it_is_followed(watched: Path, folder: Pat
     assert promised is not None, advice
     assert any(item.startswith("strategy.micro_batch_size_per_gpu=") for item in changed)
     run = folder / "advised"
-    train(run, *SHORT, "optim.max_steps=16", *changed)
+    train(run, *SHORT, "optim.max_steps=12", *changed)
     (folder / "compared.txt").write_text(
         answer_of("report", str(watched), str(run), "--out", str(folder / "compared"))
     )
