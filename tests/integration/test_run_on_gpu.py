@@ -233,7 +233,7 @@ def test_the_snapshot_of_a_step_opens_in_memory_viz(watched: Path) -> None:
     assert any(
         "modeling_llama" in frame["filename"] for event in events for frame in event["frames"]
     )
-    page = _memory_viz.trace_plot(snapshot, device=0)  # type: ignore[no-untyped-call]
+    page = _memory_viz.trace_plot(snapshot)  # type: ignore[no-untyped-call]
     assert "<script" in page
     # After the step: weights and Adam's states, less than at any peak.
     step = the_rank(watched).phases["step"]
