@@ -12,15 +12,20 @@ from launcher import run_dir as rd
 from launcher.config_facts import is_unknown
 from launcher.data_cache import DATA, SUMMARY, load_summary
 from launcher.errors import LauncherError
+from launcher.failure_kind import FailureKind
 from launcher.hardware import ClusterSpec
 from launcher.model_source import find_config
 from launcher.model_spec import spec_from_config
+from launcher.planning.ceiling import NO_CEILING, Ceiling
 from launcher.planning.length_advice import LengthAdvice, Lengths, whole_section
 from launcher.planning.plan import Candidate, strategy_from_json
 from launcher.planning.planner import choose_strategy
+from launcher.post_mortem import read_post_mortems
+from launcher.predict.memory import estimate_memory
 from launcher.prepare import may_use_liger, resolve_cluster
 from launcher.recipe import parse_recipe
 from launcher.recipe_sections import Recipe, StrategySection
+from launcher.recovery.next_rung import ceiling_after, what_may_change
 from launcher.report.run_report import RunReport
 from launcher.resolve import PACKABLE, resolve_workload
 from launcher.strategy import Precision, Strategy
@@ -53,7 +58,9 @@ class _Run:
         batch = self.workload.global_batch_size * batch_factor
         return self.best_for(replace(self.workload, global_batch_size=batch), fixed)
 
-    def best_for(self, workload: Workload, fixed: StrategySection) -> Candidate | None:
+    def best_for(
+        self, workload: Workload, fixed: StrategySection, ceiling: Ceiling = NO_CEILING
+    ) -> Candidate | None:
         """Return the planner's choice for another workload on the same cluster."""
         try:
             choice = choose_strategy(
@@ -63,6 +70,7 @@ class _Run:
                 raw_deepspeed=self.recipe.deepspeed,
                 has_liger=may_use_liger(self.recipe),
                 safety_fraction=self.safety_fraction,
+                ceiling=ceiling,
             )
         except LauncherError:
             return None
@@ -84,7 +92,7 @@ def advise(directory: Path, report: RunReport) -> tuple[str, ...]:
     try:
         plan = rd.read_mapping(directory / rd.PLAN, schema_version=1)
         if report.state == "out_of_memory":
-            return tuple(_save_memory(plan))
+            return tuple(_save_memory(plan, directory, report))
         has_steps = report.state in _SPEED_STATES and report.time.num_steps
         crowded = tuple(_leave_room(plan, report)) if has_steps else ()
         if crowded or not has_steps:
@@ -98,15 +106,41 @@ def advise(directory: Path, report: RunReport) -> tuple[str, ...]:
         return (f"No advice: the plan or the recipe cannot be used ({type(error).__name__}).",)
 
 
-def _save_memory(plan: Mapping[str, Any]) -> Iterator[str]:
+def _save_memory(plan: Mapping[str, Any], directory: Path, report: RunReport) -> Iterator[str]:
     rungs = plan["ladder"]
-    if not rungs:
+    if rungs:
+        yield f"Out of memory: {_rung(plan, rungs[0])}"
+        return
+    run = _read_run(directory, plan)
+    then = _best_below(run, directory, report)
+    if then is None:
         yield (
             "Out of memory, and the planner knows no more frugal strategy that fits: use shorter "
             "samples, more or larger GPUs, or method=qlora."
         )
         return
-    yield f"Out of memory: {_rung(plan, rungs[0])}"
+    saved = plan["memory"]["device_used_bytes"] - then.memory.device_used_bytes
+    slower = then.time.step_seconds / plan["time"]["step_seconds"]
+    yield (
+        "Out of memory, and no more frugal strategy fits within what the recipe fixes; another "
+        f"one is predicted to {_trade(saved, slower)}: {_overrides(run.strategy, then.strategy)}"
+    )
+
+
+def _best_below(run: _Run, directory: Path, report: RunReport) -> Candidate | None:
+    """Return the fastest that needs less of what ran out, as recovery does with its leave to."""
+    first = report.failures[0].failure if report.failures else None
+    ceiling = ceiling_after(
+        estimate_memory(run.workload, run.strategy, run.cluster),
+        first.kind if first else FailureKind.gpu_oom,
+        first.phase if first else None,
+        limit_bytes=run.limit_bytes,
+        num_earlier=0,
+        found=read_post_mortems(directory),
+    )
+    asked = replace(run.recipe, recovery=replace(run.recipe.recovery, oom="ladder"))
+    found = (run.best_for(run.workload, fixed, ceiling) for fixed in what_may_change(asked))
+    return next((candidate for candidate in found if candidate is not None), None)
 
 
 def _leave_room(plan: Mapping[str, Any], report: RunReport) -> Iterator[str]:
@@ -124,9 +158,13 @@ def _rung(plan: Mapping[str, Any], rung: Mapping[str, Any]) -> str:
     saved = plan["memory"]["device_used_bytes"] - rung["device_used_bytes"]
     slower = rung["step_seconds"] / plan["time"]["step_seconds"]
     return (
-        f"the planner's next more frugal strategy is predicted to need {format_bytes(saved)} less "
-        f"and to take {slower:.2f}x the time: {_overrides(now, then)}"
+        f"the planner's next more frugal strategy is predicted to {_trade(saved, slower)}: "
+        f"{_overrides(now, then)}"
     )
+
+
+def _trade(saved_bytes: int, slower: float) -> str:
+    return f"need {format_bytes(saved_bytes)} less and to take {slower:.2f}x the time"
 
 
 def _read_run(directory: Path, plan: Mapping[str, Any]) -> _Run:

@@ -11,7 +11,7 @@ from launcher.failure_kind import FailureKind
 from launcher.planning.ceiling import Ceiling
 from launcher.planning.plan import Plan
 from launcher.post_mortem import PostMortem, read_post_mortems
-from launcher.predict.memory import Phase, estimate_memory
+from launcher.predict.memory import MemoryEstimate, Phase, estimate_memory
 from launcher.prepare import Prepared, prepare
 from launcher.recipe_sections import Recipe, StrategySection
 from launcher.run_checkpoints import newest_checkpoint
@@ -62,17 +62,16 @@ def next_rung(
         phase: in which it ran out; ``None`` when nobody could say.
         num_earlier: how many attempts had run out of memory before.
     """
-    fraction = _RUNG_FRACTION ** (2**num_earlier)
     recipe = prepared.recipe
     # Predicted again: since the failed plan was made, the data's longest sequence may be known.
     place = prepare(recipe, source=str(run_dir)).plan
-    failed = replace(
-        prepared.plan,
-        memory=estimate_memory(place.workload, prepared.plan.strategy, place.cluster),
-        limit_bytes=place.limit_bytes,
-    )
     ceiling = ceiling_after(
-        failed, kind, phase, fraction=fraction, found=read_post_mortems(run_dir)
+        estimate_memory(place.workload, prepared.plan.strategy, place.cluster),
+        kind,
+        phase,
+        limit_bytes=place.limit_bytes,
+        num_earlier=num_earlier,
+        found=read_post_mortems(run_dir),
     )
     found = prepared
     for fixed in what_may_change(recipe):
@@ -99,24 +98,26 @@ def changed_fields(before: Strategy, after: Strategy) -> dict[str, tuple[Any, An
 
 
 def ceiling_after(
-    plan: Plan,
+    memory: MemoryEstimate,
     kind: FailureKind,
     phase: str | None,
     *,
-    fraction: float,
+    limit_bytes: int,
+    num_earlier: int,
     found: Sequence[PostMortem] = (),
 ) -> Ceiling:
     """Return what predictions must stay below after memory ran out.
 
     Args:
-        plan: what ran out.
+        memory: what was predicted of the plan that ran out.
         kind: whose memory it was.
         phase: in which it ran out; ``None`` when nobody could say.
-        fraction: the share (0-1) of what was predicted that may be predicted again.
+        limit_bytes: what a plan may use of a device.
+        num_earlier: how many attempts had run out of memory before.
         found: what the ranks wrote down; where they needed more than predicted, everything that
             is predicted now is taken to be as far off.
     """
-    memory = plan.memory
+    fraction = _RUNG_FRACTION ** (2**num_earlier)
     if kind is FailureKind.host_oom:
         return Ceiling(host_bytes=int(fraction * memory.host_bytes_per_node))
     # Before the first phase there is nothing but the model to load.
@@ -125,13 +126,14 @@ def ceiling_after(
     return Ceiling(
         phase=known,
         phase_bytes=int(fraction * memory.phase(known).allocated_bytes),
-        device_bytes=_device_bytes(plan, known, found),
+        device_bytes=_device_bytes(memory, known, limit_bytes, found),
     )
 
 
-def _device_bytes(plan: Plan, phase: Phase, found: Sequence[PostMortem]) -> int | None:
+def _device_bytes(
+    memory: MemoryEstimate, phase: Phase, limit_bytes: int, found: Sequence[PostMortem]
+) -> int | None:
     """Return the device memory that a plan may be predicted to use, given what was measured."""
-    memory = plan.memory
     outside_bytes = memory.device_used_bytes - memory.peak_reserved_bytes
     limits = []
     for one in found:
@@ -146,7 +148,7 @@ def _device_bytes(plan: Plan, phase: Phase, found: Sequence[PostMortem]) -> int 
         )
         # Of what other processes hold nothing can be had.
         own_bytes = one.reserved_bytes + one.device_free_bytes + outside_bytes
-        limits.append(min(plan.limit_bytes, own_bytes) / excess)
+        limits.append(min(limit_bytes, own_bytes) / excess)
     return int(min(limits)) if limits else None
 
 

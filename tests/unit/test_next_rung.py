@@ -156,7 +156,14 @@ def test_a_prediction_that_was_too_low_lowers_the_limit_by_as_much() -> None:
         allocated_bytes=2 * predicted - GIB, requested_bytes=GIB,
         reserved_bytes=reserved, device_free_bytes=40 * GIB,
     )  # fmt: skip
-    ceiling = ceiling_after(plan, GPU_OOM, "backward", fraction=0.95, found=[found])
+    ceiling = ceiling_after(
+        plan.memory,
+        GPU_OOM,
+        "backward",
+        limit_bytes=plan.limit_bytes,
+        num_earlier=0,
+        found=[found],
+    )
     assert ceiling.device_bytes == pytest.approx(plan.limit_bytes / 2, rel=1e-6)
     assert ceiling.phase_bytes == int(0.95 * predicted)
 
@@ -167,12 +174,21 @@ def test_what_other_processes_hold_is_not_counted_on() -> None:
     found = post_mortem(
         allocated_bytes=GIB, requested_bytes=None, reserved_bytes=GIB, device_free_bytes=9 * GIB
     )
-    ceiling = ceiling_after(plan, GPU_OOM, "backward", fraction=0.95, found=[found])
+    ceiling = ceiling_after(
+        plan.memory,
+        GPU_OOM,
+        "backward",
+        limit_bytes=plan.limit_bytes,
+        num_earlier=0,
+        found=[found],
+    )
     assert ceiling.device_bytes == 10 * GIB + outside
 
 
 def test_lack_of_host_memory_limits_the_host_alone() -> None:
     plan = prepared().plan
-    ceiling = ceiling_after(plan, FailureKind.host_oom, None, fraction=0.95)
+    ceiling = ceiling_after(
+        plan.memory, FailureKind.host_oom, None, limit_bytes=plan.limit_bytes, num_earlier=0
+    )
     assert ceiling.host_bytes == int(0.95 * plan.memory.host_bytes_per_node)
     assert (ceiling.phase, ceiling.device_bytes) == (None, None)

@@ -11,10 +11,12 @@ import pytest
 from report_inputs import phase, rank
 
 from launcher import run_dir as rd
+from launcher.failure_kind import FailureKind
 from launcher.peaks import peaks_to_json
 from launcher.planning.plan import Plan, plan_to_json
 from launcher.prepare import prepare
 from launcher.recipe import parse_recipe
+from launcher.recovery.next_rung import next_rung
 from launcher.report.build import build_report
 from launcher.report.run_reader import load_run
 from launcher.run_advice import LEAST_GAIN, advise
@@ -136,6 +138,28 @@ def test_out_of_memory_is_answered_with_the_plans_next_rung(tmp_path: Path) -> N
             assert str(plan["ladder"][0]["strategy"][override[0]]).lower() == override[1]
     else:
         assert "no more frugal strategy" in advice
+
+
+def test_out_of_memory_with_all_keys_fixed_names_the_plan_that_recovery_would_take(
+    tmp_path: Path,
+) -> None:
+    fixed = (
+        "zero_stage=2", "micro_batch_size_per_gpu=8", "gradient_checkpointing=none",
+        "attention=eager", "loss=full", "optimizer=adamw", "offload_optimizer=none",
+        "offload_param=none", "grad_accum_dtype=fp32", "sequence_parallel_size=1",
+    )  # fmt: skip
+    folder = run_with(tmp_path, *fixed, state="out_of_memory")
+    assert json.loads((folder / rd.PLAN).read_text())["ladder"] == []
+    (advice,) = advice_of(folder)
+    assert "no more frugal strategy fits within what the recipe fixes" in advice
+    recipe = parse_recipe((folder / rd.RECIPE).read_text(), source="test")
+    before = prepare(recipe, source="test")
+    taken = next_rung(folder, before, kind=FailureKind.gpu_oom, phase=None, num_earlier=0)
+    overrides = dict(re.findall(r"strategy\.(\w+)=(\w+)", advice))
+    follows = "gradient_accumulation_steps"  # from the micro-batch: no key of a recipe
+    changed = {key: str(after) for key, (_, after) in taken.changes.items() if key != follows}
+    assert overrides == changed
+    assert taken.prepared.plan.fits
 
 
 def test_a_full_device_is_told_to_save(tmp_path: Path) -> None:
