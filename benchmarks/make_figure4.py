@@ -176,9 +176,10 @@ def stage_and_checkpointing(candidate: Candidate) -> tuple[ZeroStage, bool]:
 @cache
 def longest(name: str, *, today: bool) -> int:
     """Return the longest length in steps of 256 tokens that fits, the model's limit aside."""
+    # One model for all lengths: what is known of its weights need not be found again.
+    spec = replace(model(name), max_position_embeddings=2**40)
 
     def fits(tokens: int) -> bool:
-        spec = replace(model(name), max_position_embeddings=tokens)
         work = replace(workload(name, 256), model=spec, max_seq_len=tokens)
         if today:
             return can_fit(work, cluster(name), has_liger=False)

@@ -6,11 +6,11 @@ import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_origin
 
 from launcher.errors import RecipeError, did_you_mean, list_problems
 from launcher.recipe_sections import DataSource, Recipe
-from launcher.recipe_text import describe, one_line, parse_override, read_yaml
+from launcher.recipe_text import describe, one_line, parse_override, read_yaml, type_hints
 from launcher.recipe_values import impossible_values
 
 
@@ -159,17 +159,12 @@ def _parse_options(options: Mapping[str, str]) -> Any:
     return given
 
 
-@functools.cache
-def _type_hints(section: type) -> Mapping[str, Any]:
-    return get_type_hints(section)
-
-
 def _unknown_keys(part: Any, kind: type, where: str) -> Iterator[str]:
     """Yield a line for each key that no field reads: a typo must not become a default."""
     from omegaconf import OmegaConf
 
     def walk(node: Any, section: type, prefix: str) -> Iterator[str]:
-        hints = _type_hints(section)
+        hints = type_hints(section)
         for key in node:
             name = f"{prefix}{key}"
             if str(key) not in hints:
@@ -198,7 +193,7 @@ def _not_text(recipe: Recipe) -> Iterator[str]:
     """Yield a line per element that is no text: OmegaConf leaves tuples as they come."""
     for part in fields(recipe):
         section = getattr(recipe, part.name)
-        hints = get_type_hints(type(section)) if is_dataclass(section) else {}
+        hints = type_hints(type(section)) if is_dataclass(section) else {}
         for key in (key for key, hint in hints.items() if hint == tuple[str, ...]):
             for item in getattr(section, key):
                 if not isinstance(item, str):

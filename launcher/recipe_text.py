@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -100,7 +101,7 @@ def keep_typed_text(values: Any, node: Any, *, kind: Any) -> None:
     """
     is_list = isinstance(node, yaml.SequenceNode)
     of_all = kind if is_list else get_args(kind)[-1] if get_origin(kind) is dict else None
-    hints: dict[Any, Any] = get_type_hints(kind) if is_dataclass(kind) and not is_list else {}
+    hints = type_hints(kind) if is_dataclass(kind) and not is_list else {}
     for key, child in enumerate(node.value) if is_list else _pairs(node):
         hint = of_all or hints.get(key)
         if get_origin(hint) is tuple:
@@ -111,6 +112,14 @@ def keep_typed_text(values: Any, node: Any, *, kind: Any) -> None:
             keep_typed_text(values[key], child, kind=hint)
         elif hint in _TEXT and (typed := _typed_text(child)) is not None:
             values[key] = typed
+
+
+def type_hints(section: Any) -> Mapping[Any, Any]:
+    """Return what a dataclass's fields take; Python would evaluate their texts anew each time."""
+    return _evaluated(section)
+
+
+_evaluated = functools.cache(get_type_hints)
 
 
 def _pairs(node: Any) -> list[tuple[str, Any]]:
@@ -130,7 +139,7 @@ def _typed_text(node: Any) -> str | None:
 def _is_text(kind: Any, keys: Sequence[str]) -> bool:
     """Return whether a dotted key names a field that takes text."""
     for key in keys:
-        kind = get_type_hints(kind).get(key) if is_dataclass(kind) else None
+        kind = type_hints(kind).get(key) if is_dataclass(kind) else None
     return kind in _TEXT
 
 

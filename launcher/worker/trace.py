@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from launcher.errors import LauncherError, RecipeError
 from launcher.model_spec import ModelSpec, spec_from_config, spec_from_facts
 from launcher.planning.plan import strategy_from_json, strategy_to_json
 from launcher.strategy import Method, Precision, Strategy
+from launcher.worker.program import collect_garbage_from_now_on
 from launcher.workload import LoraSpec, Workload
 
 SCHEMA_VERSION = 1
@@ -124,9 +126,11 @@ def run_request(request: TraceRequest) -> dict[str, Any]:
 def preload() -> None:
     """Import the training stack once, so that forked children need not; no thread starts."""
     os.environ["DS_ACCELERATOR"] = "cpu"
+    gc.disable()
     for name in ("launcher.worker.trace_engine", "deepspeed", "peft", "transformers.integrations"):
         import_module(name)
     import_module("torch._dynamo")
+    collect_garbage_from_now_on()
 
 
 def run_in_child(value: Mapping[str, Any]) -> dict[str, Any]:

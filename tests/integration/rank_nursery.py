@@ -8,6 +8,7 @@ in ``rank-N.err`` and ``rank-N.out`` of the folder. Importing costs 15 s, a fork
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from worker_runs import free_port
 
-from launcher.worker.program import QUIET_ENVIRONMENT
+from launcher.worker.program import QUIET_ENVIRONMENT, collect_garbage_from_now_on
 
 STACK = (
     "torch", "deepspeed", "transformers", "peft", "accelerate", "datasets", "bitsandbytes",
@@ -35,8 +36,10 @@ def main() -> None:
     """Serve runs until standard input ends."""
     for name, value in QUIET_ENVIRONMENT.items():  # as a rank does, before it imports the stack
         os.environ.setdefault(name, value)
+    gc.disable()
     for name in STACK:
         importlib.import_module(name)
+    collect_garbage_from_now_on()
     answers = os.fdopen(os.dup(1), "w")  # what libraries print goes to stderr
     os.dup2(2, 1)
     answers.write(json.dumps({"ready": True}) + "\n")

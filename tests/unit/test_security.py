@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -29,13 +29,15 @@ def trees() -> Mapping[Path, ast.Module]:
     return {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 
 
-def calls() -> Iterator[tuple[str, str, ast.Call]]:
-    """Yield where each call of the package is, what it calls, and the call."""
-    for path, tree in trees().items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call):
-                where = f"{path.relative_to(ROOT)}:{node.lineno}"
-                yield where, ast.unparse(node.func), node
+@cache
+def calls() -> Sequence[tuple[str, str, ast.Call]]:
+    """Return where each call of the package is, what it calls, and the call."""
+    return [
+        (f"{path.relative_to(ROOT)}:{node.lineno}", ast.unparse(node.func), node)
+        for path, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+    ]
 
 
 def keyword(call: ast.Call, name: str) -> str | None:
