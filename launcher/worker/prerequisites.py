@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
@@ -30,19 +30,37 @@ def leave_out_bitsandbytes() -> None:
 
 
 def check_packages(method: Method, strategy: Strategy) -> None:
-    """Raise SetupError when an optional package that the plan needs is missing."""
+    """Raise SetupError when an optional package that the plan needs is missing or broken."""
     needed = (
         ("flash_attn", "flash", strategy.attention is Attention.flash_attention_2),
         ("bitsandbytes", "qlora", needs_bitsandbytes(method, strategy)),
         ("liger_kernel", "liger", strategy.loss is Loss.liger or strategy.liger_kernels),
     )
     for package, extra, is_needed in needed:
-        if is_needed and importlib.util.find_spec(package) is None:
-            raise SetupError(
-                f"the plan needs the package {package}, which is not installed",
-                where="this machine's Python environment",
-                fix=f"pip install 'zerofit[{extra}]', or choose another setting in the recipe",
-            )
+        if is_needed:
+            _import(package, extra)
+
+
+def _import(package: str, extra: str) -> None:
+    where = "this machine's Python environment"
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise SetupError(
+            f"the plan needs the package {package}, which is not installed",
+            where=where,
+            fix=f"pip install 'zerofit[{extra}]', or choose another setting in the recipe",
+        ) from error
+    except (ImportError, OSError) as error:
+        # What a library that was compiled for another torch ends in: "undefined symbol".
+        raise SetupError(
+            f"the plan needs the package {package}, which cannot be imported: {error}",
+            where=where,
+            fix=f"install a {package} that was built for this torch and CUDA, or choose another "
+            "setting in the recipe",
+        ) from error
 
 
 def check_nvme(nvme_path: str | None, strategy: Strategy) -> None:

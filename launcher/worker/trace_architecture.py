@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,8 +49,8 @@ def run_request(value: Mapping[str, Any]) -> dict[str, Any]:
         raise ModelError(
             f"the architecture cannot be traced: {type(error).__name__}: {_first_line(error)}",
             where=f"model_type {value['hf_config'].get('model_type')!r}",
-            fix="zerofit traces dense decoders that transformers ships; update transformers, or "
-            "use a model of the catalogue",
+            fix="zerofit traces dense decoders that transformers ships, and never runs a model's "
+            "own code for a plan; update transformers, or use a model of the catalogue",
         ) from error
     return {"facts": facts, "layers": layers}
 
@@ -79,7 +80,8 @@ def _layer_requests(value: Mapping[str, Any]) -> list[LayerRequest]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    """Return what was wrong; transformers lists all 600 architectures behind it."""
+    return textwrap.shorten(str(error).strip().partition("\n")[0], 200, placeholder=" …")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from launcher.recipe import parse_recipe
 from launcher.strategy import Attention, Offload, Optimizer, Precision, Strategy
 from launcher.worker.attention import _copy_grouped_heads, settle_attention
 from launcher.worker.mapped_weights import map_safetensors
-from launcher.worker.model import load_model, optimizer_class
+from launcher.worker.model import _read_config, load_model, optimizer_class
 from launcher.worker.prerequisites import check_nvme
 from launcher.worker.unreadable import unreadable
 
@@ -94,6 +94,21 @@ def test_the_kernel_on_a_processor_is_said_and_nothing_is_barred(folder: Path) -
     assert torch.backends.cuda.math_sdp_enabled()
     eager = settle_attention(model, Attention.eager, dtype=torch.float32, device=CPU)
     assert "as planned" in eager
+
+
+def test_the_flash_attn_package_is_what_transformers_is_told_to_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = tmp_path / "flash_attn-2.8.3.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = parse_recipe(f"model: {{name_or_path: {folder}}}", source="test")
+    planned = Strategy(zero_stage=2, attention=Attention.flash_attention_2)
+    config = _read_config(recipe, planned, tmp_path)
+    assert config._attn_implementation == "flash_attention_2"
+    line = settle_attention(None, planned.attention, dtype=torch.bfloat16, device=CPU)
+    assert line == "the flash-attn package, 2.8.3"
 
 
 def test_copied_grouped_heads_attend_as_groups_do(

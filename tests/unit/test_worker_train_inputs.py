@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ModelError, RunDirError
+from launcher.errors import ModelError, RunDirError, SetupError
 from launcher.planning.plan import strategy_to_json
-from launcher.strategy import Loss, Precision, Strategy
+from launcher.strategy import Attention, Loss, Method, Precision, Strategy
+from launcher.worker.prerequisites import check_packages
 from launcher.worker.ranks import Ranks, ranks_from_environment
 from launcher.worker.train import read_inputs
 from launcher.worker.vocabulary import check_vocabulary
@@ -18,6 +19,20 @@ def write_inputs(folder: Path) -> None:
     plan = {"strategy": strategy_to_json(Strategy(zero_stage=3)), "precision": "bf16"}
     (folder / "plan.json").write_text(json.dumps(plan))
     (folder / "ds_config.json").write_text('{"train_batch_size": 8}')
+
+
+def test_a_package_built_for_another_torch_is_named_with_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "undefined symbol: _ZNK3c105Error4whatEv"
+    (tmp_path / "flash_attn.py").write_text(f"raise ImportError({said!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    strategy = Strategy(zero_stage=2, attention=Attention.flash_attention_2)
+    with pytest.raises(SetupError, match=said) as caught:
+        check_packages(Method.full, strategy)
+    assert "built for this torch" in caught.value.fix
+    (tmp_path / "flash_attn.py").write_text("")
+    check_packages(Method.full, strategy)
 
 
 def test_the_deepspeed_launchers_variables_say_the_rank() -> None:
