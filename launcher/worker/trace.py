@@ -37,6 +37,7 @@ class TraceRequest:
     rank: int = 0
     scale: int = 16
     raw_deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    """The recipe's raw keys; stored requests of before have none."""
 
 
 def request_to_json(request: TraceRequest) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def request_from_json(value: Mapping[str, Any]) -> TraceRequest:
             world_size=value["world_size"],
             rank=value["rank"],
             scale=value["scale"],
-            raw_deepspeed=value["raw_deepspeed"],
+            raw_deepspeed=value.get("raw_deepspeed", {}),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _unreadable(f"{type(error).__name__}: {error}") from None
