@@ -73,6 +73,8 @@ class ClusterSpec:
     """Device memory that is free on the fullest GPU of a probed machine."""
     site: SiteConstants | None = None
     """What takes the place of the constants that were fitted elsewhere."""
+    host_autograd_op_seconds: float | None = None
+    """Measured on the slowest rank: what its host needs for an operation and its gradient."""
 
     @property
     def world_size(self) -> int:

@@ -14,6 +14,7 @@ _KEYS = (
     "intra_node_all_reduce_gbit_per_s",
     "inter_node_all_reduce_gbit_per_s",
     "gemm_tflop_per_s",
+    "host_autograd_op_microseconds",
 )
 # Of the datasheet's dense peak, a square product of 8,192 in bf16: 798 of 989 TFLOP/s on an H100,
 # 788 on an H200.
@@ -32,6 +33,8 @@ class MeasuredRates:
     inter_node_bytes_per_s: float | None
     gemm_flops_per_s: float | None
     """Of a large square product, on the slowest rank."""
+    host_autograd_op_seconds: float | None
+    """Of the slowest rank's host for an operation and its gradient."""
 
 
 def rates_from_json(text: str, *, source: str) -> MeasuredRates:
@@ -59,11 +62,12 @@ def rates_from_json(text: str, *, source: str) -> MeasuredRates:
             content.get("rates_problem") or "doctor ran with --no-measure, or nodes were not ready"
         )
         raise _unusable(f"it has no rates: {why}", source)
-    intra, inter, gemm = (rates[key] for key in _KEYS)
+    intra, inter, gemm, host = (rates[key] for key in _KEYS)
     return MeasuredRates(
         intra_node_bytes_per_s=None if intra is None else intra * 1e9 / 8,
         inter_node_bytes_per_s=None if inter is None else inter * 1e9 / 8,
         gemm_flops_per_s=None if gemm is None else gemm * 1e12,
+        host_autograd_op_seconds=None if host is None else host / 1e6,
     )
 
 
@@ -76,6 +80,7 @@ def with_measured_rates(cluster: ClusterSpec, rates: MeasuredRates) -> ClusterSp
         gpu = replace(gpu, matmul_flops_per_s=rates.gemm_flops_per_s / _GEMM_FRACTION)
     if rates.inter_node_bytes_per_s is not None:
         cluster = replace(cluster, inter_node_bytes_per_s=rates.inter_node_bytes_per_s)
+    cluster = replace(cluster, host_autograd_op_seconds=rates.host_autograd_op_seconds)
     return replace(cluster, gpu=gpu)
 
 

@@ -114,6 +114,9 @@ class RankPeaks:
     """When the first step ended: Unix time of this rank's host. All ranks end it together, so
     that a difference is one of their clocks."""
     now: MemoryNow | None = None
+    host_autograd_op_seconds: float | None = None
+    """What the rank's host needed for an operation and its gradient before the run; ``None`` on
+    CPU. ``launcher.worker.host_speed`` says more."""
 
 
 def peaks_to_json(peaks: RankPeaks) -> dict[str, Any]:

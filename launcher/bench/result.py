@@ -157,6 +157,7 @@ def measurement_of(rank: RankPeaks) -> dict[str, Any]:
         "steps_done": rank.steps_done,
         "allocator_retries": rank.allocator_retries,
         "allocator_ooms": rank.allocator_ooms,
+        "host_autograd_op_seconds": rank.host_autograd_op_seconds,
     }
 
 

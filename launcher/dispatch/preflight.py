@@ -105,6 +105,7 @@ class Preflight:
             "schema": MEASURED_SCHEMA,
             **rates,
             "gemm_tflop_per_s": self.rates.get("gemm_tflop_per_s"),
+            "host_autograd_op_microseconds": self.rates.get("host_autograd_op_microseconds"),
             "rates_problem": self.rates_problem,
             "hosts": [
                 {

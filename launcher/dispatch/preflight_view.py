@@ -82,6 +82,7 @@ def _rate_lines(made: Preflight) -> list[str]:
         return [made.rates_problem]
     titles = (
         ("gemm_tflop_per_s", "matrix product, slowest rank", "TFLOP/s"),
+        ("host_autograd_op_microseconds", "operation and gradient, slowest rank's host", "µs"),
         ("intra_node_all_reduce_gbit_per_s", "all-reduce inside a node", "Gbit/s"),
         ("inter_node_all_reduce_gbit_per_s", "all-reduce between the nodes", "Gbit/s"),
     )

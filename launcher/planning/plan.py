@@ -12,6 +12,7 @@ from launcher.errors import RunDirError
 from launcher.hardware import ClusterSpec, SiteConstants
 from launcher.predict.memory import MemoryEstimate
 from launcher.predict.run_cost import RunEstimate
+from launcher.predict.site_constants import host_slowness
 from launcher.predict.step_time import TimeEstimate
 from launcher.strategy import (
     Attention,
@@ -149,6 +150,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
             "source": plan.save_rate.source,
         },
         "calibrated": None if cluster.site is None else _site_to_json(cluster.site),
+        "host_slowness": host_slowness(cluster),
     }
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from launcher.hardware import SiteConstants
 from launcher.planning.plan import Plan
 from launcher.planning.wording import METHOD_NAME, changes, fit_words, label, plain_part, short_size
-from launcher.predict.site_constants import constant_words
+from launcher.predict.site_constants import constant_words, host_slowness
 from launcher.strategy import Method
 from launcher.units import GIB, format_count, format_seconds
 from launcher.workload import Workload
@@ -95,6 +95,9 @@ def _headline(plan: Plan) -> RenderableType:
         notes = [Text(f"{kind} has no formulas here: its layers were built and traced instead")]
     if cluster.site is not None:
         notes.append(Text(_calibrated_words(cluster.site)))
+    if (slowness := host_slowness(cluster)) is not None:
+        text = f"measured by doctor: these hosts need {slowness:.2f} times the usual time"
+        notes.append(Text(f"{text} to start an operation on a GPU"))
     if plan.unpredicted_keys:
         keys = ", ".join(plan.unpredicted_keys)
         text = f"no number below follows what these keys do to memory and time: {keys}"

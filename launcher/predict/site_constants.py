@@ -9,7 +9,11 @@ from typing import Any
 
 from launcher.hardware import ClusterSpec, GpuSpec, SiteConstants
 from launcher.predict.calibration import CALIBRATION, Calibration
-from launcher.predict.time_calibration import KernelEfficiency, TimeCalibration
+from launcher.predict.time_calibration import (
+    REFERENCE_AUTOGRAD_OP_SECONDS,
+    KernelEfficiency,
+    TimeCalibration,
+)
 from launcher.units import format_bytes
 
 CONTEXT = "context_bytes"
@@ -63,8 +67,21 @@ def memory_constants(cluster: ClusterSpec) -> Calibration:
 
 
 def time_constants(cluster: ClusterSpec) -> TimeCalibration:
-    """Return the constants of the step-time model for a cluster."""
-    return _DEFAULT_TIME if cluster.site is None else _time(cluster.site, cluster.gpu)
+    """Return the constants of the step-time model for a cluster.
+
+    Where the host was measured, its constants follow it; those that a site fitted to its own runs
+    stay as they are.
+    """
+    slowness = host_slowness(cluster)
+    if cluster.site is None and slowness is None:
+        return _DEFAULT_TIME
+    return _time(cluster.site, cluster.gpu, slowness)
+
+
+def host_slowness(cluster: ClusterSpec) -> float | None:
+    """Return how many times the fitted host's seconds this one needs; ``None``: not measured."""
+    measured = cluster.host_autograd_op_seconds
+    return None if measured is None else measured / REFERENCE_AUTOGRAD_OP_SECONDS
 
 
 @functools.lru_cache(maxsize=16)
@@ -77,11 +94,13 @@ def _memory(site: SiteConstants) -> Calibration:
     return replace(CALIBRATION, **found)
 
 
-@functools.lru_cache(maxsize=16)
-def _time(site: SiteConstants, gpu: GpuSpec) -> TimeCalibration:
-    plain: KernelEfficiency = _DEFAULT_TIME.efficiency_of(gpu)
-    kernels = replace(plain, **_of(site, _KERNELS))
-    return replace(_DEFAULT_TIME, **_of(site, _TIME), efficiency={gpu.name: kernels})
+@functools.lru_cache(maxsize=256)
+def _time(site: SiteConstants | None, gpu: GpuSpec, slowness: float | None) -> TimeCalibration:
+    constants = _DEFAULT_TIME if slowness is None else _DEFAULT_TIME.on_host(slowness)
+    if site is None:
+        return constants
+    kernels = replace(constants.efficiency_of(gpu), **_of(site, _KERNELS))
+    return replace(constants, **_of(site, _TIME), efficiency={gpu.name: kernels})
 
 
 def _of(site: SiteConstants, names: tuple[str, ...]) -> Mapping[str, float]:

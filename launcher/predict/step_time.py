@@ -334,8 +334,8 @@ def _optimizer_seconds(
     fixed = calibration.step_fixed_seconds + calibration.trainer_step_seconds
     if strategy.offload_optimizer is not Offload.none:
         per_node = trainable / cluster.num_nodes
-        rate = cluster.host_memory_bytes_per_s * calibration.host_memory_fraction
-        seconds = calibration.cpu_adam_bytes_per_param * per_node / rate
+        moved = calibration.cpu_adam_bytes_per_param * per_node
+        seconds = moved / cluster.host_memory_bytes_per_s
         if strategy.offload_optimizer is Offload.nvme:
             # fp32 weight, two moments and gradient read; the first three written back.
             seconds += 28 * per_node / cluster.nvme_bytes_per_s

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from launcher.hardware import GpuSpec
 
@@ -53,14 +54,29 @@ _PROCESSOR = KernelEfficiency(
 )
 
 
+REFERENCE_AUTOGRAD_OP_SECONDS = 46.5e-6
+"""What ``launcher.worker.host_speed`` would have measured on the host of the fitted runs.
+
+It was not measured there. On another H100's host benchmarks/step_parts.py found 61.6 µs, and runs
+whose time above the GPU's share was 1.32 (LoRA, ZeRO-2), 1.32 (full, ZeRO-3), 1.33 and 1.47 times
+the predicted (full, ZeRO-2, checkpoints on host and GPU): benchmarks/step_parts_h100.jsonl. The
+median is 1.326. Five minutes later: 60.2 µs, and 1.27 in the median of 14 runs without offload.
+"""
+HOST_SECONDS = (
+    "host_op_seconds", "zero3_module_seconds", "gather_seconds", "gradient_hook_seconds",
+    "step_fixed_seconds", "trainer_step_seconds",
+)  # fmt: skip
+"""Those that are a processor's time: a host that is slower in one is slower in all."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeCalibration:
     """Physical constants of a step.
 
     "Fitted" means: together, on the runs at even positions of benchmarks/results/h100.jsonl
     (zerofit's own worker) and the plain runs of tests/unit/test_step_time.py, both on H100
-    hosts. What is the host's (operations, hooks) scales with its processor; on another host,
-    ``host_op_seconds`` is the one to measure.
+    hosts. What is the host's (``HOST_SECONDS``) scales with its processor, which
+    ``launcher.worker.host_speed`` measures.
     """
 
     host_op_seconds: float = 21e-6
@@ -106,13 +122,18 @@ class TimeCalibration:
     bf16 copy (4+2)."""
     cpu_adam_bytes_per_param: float = 56.0
     """Gradient clipped (4+4); master, moments and gradient read (16), master and moments written
-    (12, and as much read to fill the caches); bf16 copy (4+2+2)."""
-    host_memory_fraction: float = 0.8
-    """Of the host's memory rate, in CPU-Adam. Pinned by the 1B full fine-tune with offload."""
+    (12, and as much read to fill the caches); bf16 copy (4+2+2). With H100 hosts' 150 GB/s that
+    is 0.37 ns; measured on three: 0.45 at 1.2B parameters (h100), 0.35 at 3.2B (study_h100), 0.33
+    at 6.7B (h200x2)."""
     collective_latency_seconds: float = 20e-6
     """Per collective and per doubling of the ranks. Prior."""
     efficiency: Mapping[str, KernelEfficiency] = field(default_factory=dict)
     """Overrides by GPU name."""
+
+    def on_host(self, times: float) -> TimeCalibration:
+        """Return the constants on a host that needs so many times the seconds."""
+        slower: dict[str, Any] = {name: times * getattr(self, name) for name in HOST_SECONDS}
+        return replace(self, **slower)
 
     def efficiency_of(self, gpu: GpuSpec) -> KernelEfficiency:
         """Return the kernel efficiencies of a GPU, by name or by its generation."""

@@ -1,4 +1,4 @@
-"""Measure matrix products on every rank and all-reduces between them: a program for one node.
+"""Measure products, hosts and all-reduces of all ranks: a program for one node.
 
 ``python -m launcher.worker.fabric --ranks-per-node R --master-addr A --master-port P`` starts R
 ranks on this node; ``--node-rank`` and ``--num-nodes`` say which node it is, under srun Slurm
@@ -70,6 +70,8 @@ def _run_rank(options: argparse.Namespace, local_rank: int) -> int:
     import torch
     import torch.distributed as dist
 
+    from launcher.worker.host_speed import host_autograd_op_seconds
+
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
@@ -91,6 +93,10 @@ def _run_rank(options: argparse.Namespace, local_rank: int) -> int:
     gemm = torch.tensor([_gemm_flops_per_s(device)], device=device)
     slowest = gemm.clone()
     dist.all_reduce(slowest, op=dist.ReduceOp.MIN)
+    # All ranks at once, as they train.
+    host = host_autograd_op_seconds(device)
+    slowest_host = torch.tensor([host or 0.0], device=device)
+    dist.all_reduce(slowest_host, op=dist.ReduceOp.MAX)
     intra = _all_reduce_bits_per_s(device, own_group) if per_node > 1 else None
     dist.barrier()
     inter = _all_reduce_bits_per_s(device, None) if num_nodes > 1 else None
@@ -101,6 +107,7 @@ def _run_rank(options: argparse.Namespace, local_rank: int) -> int:
                     "gemm_tflop_per_s": float(slowest.item()) / 1e12,
                     "intra_node_all_reduce_gbit_per_s": intra and intra / 1e9,
                     "inter_node_all_reduce_gbit_per_s": inter and inter / 1e9,
+                    "host_autograd_op_microseconds": host and float(slowest_host.item()) * 1e6,
                 }
             ),
             flush=True,

@@ -64,6 +64,8 @@ class PeakRecorder:
         self.earlier_steps = 0
         """Optimizer steps that earlier attempts have done."""
         self.model: torch.nn.Module | None = None
+        self.host_autograd_op_seconds: float | None = None
+        """What ``launcher.worker.host_speed`` measured, once it did."""
         self.engine: Any = None
         """DeepSpeed's, once it exists."""
 
@@ -281,6 +283,7 @@ class PeakRecorder:
             allocator_ooms=ooms,
             failure=self._failure,
             now=self._samples.now,
+            host_autograd_op_seconds=self.host_autograd_op_seconds,
         )
 
     def _end(self, state: RankState) -> None:

@@ -109,10 +109,12 @@ def run(inputs: Inputs, ranks: Ranks, device: torch.device, recorder: PeakRecord
     Raises:
         LauncherError: something that the user can mend.
     """
+    from launcher.worker.host_speed import host_autograd_op_seconds
     from launcher.worker.stop_request import NothingToSaveError, StopRequest, leave_for_restart
 
     with recorder.during("load"):
         start_process_group(device)
+    recorder.host_autograd_op_seconds = host_autograd_op_seconds(device)
     stop_request = StopRequest(inputs.folder, device, rank=ranks.rank)
     try:
         _load_and_train(inputs, ranks, device, recorder, stop_request)

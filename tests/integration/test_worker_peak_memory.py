@@ -15,16 +15,29 @@ import pytest
 import torch
 from worker_runs import WAIT_SECONDS, environment
 
-from launcher.peaks import RankPeaks, peaks_from_json
+from launcher.peaks import RankPeaks, peaks_from_json, peaks_to_json
 from launcher.timeline import timeline_from_json
 from launcher.units import MIB
 from launcher.watchdog import HUNG_EXIT_STATUS, Patience
 from launcher.worker.failures import failure_kind
 from launcher.worker.heartbeat import Heartbeat
+from launcher.worker.host_speed import host_autograd_op_seconds, median_round_seconds
 from launcher.worker.peak_memory import TRACKED_STEPS, PeakRecorder
 from launcher.worker.process_memory import HostPeak, resident_bytes
 
 pytestmark = pytest.mark.integration
+
+
+def test_a_hosts_time_for_operations_is_measured_and_left_out_on_a_processor() -> None:
+    device = torch.device("cpu")
+    assert median_round_seconds(device, rounds=3) > 0
+    assert host_autograd_op_seconds(device) is None
+
+
+def test_what_the_host_needs_stands_in_the_ranks_file(recorder: PeakRecorder) -> None:
+    recorder.host_autograd_op_seconds = 5e-5
+    recorder.finish()
+    assert peaks_from_json(peaks_to_json(recorder.snapshot())).host_autograd_op_seconds == 5e-5
 
 
 @pytest.fixture

@@ -10,8 +10,11 @@ import pytest
 from planning_inputs import cluster, workload
 
 from launcher.errors import HardwareError
+from launcher.hardware import SiteConstants
 from launcher.measured_rates import rates_from_json, with_measured_rates
 from launcher.planning.planner import choose_strategy, make_plan
+from launcher.predict.site_constants import host_slowness, time_constants, with_site_constants
+from launcher.predict.time_calibration import REFERENCE_AUTOGRAD_OP_SECONDS
 from launcher.prepare import prepare
 from launcher.recipe import parse_recipe
 from launcher.strategy import Method, Offload
@@ -40,6 +43,29 @@ def test_a_slower_processor_is_planned_slower() -> None:
     half = {**TEN_GIGABIT, "gemm_tflop_per_s": usual.gpu.matmul_flops_per_s * 0.4 / 1e12}
     measured = with_measured_rates(usual, rates_from_json(json.dumps(half), source="x.json"))
     assert measured.gpu.matmul_flops_per_s == pytest.approx(usual.gpu.matmul_flops_per_s / 2)
+
+
+def test_a_slower_host_is_planned_slower_and_its_gpu_is_not() -> None:
+    # Twice the reference: the fitted 21 µs for an operation become 42, and 27 ms of Trainer 54.
+    slow = {**TEN_GIGABIT, "host_autograd_op_microseconds": 2 * REFERENCE_AUTOGRAD_OP_SECONDS * 1e6}
+    usual = cluster("H100-80GB")
+    measured = with_measured_rates(usual, rates_from_json(json.dumps(slow), source="x.json"))
+    constants = time_constants(measured)
+    assert host_slowness(measured) == pytest.approx(2)
+    assert constants.host_op_seconds == pytest.approx(42e-6)
+    assert constants.trainer_step_seconds == pytest.approx(0.054)
+    assert constants.efficiency_of(usual.gpu) == time_constants(usual).efficiency_of(usual.gpu)
+
+
+def test_what_a_site_fitted_to_its_own_runs_does_not_follow_the_measured_host() -> None:
+    site = SiteConstants(values=(("host_op_seconds", 30e-6),), num_runs=9, fitted_at="2026-01-01")
+    measured = replace(
+        with_site_constants(cluster("H100-80GB"), site),
+        host_autograd_op_seconds=2 * REFERENCE_AUTOGRAD_OP_SECONDS,
+    )
+    constants = time_constants(measured)
+    assert constants.host_op_seconds == pytest.approx(30e-6)
+    assert constants.trainer_step_seconds == pytest.approx(0.054)
 
 
 @pytest.mark.parametrize(
