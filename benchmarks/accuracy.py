@@ -51,11 +51,12 @@ def summary_lines(rows: Sequence[Row]) -> Iterator[str]:
 
 def table_lines(rows: Sequence[Row]) -> Iterator[str]:
     """Yield a Markdown table: predicted / measured and the error, by run and quantity."""
-    yield "| run | half | " + " | ".join(f"{name}" for name in QUANTITIES.values()) + " |"
-    yield "|---|---|" + "---|" * len(QUANTITIES)
+    quantities = [name for name in QUANTITIES if any(name in row.values for row in rows)]
+    yield f"| run | half | {' | '.join(QUANTITIES[name] for name in quantities)} |"
+    yield "|---|---|" + "---|" * len(quantities)
     for row in rows:
         cells = []
-        for quantity in QUANTITIES:
+        for quantity in quantities:
             if (error := row.error(quantity)) is None:
                 cells.append("")
                 continue
@@ -79,22 +80,33 @@ _INTRODUCTION = (
     "DeepSpeed resets torch's peak in the middle of init (0.19.8 `runtime/utils.py`,",
     "`empty_cache`): with an offloaded optimizer the measured init is too small (+65 %).",
     "",
-    "Step time: after the blind runs, attention's kernel was put right (multi-query Falcon: SDPA",
-    "computes all scores in fp32; before, -51 and -52 %), and weights that ZeRO-3 gathers a third",
-    "time, the chunked loss's recomputation and Liger's weight gradient of few rows were added. So",
-    "today's step times of blind_* are not blind. Mean error before and after: h100 8.5 and 8.3 %,",
-    "blind_h100 13.5 and 12.2, blind2_h100 21.7 and 17.5, study_h100 12.9 and 12.9, h200x2 10.7",
-    "and 9.7, blind_h200x2 19.5 and 14.8. What is left is mostly the host: steps bound by the GPU",
-    "differ by 1 % within a run, those bound by Python by up to 30 %, and hosts from each other:",
-    "on blind2_h100's, LoRA without ZeRO-3 too is predicted 22 to 26 % too slow, and on one GPU",
-    "ZeRO-3 is nothing but Python. Not explained: small steps with checkpoints on the host (up to",
-    "-34 %; copies of large ones agree), and paged AdamW under ZeRO-3 (-40 %; ZeRO-2's -20 %).",
-    "CPU-Adam: 1.2B parameters agree, 2.8B to 6.7B are predicted 16 to 31 % too slow. Its bytes",
-    "are DeepSpeed's; these runs need a fifth of a second and 0.31 ns per parameter, of which the",
-    "fifth has no cause that we know. 7b-lora-qv-z3-2048-gc-off-both (+19 %): one rank copies its",
-    "weights from the host without waiting (`partition_parameters.py`, `NoGatherHandle`; several",
-    "ranks wait), and the prediction lets it wait. Without, it would be -19 %, the same run of",
-    "1b-full-z3-1024-off-both -11 % for +4 %: something else is missing, and the formula stays.",
+    "Step time: after the first blind runs, attention's kernel was put right (multi-query",
+    "Falcon: SDPA computes all scores in fp32; before, -51 and -52 %), and weights that",
+    "ZeRO-3 gathers a third time, the chunked loss's recomputation and Liger's weight",
+    "gradient of few rows were added. So today's step times of blind_h100, blind2_h100 and",
+    "blind_h200x2 are not blind. Then CPU-Adam's rate was taken from three hosts' runs (h100,",
+    "study_h100, h200x2: 0.45, 0.35 and 0.33 ns a parameter, where 0.47 had been fitted to",
+    "the first alone). Mean error when they were made, before and after that: blind_h100",
+    "13.5, 12.2 and 10.6 %, blind2_h100 21.7, 17.5 and 16.4, blind_h200x2 19.5, 14.8 and",
+    "14.8.",
+    "",
+    "What is left is mostly the host: steps bound by the GPU differ by 1 % within a run,",
+    "those bound by Python by up to 30 %, and hosts from each other and with what their",
+    "neighbours do. On one where a step's parts were measured (`step_parts.py`), LoRA under",
+    "ZeRO-2, full fine-tuning under ZeRO-3 and under ZeRO-2 with checkpoints all took 1.3 to",
+    "1.5 times the predicted host time: one number explains them. So runs time some",
+    'operations before they load (`worker/host_speed.py`), and where they did, "step, host',
+    'measured" is the prediction that `zerofit plan --measured` makes when doctor has',
+    "measured that; without it, the host of the fitted runs is assumed.",
+    "",
+    "Not explained: small steps with checkpoints on the host (up to -34 %; copies of large",
+    "ones agree, and step_parts.py found pinned memory taken again, not made), paged AdamW",
+    "under ZeRO-3 (-40 %; by itself it needs 4 ms more than AdamW8bit for 1.2B parameters),",
+    "and small offloaded ones on real text. 7b-lora-qv-z3-2048-gc-off-both (+19 %): one rank",
+    "copies its weights from the host without waiting (`partition_parameters.py`,",
+    "`NoGatherHandle`; several ranks wait), and the prediction lets it wait. Without, it",
+    "would be -19 %, and 1b-full-z3-1024-off-both too fast by a fifth: something else is",
+    "missing, and the formula stays.",
     "",
     "gemma3-4b's init under ZeRO-3 (+4 %) is, to 1 MB, the output matrix that was made before it",
     "was tied to the embedding. It waits for Python's garbage collector, which then came early in",

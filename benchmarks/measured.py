@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ QUANTITIES = {
     "peak_reserved_bytes": "reserved",
     "device_used_bytes": "in use",
     "step_seconds": "step",
+    "step_seconds_of_host": "step, host measured",
 }
 
 
@@ -53,6 +54,8 @@ class Row:
     is_planned: bool = False
     """Whether the planner chooses such settings by itself."""
     values: dict[str, tuple[float, float]]
+    """``step_seconds_of_host`` is predicted with the host's speed as the run measured it when it
+    started; only runs that did have it."""
     phases: dict[str, tuple[int, int]]
 
     @property
@@ -90,7 +93,11 @@ def recorded_row(run: Mapping[str, Any]) -> Row:
     return Row(
         case=run["case"],
         half="blind",
-        values={key: (predicted[key], fullest[key]) for key in QUANTITIES if fullest[key]},
+        values={
+            key: (predicted[key], fullest[key])
+            for key in QUANTITIES
+            if key in predicted and fullest[key]
+        },
         phases={
             name: (size, fullest["phases"][name])
             for name, size in predicted["phases"].items()
@@ -114,13 +121,19 @@ def _row(result: Result, *, half: str, is_outdated: bool) -> Row:
     strategy = strategy_from_json(run["predicted"]["strategy"])
     memory = estimate_memory(workload, strategy, cluster)
     time = estimate_time(workload, strategy, cluster)
-    fullest = _fullest(run)
+    fullest = dict(_fullest(run))
     guesses = {
         "peak_allocated_bytes": memory.peak_allocated_bytes,
         "peak_reserved_bytes": memory.peak_reserved_bytes,
         "device_used_bytes": memory.device_used_bytes,
         "step_seconds": time.step_seconds,
     }
+    # Ranks wait for each other: the slowest host counts.
+    hosts = [rank.get("host_autograd_op_seconds") for rank in run["measured"]]
+    if slowest := max(filter(None, hosts), default=None):
+        known = replace(cluster, host_autograd_op_seconds=slowest)
+        guesses["step_seconds_of_host"] = estimate_time(workload, strategy, known).step_seconds
+        fullest["step_seconds_of_host"] = fullest["step_seconds"]
     return Row(
         case=run["case"],
         half=half,

@@ -11,7 +11,6 @@ from launcher.hardware import ClusterSpec, GpuSpec, SiteConstants
 from launcher.predict.calibration import CALIBRATION, Calibration
 from launcher.predict.time_calibration import (
     REFERENCE_AUTOGRAD_OP_SECONDS,
-    KernelEfficiency,
     TimeCalibration,
 )
 from launcher.units import format_bytes
