@@ -183,8 +183,11 @@ def _node_reports(ranks: Sequence[RankReport], prediction: Prediction) -> tuple[
     nodes = []
     for host, members in by_host.items():
         resident = [rank.host_rss_bytes for rank in members if rank.host_rss_bytes is not None]
+        # The prediction is for a node with all of its ranks.
+        is_whole = len(resident) >= (prediction.gpus_per_node or 0)
         host_bytes = Comparison(
-            predicted=prediction.host_bytes_per_node, measured=sum(resident) if resident else None
+            predicted=prediction.host_bytes_per_node if is_whole else None,
+            measured=sum(resident) if resident else None,
         )
         nodes.append(NodeReport(host=host, num_ranks=len(members), host_bytes=host_bytes))
     return tuple(nodes)

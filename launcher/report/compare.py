@@ -112,7 +112,12 @@ def _figures(report: RunReport) -> dict[str, Any]:
         if fullest
         else Comparison(predicted=predicted.device_used_bytes, measured=None)
     )
-    hosts = [node.host_bytes.measured or 0 for node in report.nodes]
+    fullest_node = max(report.nodes, key=lambda node: node.host_bytes.measured or 0, default=None)
+    host = (
+        fullest_node.host_bytes
+        if fullest_node
+        else Comparison(predicted=predicted.host_bytes_per_node, measured=None)
+    )
     time, loss = report.time, report.loss
     return {
         "state": report.state,
@@ -120,9 +125,7 @@ def _figures(report: RunReport) -> dict[str, Any]:
         "num_ranks": len(report.ranks),
         "peak_allocated_bytes": _both(allocated),
         "device_used_bytes": _both(device),
-        "host_bytes_per_node": _both(
-            Comparison(predicted=predicted.host_bytes_per_node, measured=max(hosts, default=None))
-        ),
+        "host_bytes_per_node": _both(host),
         "step_seconds": _both(time.step_seconds),
         "tokens_per_second": time.tokens_per_second,
         "tokens_per_second_per_gpu": _both(time.tokens_per_second_per_gpu),

@@ -32,6 +32,8 @@ class Prediction:
     max_seq_len: int | None = None
     """Tokens."""
     world_size: int | None = None
+    gpus_per_node: int | None = None
+    """Ranks of a node; on CPU, too."""
     gpu_name: str | None = None
     gpu_memory_bytes: int | None = None
     """What the plan could use, its safety margin included."""
@@ -75,6 +77,7 @@ def prediction_from_plan(plan: Mapping[str, object] | None) -> Prediction:
         precision=read_text(plan, "precision"),
         max_seq_len=read_int(plan, "max_seq_len"),
         world_size=world_size if world_size in range(1, MAX_WORLD_SIZE + 1) else None,
+        gpus_per_node=read_int(plan, "gpus_per_node"),
         gpu_name=read_text(plan, "gpu"),
         gpu_memory_bytes=(
             limit_bytes + (read_int(plan, "safety_margin_bytes") or 0) if limit_bytes else None

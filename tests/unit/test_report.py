@@ -97,6 +97,15 @@ def test_host_memory_of_a_node_is_the_sum_of_its_ranks() -> None:
     assert nodes[0].host_bytes.error_fraction == pytest.approx(0.5)  # (9 - 6) / 6
 
 
+def test_host_memory_is_compared_only_where_all_ranks_of_the_node_have_reported() -> None:
+    plan = {**PLAN, "world_size": 4, "gpus_per_node": 2}
+    ranks = tuple(rank(number, host=f"n{number // 2}") for number in (0, 1, 3))
+    whole, part = build_report(RunFiles(name="run", plan=plan, ranks=ranks)).nodes
+    # 9 GiB are predicted for two ranks, and each rank of the inputs has 3 GiB.
+    assert (whole.host_bytes.predicted, whole.host_bytes.measured) == (9 * GIB, 6 * GIB)
+    assert (part.host_bytes.predicted, part.host_bytes.measured) == (None, 3 * GIB)
+
+
 def test_missing_ranks_are_named() -> None:
     report = report_of(plan=PLAN | {"world_size": 4}, ranks=(rank(2), rank(0)))
     assert report.missing_ranks == (1, 3)
