@@ -12,7 +12,9 @@ from planning_inputs import cluster, workload
 from launcher.errors import HardwareError
 from launcher.hardware import SiteConstants
 from launcher.measured_rates import rates_from_json, with_measured_rates
+from launcher.planning.plan import plan_to_json
 from launcher.planning.planner import choose_strategy, make_plan
+from launcher.planning.view import render_plan
 from launcher.predict.site_constants import host_slowness, time_constants, with_site_constants
 from launcher.predict.time_calibration import REFERENCE_AUTOGRAD_OP_SECONDS
 from launcher.prepare import prepare
@@ -55,6 +57,20 @@ def test_a_slower_host_is_planned_slower_and_its_gpu_is_not() -> None:
     assert constants.host_op_seconds == pytest.approx(42e-6)
     assert constants.trainer_step_seconds == pytest.approx(0.054)
     assert constants.efficiency_of(usual.gpu) == time_constants(usual).efficiency_of(usual.gpu)
+
+
+def test_a_plan_says_how_slow_the_measured_hosts_are() -> None:
+    from rich.console import Console
+
+    place = replace(
+        cluster("H100-80GB"), host_autograd_op_seconds=1.3 * REFERENCE_AUTOGRAD_OP_SECONDS
+    )
+    plan = make_plan(workload(place=place), place)
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(render_plan(plan))
+    assert "measured by doctor: these hosts need 1.30 times the usual time" in captured.get()
+    assert plan_to_json(plan)["host_slowness"] == pytest.approx(1.3)
 
 
 def test_what_a_site_fitted_to_its_own_runs_does_not_follow_the_measured_host() -> None:
