@@ -84,7 +84,7 @@ class Plan:
     """The whole run; ``None`` while the number of its steps is not known."""
     price_per_gpu_hour: float | None = None
     speedup_over_one_node: float | None = 1.0
-    """Over one node at its own best, at equal global batch; ``None``: one has not the memory."""
+    """Over one node at its own best, at equal global batch; ``None``: one is not enough."""
     save_rate: SaveRate = USUAL_RATE
 
     @property

@@ -205,7 +205,7 @@ def _amount(value: float) -> str:
 
 def _nodes_words(num_nodes: int, speedup: float | None) -> str:
     if speedup is None:
-        return "one node alone has not enough memory"
+        return "one node alone is not enough for this"
     if speedup < 1:
         return (
             f"{num_nodes:,} nodes take {1 / speedup:.1f} times as long as one at its best: the "
