@@ -32,10 +32,11 @@ def prepare_command(*, args: tuple[str, ...], png: Path | None, as_json: bool) -
     The job and `zerofit plan` find it there. Nothing is trained.
     """
     from launcher.data_view import describe_data, histogram_lines
-    from launcher.prepare import read_recipe
+    from launcher.prepare import prepare, read_recipe
     from launcher.prepare_data import plans_at_lengths, prepare_data
 
     recipe, source = read_recipe(args, {})
+    prepare(recipe, source=source)  # what no plan can use is not tokenised first
     prepared = prepare_data(recipe, picture=png)
     plans = plans_at_lengths(recipe, prepared.summary, source=source)
     if as_json:

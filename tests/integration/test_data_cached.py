@@ -138,12 +138,16 @@ def test_what_is_prepared_is_shown_planned_for_and_not_tokenised_again(
 
 def test_data_that_cannot_be_used_ends_prepare_with_2(tmp_path: Path, model: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"prompt": "b", "completion": "c"}\n')
-    recipe = f"model: {{name_or_path: {model}}}\ndata: {{path: train.jsonl}}\n"
+    recipe = f"model: {{name_or_path: {model}}}\nmax_seq_len: 512\ndata: {{path: train.jsonl}}\n"
     (tmp_path / "recipe.yaml").write_text(recipe)
     done = zerofit("data", "prepare", "recipe.yaml", folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "train.jsonl line 2: this record is prompt_completion" in done.stderr
     assert "Traceback" not in done.stderr
+    # The model is made for 512 tokens: said before anything is tokenised.
+    done = zerofit("data", "prepare", "recipe.yaml", "max_seq_len=513", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "max_seq_len is 513" in done.stderr
 
 
 def test_an_export_names_every_source_and_hashes_them_together(tmp_path: Path) -> None:
