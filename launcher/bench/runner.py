@@ -253,7 +253,13 @@ def _run_case(case: Case, run_dir: Path, *, seconds: float | None, start: Start)
             start(made_dir, backend, request, prepared.plan)
     except InterruptionError as error:
         if error.signal_number != signal.SIGALRM:
-            raise
+            # A run's own advice, another folder, is not what a sweep needs.
+            raise type(error)(
+                error.problem,
+                where=error.where,
+                fix="the same command begins again with this case",
+                signal_number=error.signal_number,
+            ) from None
         is_out_of_time = True
         failure = {"phase": None, "message": f"it had not ended after {seconds:.0f} s"}
     except LauncherError as error:

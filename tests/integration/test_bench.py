@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -15,7 +16,15 @@ import pytest
 from worker_runs import environment, make_model
 
 from launcher import run_dir as rd
-from launcher.bench.runner import plan_case, read_sweep
+from launcher.bench.runner import (
+    Limits,
+    Outputs,
+    plan_case,
+    read_outputs,
+    read_sweep,
+    run_sweep,
+)
+from launcher.dispatch.base import JobInterruptedError
 
 pytestmark = pytest.mark.integration
 
@@ -117,6 +126,20 @@ def test_a_case_out_of_time_leaves_no_process_behind(
     for rank in rd.read_ranks(folder / "out" / "runs" / "never-ends"):
         with pytest.raises(ProcessLookupError):
             os.kill(rank.pid, 0)
+
+
+def test_whoever_stops_a_sweep_is_told_how_it_goes_on(folder: Path) -> None:
+    def start(*_: object) -> None:
+        raise JobInterruptedError(
+            "the run was stopped", where="a run", fix="a new folder", signal_number=signal.SIGINT
+        )
+
+    outputs = Outputs(folder=folder / "stopped", stem="sweep", runs=folder / "stopped-runs")
+    assert read_outputs(outputs) == ()
+    cases = read_sweep(folder / "sweep.yaml", ())
+    with pytest.raises(JobInterruptedError, match="the same command begins again with this case"):
+        run_sweep(cases, outputs, limits=Limits(), say=print, start=start)
+    assert read_outputs(outputs) == ()
 
 
 def test_a_dry_run_plans_and_writes_nothing(folder: Path) -> None:
