@@ -144,6 +144,10 @@ def _step_seconds(
     power = 1.0 if cluster.gpu.device_type == "cpu" else calibration.bottleneck_exponent
     micro = ((host + hooks) ** power + device**power) ** (1 / power) + copies.micro_seconds
     optimizer = _optimizer_seconds(strategy, cluster, calibration, weight_totals(workload))
+    if strategy.zero_stage == 0:
+        # Without ZeRO no gradient has a hook. DeepSpeed 0.19.8 (fp16/unfused_optimizer.py:step)
+        # goes over them one by one after backward, and waits to hear whether each is finite.
+        optimizer["optimizer"] += calibration.gradient_hook_seconds * work.trainable_tensors
     steps = strategy.gradient_accumulation_steps
     step_seconds = (
         steps * micro + links.boundary_seconds + copies.boundary_seconds + sum(optimizer.values())
@@ -207,7 +211,8 @@ def _host_seconds(
 ) -> tuple[float, float]:
     """Return the host's time for launches, and for ZeRO-3's hooks, in one micro-step."""
     launches = calibration.host_op_seconds * work.host_ops
-    launches += calibration.gradient_hook_seconds * work.trainable_tensors
+    if strategy.zero_stage > 0:
+        launches += calibration.gradient_hook_seconds * work.trainable_tensors
     if strategy.zero_stage < 3:
         return launches, 0.0
     hooks = calibration.zero3_module_seconds * work.modules_with_params
