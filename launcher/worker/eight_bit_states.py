@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The names that torch and DeepSpeed give to what bitsandbytes calls state1 and state2."""
 _BLOCK_ELEMENTS = 256  # bitsandbytes 0.50.2 optim/optimizer.py:Optimizer2State.init_state
@@ -32,6 +30,7 @@ def fp32_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """
     if MOMENTS[0] in state:
         return dict(state)
+    import torch
     from bitsandbytes.functional import dequantize_blockwise
 
     flat = {**state, **state.get(_WRAPPED, {})}
@@ -56,6 +55,8 @@ def write_with_fp32_moments(source: Path, target: Path) -> None:
         source: the folder of shards (``global_step…``) that a run with 8-bit states saved.
         target: a folder to make.
     """
+    import torch
+
     target.mkdir(parents=True)
     for path in source.iterdir():
         if not path.name.endswith("optim_states.pt"):
@@ -68,13 +69,13 @@ def write_with_fp32_moments(source: Path, target: Path) -> None:
         torch.save(saved, target / path.name)
 
 
-@torch.no_grad()
 def round_states(optimizer: Any) -> None:
     """Replace fp32 moments by what bitsandbytes keeps, in the blocks of these tensors.
 
     Args:
         optimizer: bitsandbytes' AdamW, with states as DeepSpeed's universal loader leaves them.
     """
+    import torch
     from bitsandbytes.functional import quantize_blockwise
 
     group = optimizer.param_groups[0]
@@ -84,15 +85,16 @@ def round_states(optimizer: Any) -> None:
         group["params"] = [parameter]
         optimizer.state[parameter] = {}
         optimizer.init_state(group, parameter, 0, 0)
-        state = optimizer.state[parameter]
-        state["step"] = int(loaded["step"])
-        for number, moment in enumerate(MOMENTS, start=1):
-            value = loaded.pop(moment).to(parameter.device, torch.float32)
-            if state[f"state{number}"].dtype == torch.uint8:
-                value, scales = quantize_blockwise(
-                    value, code=state[f"qmap{number}"], blocksize=_BLOCK_ELEMENTS
-                )
-                state[f"absmax{number}"].copy_(scales.absmax)
-            # In place: of a paged optimizer these are the pages.
-            state[f"state{number}"].copy_(value.view_as(parameter))
+        with torch.no_grad():
+            state = optimizer.state[parameter]
+            state["step"] = int(loaded["step"])
+            for number, moment in enumerate(MOMENTS, start=1):
+                value = loaded.pop(moment).to(parameter.device, torch.float32)
+                if state[f"state{number}"].dtype == torch.uint8:
+                    value, scales = quantize_blockwise(
+                        value, code=state[f"qmap{number}"], blocksize=_BLOCK_ELEMENTS
+                    )
+                    state[f"absmax{number}"].copy_(scales.absmax)
+                # In place: of a paged optimizer these are the pages.
+                state[f"state{number}"].copy_(value.view_as(parameter))
     group["params"] = listed

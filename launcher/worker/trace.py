@@ -19,7 +19,7 @@ from launcher.errors import LauncherError, RecipeError
 from launcher.model_spec import ModelSpec, spec_from_config, spec_from_facts
 from launcher.planning.plan import strategy_from_json, strategy_to_json
 from launcher.strategy import Method, Precision, Strategy
-from launcher.worker.program import collect_garbage_from_now_on
+from launcher.worker.program import collect_garbage_from_now_on, run_program
 from launcher.workload import LoraSpec, Workload
 
 SCHEMA_VERSION = 1
@@ -194,4 +194,4 @@ def _unreadable(problem: str) -> RecipeError:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

@@ -12,13 +12,20 @@ from launcher.ds_keys import not_knobs
 from launcher.strategy import Offload, Optimizer, Precision, Strategy
 from launcher.workload import Workload
 
+# What watches or logs a run: no byte of it, but files and a service of the user's.
+_WATCHING = frozenset({
+    "autotuning", "comms_logger", "csv_monitor", "dump_state", "flops_profiler",
+    "memory_breakdown", "tensorboard", "wall_clock_breakdown", "wandb",
+})  # fmt: skip
+
 
 def deepspeed_config(
     workload: Workload, strategy: Strategy, *, scale: int, raw_deepspeed: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the DeepSpeed configuration with every count of elements divided by scale**2.
 
-    Raw keys that are part of the strategy are taken from there; the others go in as they are.
+    Raw keys that are part of the strategy are taken from there; the others go in as they are,
+    less those that watch or log.
     """
     knobs, area = strategy.zero, scale**2
 
@@ -60,7 +67,8 @@ def deepspeed_config(
         config[workload.precision.value] = {"enabled": True, **static}
     if strategy.grad_accum_dtype is not None:
         config["data_types"] = {"grad_accum_dtype": strategy.grad_accum_dtype.value}
-    return merge(config, not_knobs(raw_deepspeed))
+    raw = {key: value for key, value in raw_deepspeed.items() if key not in _WATCHING}
+    return merge(config, not_knobs(raw))
 
 
 def make_optimizer(params: list[torch.nn.Parameter], strategy: Strategy) -> torch.optim.Optimizer:

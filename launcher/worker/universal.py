@@ -109,7 +109,6 @@ def _merge_shards(source: Path, states: Path) -> list[dict[str, Any]]:
     """Let DeepSpeed merge the ranks' shards; return the optimizer's parameter groups."""
     from deepspeed.checkpoint import ds_to_universal
 
-    collect_garbage_from_now_on()
     shapes = _shapes(source)
     # One process: memory stays that of one rank's file, and nothing forks a torch process.
     options = argparse.Namespace(
@@ -205,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     begin_program()
     load_weights_only()
+    collect_garbage_from_now_on()
     try:
         convert(read_checkpoint(options.checkpoint), options.out)
     except LauncherError as error:
