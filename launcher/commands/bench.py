@@ -16,7 +16,7 @@ from launcher.errors import JobFailedError, RecipeError
 
 if TYPE_CHECKING:
     from launcher.bench.result import Result
-    from launcher.bench.runner import Outputs
+    from launcher.bench.runner import Limits, Outputs
     from launcher.bench.sweep import Case
 
 
@@ -117,7 +117,7 @@ def _run(
     **limits: Any,
 ) -> None:
     from launcher.bench.result import remaining
-    from launcher.bench.runner import Limits, Outputs, read_outputs, run_sweep, start_with
+    from launcher.bench.runner import Limits, Outputs, read_outputs
 
     if array and (warm or any(limits.values())):
         raise click.UsageError(
@@ -138,9 +138,7 @@ def _run(
     if array:
         _submit(tuple(c for c in left if c.name not in waiting), outputs, show, max_parallel)
     else:
-        with contextlib.ExitStack() as stack:
-            start = start_with(outputs, stack, is_warm=warm)
-            made = run_sweep(left, outputs, limits=Limits(**limits), say=show, start=start)
+        made = _run_here(left, outputs, show, limits=Limits(**limits), is_warm=warm)
     results = read_outputs(outputs)
     paths = _write_summaries(outputs, results)
     states = [result.state for result in results]
@@ -158,6 +156,27 @@ def _run(
             where=str(outputs.results),
             fix="see their failure and their run directories; --retry-failed runs them again",
         )
+
+
+def _run_here(
+    cases: tuple[Case, ...],
+    outputs: Outputs,
+    show: Callable[[str], None],
+    *,
+    limits: Limits,
+    is_warm: bool,
+) -> tuple[Result, ...]:
+    from launcher.bench.runner import read_outputs, run_sweep, start_with
+    from launcher.dispatch.base import InterruptionError
+
+    with contextlib.ExitStack() as stack:
+        start = start_with(outputs, stack, is_warm=is_warm)
+        try:
+            return run_sweep(cases, outputs, limits=limits, say=show, start=start)
+        except (InterruptionError, KeyboardInterrupt):
+            paths = _write_summaries(outputs, read_outputs(outputs))
+            show(f"wrote what there is: {', '.join(str(path) for path in paths)}")
+            raise
 
 
 def _gathered(

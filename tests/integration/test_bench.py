@@ -13,17 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 from worker_runs import environment, make_model
 
 from launcher import run_dir as rd
-from launcher.bench.runner import (
-    Limits,
-    Outputs,
-    plan_case,
-    read_outputs,
-    read_sweep,
-    run_sweep,
-)
+from launcher.bench.runner import plan_case, read_sweep
+from launcher.commands.bench import bench as bench_command
 from launcher.dispatch.base import JobInterruptedError
 
 pytestmark = pytest.mark.integration
@@ -128,18 +123,43 @@ def test_a_case_out_of_time_leaves_no_process_behind(
             os.kill(rank.pid, 0)
 
 
-def test_whoever_stops_a_sweep_is_told_how_it_goes_on(folder: Path) -> None:
+def stopped_early(folder: Path, out: Path, *options: str) -> Result:
+    """Go on with a sweep of which one case has its result, in this process."""
+    out.mkdir()
+    first = (folder / "out" / "sweep.jsonl").read_text().partition("\n")[0]
+    (out / "sweep.jsonl").write_text(first + "\n")
+    done = CliRunner().invoke(
+        bench_command, [str(folder / "sweep.yaml"), "--out", str(out), *options]
+    )
+    assert (out / "sweep.jsonl").read_text() == first + "\n"
+    with (out / "sweep.csv").open() as stream:
+        assert [row["case"] for row in csv.DictReader(stream)] == ["zero-2"]
+    assert [path.read_bytes()[1:4] for path in out.glob("*.png")] == [b"PNG"]
+    return done
+
+
+@pytest.mark.usefixtures("outcome")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_stopped_writes_table_and_pictures_and_says_how_it_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
     def start(*_: object) -> None:
         raise JobInterruptedError(
-            "the run was stopped", where="a run", fix="a new folder", signal_number=signal.SIGINT
+            "the run was stopped", where="a run", fix="a new folder", signal_number=number
         )
 
-    outputs = Outputs(folder=folder / "stopped", stem="sweep", runs=folder / "stopped-runs")
-    assert read_outputs(outputs) == ()
-    cases = read_sweep(folder / "sweep.yaml", ())
-    with pytest.raises(JobInterruptedError, match="the same command begins again with this case"):
-        run_sweep(cases, outputs, limits=Limits(), say=print, start=start)
-    assert read_outputs(outputs) == ()
+    monkeypatch.setattr("launcher.bench.runner.start_with", lambda *_, **__: start)
+    done = stopped_early(folder, tmp_path / "out")
+    assert isinstance(done.exception, JobInterruptedError)
+    assert done.exception.fix == "the same command begins again with this case"
+    assert "wrote what there is" in done.output
+
+
+@pytest.mark.usefixtures("outcome")
+def test_a_sweep_whose_time_is_over_writes_table_and_pictures(folder: Path, tmp_path: Path) -> None:
+    done = stopped_early(folder, tmp_path / "out", "--total-seconds", "1")
+    assert done.exit_code == 0
+    assert "no time left for 2 more cases" in done.output
 
 
 def test_a_dry_run_plans_and_writes_nothing(folder: Path) -> None:
