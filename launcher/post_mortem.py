@@ -45,7 +45,8 @@ class PostMortem:
     measured: Mapping[str, int]
     """Weights, gradients, optimizer states and everything else on the device."""
     next_rung: Mapping[str, Any] | None
-    """The first strategy of the plan's own ladder; the supervisor searches again."""
+    """The first strategy of the plan's own ladder; the supervisor searches again. Where that ladder
+    is empty, what the supervisor found, with ``given_up``: keys of the recipe that it changes."""
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values that :func:`read_post_mortems` reads back."""

@@ -130,14 +130,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "rejected": [
             {**asdict(item), "strategy": strategy_to_json(item.strategy)} for item in plan.rejected
         ],
-        "ladder": [
-            {
-                "strategy": strategy_to_json(item.strategy),
-                "device_used_bytes": item.memory.device_used_bytes,
-                "step_seconds": item.time.step_seconds,
-            }
-            for item in plan.ladder
-        ],
+        "ladder": [rung_to_json(item) for item in plan.ladder],
         "suggestions": list(plan.suggestions),
         "unpredicted_keys": list(plan.unpredicted_keys),
         "run": None if plan.run is None else asdict(plan.run),
@@ -151,6 +144,15 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         },
         "calibrated": None if cluster.site is None else _site_to_json(cluster.site),
         "host_slowness": host_slowness(cluster),
+    }
+
+
+def rung_to_json(rung: Candidate | Plan) -> dict[str, Any]:
+    """Return JSON values that say what a strategy to fall back to costs and saves."""
+    return {
+        "strategy": strategy_to_json(rung.strategy),
+        "device_used_bytes": rung.memory.device_used_bytes,
+        "step_seconds": rung.time.step_seconds,
     }
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 from launcher import starter_lock
 from launcher.dispatch.failure import HostLostError, is_consequence, read_failures
 from launcher.dispatch.run_state import last_logged
-from launcher.errors import JobFailedError
+from launcher.errors import JobFailedError, RunDirError
 from launcher.failure_kind import FailureKind
 from launcher.peaks import RankPeaks
+from launcher.planning.plan import rung_to_json
+from launcher.post_mortem import post_mortem_file, read_post_mortems
 from launcher.prepare import Prepared
 from launcher.recovery.decide import Action, Decision, decide
 from launcher.recovery.next_rung import changed_fields, next_rung, set_by_hand
@@ -27,7 +30,7 @@ from launcher.recovery.other_hosts import (
 )
 from launcher.recovery.record import FailedAttempt, append_failed_attempt
 from launcher.run_checkpoints import newest_checkpoint
-from launcher.run_dir import read_ranks
+from launcher.run_dir import read_ranks, write_json
 from launcher.units import format_bytes
 
 _log = logging.getLogger(__name__)
@@ -138,15 +141,17 @@ def judge(
         in_queue = _num_left(error) is not None
         action = Action.requeue if in_queue else Action.stop
         decision = Decision(action=action, reason=str(why))
-    if error.kind in _MEMORY and following is None:
-        # Not to be started; but the last word says what would fit.
-        error = _with_what_would_fit(situation, _next_rung(situation))
-    elif following is not None and error.kind in _MEMORY and not following.prepared.plan.fits:
-        decision = Decision(
-            action=Action.stop, reason="no plan that is left would need less of what ran out"
-        )
-        error = _with_what_would_fit(situation, following)
-        following = None
+    if error.kind in _MEMORY:
+        found = following or _next_rung(situation)
+        _complete_post_mortems(situation, found)
+        if following is not None and not found.prepared.plan.fits:
+            decision = Decision(
+                action=Action.stop, reason="no plan that is left would need less of what ran out"
+            )
+            following = None
+        if following is None:
+            # Not to be started; but the last word says what would fit.
+            error = _with_what_would_fit(situation, found)
     record = _record(situation, decision, following, supervisor=supervisor)
     try:
         append_failed_attempt(run_dir, record)
@@ -227,6 +232,28 @@ _FOLLOWING: Mapping[Action, Callable[[Situation], Following | None]] = {
     Action.next_rung: _next_rung,
     Action.other_hosts: _other_hosts,
 }
+
+
+def _complete_post_mortems(situation: Situation, found: Following) -> None:
+    """Write what comes next into those that know nothing: their recipe left the plan no ladder."""
+    run_dir, before = situation.run_dir, situation.prepared
+    unsaid = [one for one in read_post_mortems(run_dir) if one.next_rung is None]
+    if unsaid and not found.prepared.plan.fits and before.recipe.recovery.oom == "within_recipe":
+        # What this recipe forbids is still worth knowing.
+        free = replace(before.recipe, recovery=replace(before.recipe.recovery, oom="ladder"))
+        found = _next_rung(replace(situation, prepared=replace(before, recipe=free)))
+    if not found.prepared.plan.fits:
+        return
+    rung = {**rung_to_json(found.prepared.plan), "given_up": list(found.given_up)}
+    try:
+        for one in unsaid:
+            path = post_mortem_file(run_dir, one.rank)
+            written = path.stat()
+            write_json(path, replace(one, next_rung=rung).to_json())
+            # Its time stays that of the rank's last word.
+            os.utime(path, ns=(written.st_atime_ns, written.st_mtime_ns))
+    except (OSError, RunDirError) as problem:
+        _log.error("the post-mortems cannot be completed: %s", problem)
 
 
 def _with_what_would_fit(situation: Situation, found: Following) -> JobFailedError:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher import run_dir as rd
+from launcher.errors import JobFailedError
 from launcher.failure_kind import FailureKind
+from launcher.planning.plan import strategy_from_json
 from launcher.post_mortem import PostMortem, post_mortem_file, read_post_mortems
 from launcher.prepare import Prepared, prepare
 from launcher.recipe import parse_recipe, render_recipe
+from launcher.recovery.judge import judge
 from launcher.recovery.next_rung import Rung, ceiling_after, next_rung
 from launcher.run_checkpoints import MANIFEST
 from launcher.strategy import Offload
@@ -192,3 +196,45 @@ def test_lack_of_host_memory_limits_the_host_alone() -> None:
     )
     assert ceiling.host_bytes == int(0.95 * plan.memory.host_bytes_per_node)
     assert (ceiling.phase, ceiling.device_bytes) == (None, None)
+
+
+FIXED = {
+    "zero_stage": 2, "micro_batch_size_per_gpu": 1, "gradient_checkpointing": "none",
+    "attention": "eager", "loss": "full", "optimizer": "adamw", "offload_optimizer": "none",
+    "offload_param": "none", "grad_accum_dtype": "fp32", "sequence_parallel_size": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("oom", ["ladder", "stop", "within_recipe"])
+def test_a_post_mortem_names_the_next_strategy_and_the_keys_it_takes_where_all_are_fixed(
+    tmp_path: Path, oom: str
+) -> None:
+    before = prepared(f"recovery.oom={oom}", *(f"strategy.{k}={v}" for k, v in FIXED.items()))
+    assert not before.plan.ladder
+    path = post_mortem_file(tmp_path, 1)
+    path.parent.mkdir()
+    rd.write_json(path, post_mortem().to_json())
+    os.utime(path, (1_000_000, 1_000_000))
+    error = JobFailedError("out of memory", where="rank 1", fix="less", kind=GPU_OOM)
+    verdict = judge(tmp_path, before, error, [], supervisor="test")
+    (found,) = read_post_mortems(tmp_path)
+    assert found.next_rung is not None
+    named = found.next_rung["strategy"]
+    changed = {key for key, value in FIXED.items() if named[key] != value}
+    assert set(found.next_rung["given_up"]) == changed != set()
+    assert found.next_rung["device_used_bytes"] < before.plan.memory.device_used_bytes
+    assert found.next_rung["step_seconds"] > 0
+    assert path.stat().st_mtime == 1_000_000, "the moment of the rank's last word"
+    assert (verdict.following is not None) == (oom == "ladder")
+    if verdict.following:
+        assert strategy_from_json(named) == verdict.following.prepared.plan.strategy
+
+
+def test_a_post_mortem_that_names_a_rung_of_its_plans_ladder_keeps_it(tmp_path: Path) -> None:
+    path = post_mortem_file(tmp_path, 1)
+    path.parent.mkdir()
+    said = post_mortem(next_rung={"strategy": {}, "device_used_bytes": 1, "step_seconds": 1.0})
+    rd.write_json(path, said.to_json())
+    error = JobFailedError("out of memory", where="rank 1", fix="less", kind=GPU_OOM)
+    judge(tmp_path, prepared(), error, [], supervisor="test")
+    assert read_post_mortems(tmp_path) == (said,)
