@@ -155,5 +155,7 @@ def unpredicted_keys(raw: Mapping[str, Any]) -> tuple[str, ...]:
     zero = raw.get("zero_optimization", {})
     given = {**raw, **{f"zero_optimization.{key}": value for key, value in zero.items()}}
     return tuple(
-        name for name, default in _UNPREDICTED.items() if name in given and given[name] != default
+        name
+        for name, default in _UNPREDICTED.items()
+        if given.get(name, default) not in (default, {"enabled": False})
     )

@@ -59,8 +59,8 @@ def run_program(main: Callable[[], int]) -> NoReturn:
 
     What is registered with ``atexit`` from now on runs as always, and threads are waited for. What
     is left out is Python's walk through all objects of the training stack, 1.2 s of a processor;
-    the system takes the memory back at once. Call it before anything else is imported. Where
-    ``main`` raises, the end is Python's own.
+    the system takes the memory back at once. What open files still buffer is lost: close them. Call
+    it before anything else is imported. Where ``main`` raises, the end is Python's own.
     """
     statuses: list[int] = []
 

@@ -59,6 +59,7 @@ def test_keys_that_no_prediction_follows_are_known() -> None:
     raw = {
         "communication_data_type": "fp32",
         "wall_clock_breakdown": True,
+        "torch_autocast": {"enabled": False},
         "zero_optimization": {
             "zero_hpz_partition_size": 8,
             "zero_quantized_weights": False,
