@@ -221,15 +221,15 @@ class RunPhases:
     def save(self) -> Iterator[Candidate]:
         """Yield: what a checkpoint adds.
 
-        ZeRO-3 gathers one tensor at a time, into a copy even on a single rank
-        (``engine.py:_zero3_consolidated_16bit_state_dict``). ZeRO-1/2 keep all trained tensors
-        in one storage, of which PEFT's ``save_pretrained`` clones every tensor.
+        ZeRO-3 gathers one trained tensor at a time (``worker/weight_files.py``), into a copy even
+        on a single rank. ZeRO-1/2 keep all trained tensors in one storage, of which PEFT's
+        ``save_pretrained`` clones every tensor.
         """
         zero, found = self.zero, dict(self.resident)
         if zero.stage == 3:
             # From the host, the rank's own part comes first.
             parts = 1 / zero.world_size if zero.has_offloaded_params else 0.0
-            found[GATHERED] = (1 + parts) * zero.counts.largest_in_bytes
+            found[GATHERED] = (1 + parts) * zero.width * zero.counts.largest_trainable
         elif zero.stage > 0 and not zero.is_full:
             found["adapters cloned to be saved"] = float(zero.width * zero.counts.trainable)
         yield "checkpoint", found
