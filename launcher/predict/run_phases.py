@@ -229,7 +229,7 @@ class RunPhases:
         if zero.stage == 3:
             # From the host, the rank's own part comes first.
             parts = 1 / zero.world_size if zero.has_offloaded_params else 0.0
-            found[GATHERED] = (1 + parts) * zero.width * zero.counts.largest_trainable
+            found[GATHERED] = (1 + parts) * zero.trained_width * zero.counts.largest_trainable
         elif zero.stage > 0 and not zero.is_full:
             found["adapters cloned to be saved"] = float(zero.width * zero.counts.trainable)
         yield "checkpoint", found
