@@ -25,7 +25,7 @@ from launcher.predict.memory import estimate_memory
 from launcher.prepare import may_use_liger, resolve_cluster
 from launcher.recipe import parse_recipe
 from launcher.recipe_sections import Recipe, StrategySection
-from launcher.recovery.next_rung import ceiling_after, what_may_change
+from launcher.recovery.next_rung import ceiling_after, what_may_change, with_leave
 from launcher.report.run_report import RunReport
 from launcher.resolve import PACKABLE, resolve_workload
 from launcher.strategy import Precision, Strategy
@@ -138,8 +138,8 @@ def _best_below(run: _Run, directory: Path, report: RunReport) -> Candidate | No
         num_earlier=0,
         found=read_post_mortems(directory),
     )
-    asked = replace(run.recipe, recovery=replace(run.recipe.recovery, oom="ladder"))
-    found = (run.best_for(run.workload, fixed, ceiling) for fixed in what_may_change(asked))
+    changes = what_may_change(with_leave(run.recipe))
+    found = (run.best_for(run.workload, fixed, ceiling) for fixed in changes)
     return next((candidate for candidate in found if candidate is not None), None)
 
 

@@ -86,6 +86,11 @@ class Optimizer(StrEnum):
     adamw_8bit = "adamw_8bit"
     paged_adamw_8bit = "paged_adamw_8bit"
 
+    @property
+    def is_8bit(self) -> bool:
+        """Whether it is bitsandbytes', with its states in 8 bits."""
+        return self.endswith("8bit")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZeroKnobs:
@@ -132,3 +137,8 @@ class Strategy:
     """Liger RMSNorm, RoPE and SwiGLU in place of the eager modules."""
     expandable_segments: bool = True
     zero: ZeroKnobs = field(default_factory=ZeroKnobs)
+
+
+def needs_bitsandbytes(method: Method, strategy: Strategy) -> bool:
+    """Return whether weights or the optimizer's states are kept in 4 or 8 bits."""
+    return method is Method.qlora or strategy.optimizer.is_8bit

@@ -28,7 +28,7 @@ from launcher.dispatch.watch import watch
 from launcher.errors import SetupError
 from launcher.job_script import RUN_ID_VARIABLE, DeepSpeedJob, JobRequest, job_environment
 from launcher.planning.plan import Plan
-from launcher.strategy import Method, Optimizer
+from launcher.strategy import needs_bitsandbytes
 
 SERVER_MODULE = "launcher.worker.fork_server"
 _READY_SECONDS = 300.0
@@ -203,11 +203,8 @@ class ForkServers:
         # Not isinstance: the backend for a hostfile's hosts is built on the local one.
         if type(backend) is not LocalBackend:
             return backend
-        needs_bitsandbytes = plan.workload.method is Method.qlora or plan.strategy.optimizer in (
-            Optimizer.adamw_8bit,
-            Optimizer.paged_adamw_8bit,
-        )
-        server = self._servers[needs_bitsandbytes, plan.strategy.expandable_segments]
+        is_needed = needs_bitsandbytes(plan.workload.method, plan.strategy)
+        server = self._servers[is_needed, plan.strategy.expandable_segments]
         return WarmBackend(local=backend, plan=plan, server=server)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from launcher.hardware import ClusterSpec, GpuSpec
 from launcher.model_spec import ModelSpec
+from launcher.predict.attention_kernel import LARGEST_FLASH_HEAD_DIM
 from launcher.predict.liger_kernels import LIGER_MODEL_TYPES, has_liger_kernels, runs_triton
 from launcher.strategy import (
     Attention,
@@ -20,10 +21,7 @@ from launcher.strategy import (
 from launcher.units import format_bytes
 from launcher.workload import Workload
 
-# flash-attention 2 README: "All head dimensions up to 256".
-_LARGEST_FLASH_HEAD_DIM = 256
 METHOD_NAME = {Method.full: "full fine-tuning", Method.lora: "LoRA", Method.qlora: "QLoRA"}
-_EIGHT_BIT = (Optimizer.adamw_8bit, Optimizer.paged_adamw_8bit)
 _MOST_8BIT_ELEMENTS = 2**31 - 1
 
 
@@ -153,9 +151,9 @@ def _kernel_reasons(strategy: Strategy, workload: Workload, gpu: GpuSpec) -> Ite
         if workload.precision is Precision.fp32:
             # flash-attention 2 README: "Datatype fp16 and bf16".
             yield "FlashAttention-2 has fp16 and bf16 kernels only: use sdpa for fp32"
-        if model.head_dim > _LARGEST_FLASH_HEAD_DIM:
+        if model.head_dim > LARGEST_FLASH_HEAD_DIM:
             yield (
-                f"FlashAttention-2 has kernels up to head size {_LARGEST_FLASH_HEAD_DIM}; "
+                f"FlashAttention-2 has kernels up to head size {LARGEST_FLASH_HEAD_DIM}; "
                 f"{model.name} has {model.head_dim}: use sdpa"
             )
     if strategy.attention is not Attention.eager and model.attention_softcap:
@@ -178,7 +176,7 @@ def _optimizer_reasons(
     strategy: Strategy, workload: Workload, cluster: ClusterSpec
 ) -> Iterator[str]:
     gpu = cluster.gpu
-    if strategy.optimizer not in _EIGHT_BIT:
+    if not strategy.optimizer.is_8bit:
         return
     partition = workload.num_trainable_params
     if strategy.zero_stage > 0:

@@ -7,7 +7,8 @@ from launcher.predict.layer_parts import AttentionKernel
 from launcher.strategy import Attention, Precision, Strategy
 from launcher.workload import Workload
 
-_LARGEST_FLASH_HEAD_DIM = 256
+# flash-attention 2 README: "All head dimensions up to 256".
+LARGEST_FLASH_HEAD_DIM = 256
 # Compute capability from which torch prefers cuDNN's attention to the memory-efficient kernel.
 _CUDNN_ATTENTION = (9, 0)
 
@@ -55,7 +56,7 @@ def can_run_flash(workload: Workload, gpu: GpuSpec) -> bool:
     """
     model = workload.model
     is_16_bit = workload.precision is not Precision.fp32
-    fits_kernel = model.head_dim <= _LARGEST_FLASH_HEAD_DIM and model.attention_softcap is None
+    fits_kernel = model.head_dim <= LARGEST_FLASH_HEAD_DIM and model.attention_softcap is None
     return gpu.has_flash_attention_2 and is_16_bit and fits_kernel
 
 

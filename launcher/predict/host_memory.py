@@ -14,7 +14,7 @@ from collections.abc import Callable
 from launcher.hardware import ClusterSpec
 from launcher.predict.calibration import Calibration
 from launcher.predict.zero_runtime import ZeroRuntime
-from launcher.strategy import Checkpointing, Offload, Optimizer, Precision
+from launcher.strategy import Checkpointing, Offload, Precision
 
 # zero/offload_config.py defaults for NVMe: buffers, elements in a buffer, elements kept in RAM.
 _NVME_OPTIMIZER_BUFFERS = 4
@@ -111,8 +111,7 @@ def _cpu_optimizer(zero: ZeroRuntime, pin: Callable[[float], int]) -> dict[str, 
 
 
 def _moment_bytes(zero: ZeroRuntime) -> float:
-    is_8bit = zero.strategy.optimizer in {Optimizer.adamw_8bit, Optimizer.paged_adamw_8bit}
-    return 2 * (1 + 4 / 256) if is_8bit else 8.0
+    return 2 * (1 + 4 / 256) if zero.strategy.optimizer.is_8bit else 8.0
 
 
 def _params(zero: ZeroRuntime, pin: Callable[[float], int]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from launcher.planning.plan import rung_to_json
 from launcher.post_mortem import post_mortem_file, read_post_mortems
 from launcher.prepare import Prepared
 from launcher.recovery.decide import Action, Decision, decide
-from launcher.recovery.next_rung import changed_fields, next_rung, set_by_hand
+from launcher.recovery.next_rung import changed_fields, next_rung, set_by_hand, with_leave
 from launcher.recovery.other_hosts import (
     FENCE_SECONDS,
     NoOtherHostsError,
@@ -240,8 +240,8 @@ def _complete_post_mortems(situation: Situation, found: Following) -> None:
     unsaid = [one for one in read_post_mortems(run_dir) if one.next_rung is None]
     if unsaid and not found.prepared.plan.fits and before.recipe.recovery.oom == "within_recipe":
         # What this recipe forbids is still worth knowing.
-        free = replace(before.recipe, recovery=replace(before.recipe.recovery, oom="ladder"))
-        found = _next_rung(replace(situation, prepared=replace(before, recipe=free)))
+        free = replace(before, recipe=with_leave(before.recipe))
+        found = _next_rung(replace(situation, prepared=free))
     if not found.prepared.plan.fits:
         return
     rung = {**rung_to_json(found.prepared.plan), "given_up": list(found.given_up)}

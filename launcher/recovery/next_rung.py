@@ -159,6 +159,11 @@ def set_by_hand(recipe: Recipe) -> set[str]:
     return given - set(recipe.recovery.chosen)
 
 
+def with_leave(recipe: Recipe) -> Recipe:
+    """Return the recipe with leave to change what it fixes, if it gave none."""
+    return replace(recipe, recovery=replace(recipe.recovery, oom="ladder"))
+
+
 def what_may_change(recipe: Recipe) -> list[StrategySection]:
     """Return the strategy fields that stay fixed, fewer from one to the next."""
     own = replace(recipe.strategy, **dict.fromkeys(recipe.recovery.chosen))

@@ -112,7 +112,7 @@ def optimizer_class(strategy: Strategy) -> tuple[type[torch.optim.Optimizer], di
     """
     if strategy.offload_optimizer is not Offload.none:
         return torch.optim.AdamW, {}
-    if strategy.optimizer in (Optimizer.adamw_8bit, Optimizer.paged_adamw_8bit):
+    if strategy.optimizer.is_8bit:
         import bitsandbytes
 
         is_paged = strategy.optimizer is Optimizer.paged_adamw_8bit

@@ -7,13 +7,7 @@ import sys
 from pathlib import Path
 
 from launcher.errors import SetupError
-from launcher.strategy import Attention, Loss, Method, Offload, Optimizer, Strategy
-
-
-def needs_bitsandbytes(method: Method, strategy: Strategy) -> bool:
-    """Return whether weights or the optimizer's states are kept in 4 or 8 bits."""
-    eight_bit = (Optimizer.adamw_8bit, Optimizer.paged_adamw_8bit)
-    return method is Method.qlora or strategy.optimizer in eight_bit
+from launcher.strategy import Attention, Loss, Method, Offload, Strategy, needs_bitsandbytes
 
 
 def leave_out_bitsandbytes() -> None:

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 
 from launcher.errors import RecipeError, SetupError, list_problems
-from launcher.strategy import Loss, Method, Offload, Optimizer, Strategy
+from launcher.strategy import Loss, Method, Offload, Strategy
 from launcher.worker.storage_tracker import LiveTensors, StorageTracker
 from launcher.worker.trace_config import deepspeed_config, make_optimizer
 from launcher.worker.trace_devices import AcceleratorName, DeviceBoundary
@@ -256,7 +256,7 @@ def _check(
             (strategy.liger_kernels, "Liger's kernels need a GPU"),
             (strategy.loss is Loss.liger, "Liger's fused loss needs a GPU"),
             (
-                strategy.optimizer in (Optimizer.adamw_8bit, Optimizer.paged_adamw_8bit),
+                strategy.optimizer.is_8bit,
                 f"{strategy.optimizer} needs bitsandbytes' CUDA kernels",
             ),
             (strategy.zero_stage == 3 and rank != 0, "ZeRO-3 can be traced for rank 0 alone"),

@@ -23,14 +23,14 @@ from launcher.failure_kind import EXIT_STATUS
 from launcher.planning.plan import strategy_from_json
 from launcher.recipe import parse_recipe
 from launcher.recipe_sections import Recipe
-from launcher.strategy import Attention, Method, Precision, Strategy
+from launcher.strategy import Attention, Method, Precision, Strategy, needs_bitsandbytes
 from launcher.watchdog import Patience, patience
 from launcher.worker.faults import faults_from_environment
 from launcher.worker.heartbeat import Heartbeat
 from launcher.worker.interruption import exit_on_signal, listen_for_stop
 from launcher.worker.last_words import report_failure
 from launcher.worker.observation import add_step_snapshot, open_to_view
-from launcher.worker.prerequisites import leave_out_bitsandbytes, needs_bitsandbytes
+from launcher.worker.prerequisites import leave_out_bitsandbytes
 from launcher.worker.program import (
     collect_garbage_from_now_on,
     hide_secrets,

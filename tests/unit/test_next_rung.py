@@ -12,7 +12,8 @@ import pytest
 from launcher import run_dir as rd
 from launcher.errors import JobFailedError
 from launcher.failure_kind import FailureKind
-from launcher.planning.plan import strategy_from_json
+from launcher.planning.ceiling import Ceiling
+from launcher.planning.plan import Plan, strategy_from_json
 from launcher.post_mortem import PostMortem, post_mortem_file, read_post_mortems
 from launcher.prepare import Prepared, prepare
 from launcher.recipe import parse_recipe, render_recipe
@@ -151,6 +152,13 @@ def test_a_checkpoint_keeps_the_states_from_going_to_a_drive(tmp_path: Path) -> 
     assert after.recipe.strategy.nvme_path == "/nvme"
 
 
+def ceiling_after_backward(plan: Plan, found: PostMortem) -> Ceiling:
+    limit_bytes = plan.limit_bytes
+    return ceiling_after(
+        plan.memory, GPU_OOM, "backward", limit_bytes=limit_bytes, num_earlier=0, found=[found]
+    )
+
+
 def test_a_prediction_that_was_too_low_lowers_the_limit_by_as_much() -> None:
     plan = prepared().plan
     predicted = plan.memory.phase("backward").allocated_bytes
@@ -160,14 +168,7 @@ def test_a_prediction_that_was_too_low_lowers_the_limit_by_as_much() -> None:
         allocated_bytes=2 * predicted - GIB, requested_bytes=GIB,
         reserved_bytes=reserved, device_free_bytes=40 * GIB,
     )  # fmt: skip
-    ceiling = ceiling_after(
-        plan.memory,
-        GPU_OOM,
-        "backward",
-        limit_bytes=plan.limit_bytes,
-        num_earlier=0,
-        found=[found],
-    )
+    ceiling = ceiling_after_backward(plan, found)
     assert ceiling.device_bytes == pytest.approx(plan.limit_bytes / 2, rel=1e-6)
     assert ceiling.phase_bytes == int(0.95 * predicted)
 
@@ -178,14 +179,7 @@ def test_what_other_processes_hold_is_not_counted_on() -> None:
     found = post_mortem(
         allocated_bytes=GIB, requested_bytes=None, reserved_bytes=GIB, device_free_bytes=9 * GIB
     )
-    ceiling = ceiling_after(
-        plan.memory,
-        GPU_OOM,
-        "backward",
-        limit_bytes=plan.limit_bytes,
-        num_earlier=0,
-        found=[found],
-    )
+    ceiling = ceiling_after_backward(plan, found)
     assert ceiling.device_bytes == 10 * GIB + outside
 
 

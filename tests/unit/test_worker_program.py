@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from launcher.strategy import Method, Optimizer, Strategy
-from launcher.worker.prerequisites import needs_bitsandbytes
+from launcher.strategy import Method, Optimizer, Strategy, needs_bitsandbytes
 
 PROGRAM = """
 import atexit, gc, os, sys, threading, time
