@@ -17,7 +17,7 @@ from launcher.model_source import load_catalogue_entry
 from launcher.model_spec import ModelSpec, spec_from_config
 from launcher.planning.plan import Candidate
 from launcher.planning.planner import Choice, can_fit, choose_strategy
-from launcher.planning.search import SearchSpace
+from launcher.planning.search import Packages, SearchSpace
 from launcher.planning.wording import plain_part
 from launcher.recipe_sections import StrategySection
 from launcher.strategy import (
@@ -54,6 +54,7 @@ STUDY = StrategySection(
     loss=Loss.full,
     micro_batch_size_per_gpu=1,
 )
+NO_LIGER = Packages(has_liger=False)
 TARGETS = {"falcon-180b": ("query_key_value",)}
 
 
@@ -133,7 +134,7 @@ def study_choice(name: str, tokens: int) -> Choice:
 
 def todays_choice(name: str, tokens: int) -> Choice:
     """Choose with everything that zerofit may use on the same machines today."""
-    return choose_strategy(workload(name, tokens), cluster(name), has_liger=False)
+    return choose_strategy(workload(name, tokens), cluster(name), packages=NO_LIGER)
 
 
 @cache
@@ -182,7 +183,7 @@ def longest(name: str, *, today: bool) -> int:
     def fits(tokens: int) -> bool:
         work = replace(workload(name, 256), model=spec, max_seq_len=tokens)
         if today:
-            return can_fit(work, cluster(name), has_liger=False)
+            return can_fit(work, cluster(name), packages=NO_LIGER)
         fixed = replace(STUDY, gradient_checkpointing=Checkpointing.full)
         return can_fit(work, cluster(name), fixed=fixed, safety_fraction=0.0)
 

@@ -41,6 +41,7 @@ def new_recipe_text(recipe: Recipe, plan: Plan) -> str:
         "# optim: {learning_rate: 2e-4, num_train_epochs: 1, global_batch_size: 8}",
         "# lora: {r: 16, alpha: 32, dropout: 0.0, target_modules: [all-linear]}",
         "# strategy: {zero_stage: 2, micro_batch_size_per_gpu: 4}   # to decide it yourself",
+        "# strategy: {optimizer: [adamw, adamw_8bit]}   # what the planner may choose among",
         "# deepspeed: {zero_optimization: {reduce_bucket_size: 50000000}}   # raw DeepSpeed keys",
     ]
     return "\n".join(lines) + "\n"

@@ -22,6 +22,7 @@ from launcher.model_spec import spec_from_config
 from launcher.planning.ceiling import NO_CEILING, Ceiling
 from launcher.planning.plan import Plan
 from launcher.planning.planner import can_fit, choose_strategy, make_plan
+from launcher.planning.search import Packages
 from launcher.predict.run_cost import run_estimate
 from launcher.predict.site_constants import with_site_constants
 from launcher.recipe import parse_recipe
@@ -121,7 +122,7 @@ def prepare(recipe: Recipe, *, source: str, ceiling: Ceiling = NO_CEILING) -> Pr
 
     choices: dict[str, Any] = {
         "raw_deepspeed": recipe.deepspeed,
-        "has_liger": may_use_liger(recipe),
+        "packages": packages(recipe),
         "ceiling": ceiling,
     }
 
@@ -247,7 +248,17 @@ def _larger_gpus(gpu: GpuSpec) -> list[GpuSpec]:
     )
 
 
-def may_use_liger(recipe: Recipe) -> bool:
-    """Liger is optional: on this machine it must be installed, elsewhere it is assumed."""
+def packages(recipe: Recipe) -> Packages:
+    """Return which optional packages the planner may choose.
+
+    On this machine they must be installed. Elsewhere Liger is assumed; flash-attn, which has to
+    be built for each version of torch, is not.
+    """
     is_elsewhere = recipe.cluster.gpu is not None
-    return is_elsewhere or importlib.util.find_spec("liger_kernel") is not None
+
+    def is_here(name: str) -> bool:
+        return not is_elsewhere and importlib.util.find_spec(name) is not None
+
+    return Packages(
+        has_liger=is_elsewhere or is_here("liger_kernel"), has_flash_attn=is_here("flash_attn")
+    )

@@ -11,7 +11,7 @@ from launcher.model_source import resolve_model
 from launcher.model_spec import ModelSpec
 from launcher.planning.matrix import STUDY_CONTEXTS, STUDY_MODELS, Matrix, make_matrix
 from launcher.planning.planner import Choice, choose_strategy
-from launcher.prepare import may_use_liger, read_recipe, resolve_cluster, why_no_recipe
+from launcher.prepare import packages, read_recipe, resolve_cluster, why_no_recipe
 from launcher.recipe_sections import Recipe
 from launcher.resolve import resolve_workload
 
@@ -69,7 +69,7 @@ def prepare_matrix(
             cluster,
             fixed=recipe.strategy,
             raw_deepspeed=recipe.deepspeed,
-            has_liger=may_use_liger(recipe),
+            packages=packages(recipe),
         )
 
     lengths = STUDY_CONTEXTS if contexts is None else _lengths(contexts)

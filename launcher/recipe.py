@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, get_origin
 
 from launcher.errors import RecipeError, did_you_mean, list_problems
-from launcher.recipe_sections import DataSource, Recipe
+from launcher.recipe_sections import SEARCHED, DataSource, Recipe, StrategySection
 from launcher.recipe_text import describe, one_line, parse_override, read_yaml, type_hints
 from launcher.recipe_values import impossible_values
 
@@ -41,6 +41,7 @@ def parse_recipe(
         ("command line", _parse_options(options or {})),
     ]
     parts += [parse_override(item, kind=Recipe) for item in overrides]
+    _move_lists([part for _, part in parts])
     tree = merge_strictly(Recipe, parts, source=source)
     if OmegaConf.is_missing(tree.model, "name_or_path") or not tree.model.name_or_path:
         raise RecipeError(
@@ -50,7 +51,7 @@ def parse_recipe(
         )
     recipe = OmegaConf.to_object(tree)
     assert isinstance(recipe, Recipe)
-    recipe = _with_typed_sources(recipe, source)
+    recipe = _with_typed_lists(_with_typed_sources(recipe, source), source)
     if wrong := list(_not_text(recipe)) or list(impossible_values(recipe)):
         raise RecipeError(list_problems(wrong), where=source, fix="correct the values named above")
     return recipe
@@ -74,6 +75,55 @@ def _with_typed_sources(recipe: Recipe, source: str) -> Recipe:
             list_problems(problems), where=source, fix="correct the values named above"
         )
     return replace(recipe, data=replace(recipe.data, sources=tuple(typed)))
+
+
+def _move_lists(parts: Sequence[Any]) -> None:
+    """Move lists of allowed values to ``strategy.allowed``; what comes later replaces them."""
+    from omegaconf import OmegaConf
+
+    sections = [part._get_node("strategy") for part in parts]
+    sections = [section for section in sections if OmegaConf.is_dict(section)]
+    for position, section in enumerate(sections):
+        for key in [key for key in section if key in SEARCHED]:
+            for earlier in sections[:position]:
+                if OmegaConf.is_dict(lists := earlier._get_node("allowed")):
+                    lists.pop(key, None)
+            values = section._get_node(key)
+            if OmegaConf.is_list(values):
+                OmegaConf.update(section, f"allowed.{key}", values, force_add=True)
+                section[key] = None
+
+
+def _with_typed_lists(recipe: Recipe, source: str) -> Recipe:
+    """Return the recipe with each allowed value as its key takes it; a list of one sets the key."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    section = recipe.strategy
+    typed: dict[str, tuple[Any, ...]] = {}
+    problems = []
+    for key, values in section.allowed.items():
+        if key not in SEARCHED or not isinstance(values, list) or not values:
+            problems.append(f"strategy.{key} takes a value, or a list of those that may be chosen")
+            continue
+        found = []
+        for value in values:
+            try:
+                tree = OmegaConf.merge(_empty_tree(StrategySection), {key: value})
+                found.append(getattr(OmegaConf.to_object(tree), key))
+            except OmegaConfBaseException as error:
+                problems.append(f"strategy.{describe(error, source)}")
+        if None in found:
+            problems.append(f"strategy.{key} holds null: leave it out, and the planner chooses")
+        typed[key] = tuple(dict.fromkeys(found))
+    if problems:
+        raise RecipeError(
+            list_problems(problems), where=source, fix="correct the values named above"
+        )
+    alone = {key: values[0] for key, values in typed.items() if len(values) == 1}
+    lists = {key: values for key, values in typed.items() if key not in alone}
+    given = {key: value for key, value in alone.items() if getattr(section, key) is None}
+    return replace(recipe, strategy=replace(section, allowed=lists, **given))
 
 
 @functools.cache
@@ -128,6 +178,11 @@ def _differences(value: Any, default: Any) -> dict[str, Any]:
         if mine == theirs:
             continue
         changed[item.name] = _differences(mine, theirs) if is_dataclass(mine) else _plain(mine)
+    if isinstance(value, StrategySection) and value.allowed:
+        # As they were written; a key that a recovery has set keeps its list aside.
+        lists = changed.pop("allowed")
+        changed |= {key: lists.pop(key) for key in value.allowed if key not in changed}
+        changed |= {"allowed": lists} if lists else {}
     return changed
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from launcher.strategy import Attention, Checkpointing, Loss, Method, Offload, Optimizer, Precision
@@ -144,7 +144,10 @@ class ClusterSection:
 
 @dataclass(frozen=True, kw_only=True)
 class StrategySection:
-    """Memory savings; every field that is left out is chosen by the planner."""
+    """Memory savings; every field that is left out is chosen by the planner.
+
+    A recipe may give a list for one of :data:`SEARCHED`: the values to choose among.
+    """
 
     zero_stage: Literal[0, 1, 2, 3] | None = None
     offload_optimizer: Offload | None = None
@@ -161,8 +164,35 @@ class StrategySection:
     expandable_segments: bool | None = None
     """Mode of torch's CUDA allocator in which blocks can grow; ``None``: on."""
     nvme_path: str | None = None
+    allowed: dict[str, Any] = field(default_factory=dict)
+    """The lists: values by key, in the recipe's order. A recovery sets a key beside its list."""
+
+    def choices(self, key: str, otherwise: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the values that the planner may take for a key; ``otherwise`` when it is open."""
+        value = getattr(self, key)
+        return tuple(self.allowed.get(key, otherwise)) if value is None else (value,)
+
+    def permits(self, key: str, value: object) -> bool:
+        """Return whether the planner may take a value."""
+        return value in self.choices(key, (value,))
+
+    def given(self) -> dict[str, Any]:
+        """Return what is set, a value or several, by key."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        del values["allowed"]
+        return self.allowed | {key: value for key, value in values.items() if value is not None}
+
+    def without(self, *keys: str) -> StrategySection:
+        """Return the section with these keys left to the planner."""
+        kept = {key: values for key, values in self.allowed.items() if key not in keys}
+        return replace(self, allowed=kept, **dict.fromkeys(keys))
 
 
+SEARCHED = (
+    "zero_stage", "offload_optimizer", "offload_param", "gradient_checkpointing", "attention",
+    "loss", "optimizer", "micro_batch_size_per_gpu", "sequence_parallel_size", "liger_kernels",
+)  # fmt: skip
+"""Keys of ``strategy`` that may hold a list of allowed values."""
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 

@@ -154,6 +154,10 @@ _PLAIN_WORDS = (
         r"\1 is not a number",
     ),
     (re.compile(r"Value (.*) is not a valid bool \(type \w+\)"), r"\1 is not true or false"),
+    (
+        re.compile(r"Value (\[.*\]) \(ListConfig\) is not a valid input for .*"),
+        r"it takes one value, not the list \1",
+    ),
     (re.compile(r"Incompatible value 'None' for field of type '(\w+)'"), "it cannot be left empty"),
 )
 

@@ -71,8 +71,6 @@ def impossible_values(recipe: Recipe) -> Iterator[str]:
         "recovery.min_nodes": recipe.recovery.min_nodes,
         "slurm.cpus_per_task": recipe.slurm.cpus_per_task,
         "slurm.signal_seconds": recipe.slurm.signal_seconds,
-        "strategy.micro_batch_size_per_gpu": recipe.strategy.micro_batch_size_per_gpu,
-        "strategy.sequence_parallel_size": recipe.strategy.sequence_parallel_size,
         "tracking.memory_snapshot_step": recipe.tracking.memory_snapshot_step,
         "data.max_train_samples": recipe.data.max_train_samples,
         "data.max_eval_samples": recipe.data.max_eval_samples,
@@ -82,6 +80,9 @@ def impossible_values(recipe: Recipe) -> Iterator[str]:
             f"data.sources[{index}].weight": given.weight,
             f"data.sources[{index}].max_samples": given.max_samples,
         }
+    for key in ("micro_batch_size_per_gpu", "sequence_parallel_size"):
+        smallest = min(recipe.strategy.choices(key, (1,)))
+        positive[f"strategy.{key}"] = smallest
     yield from _impossible_data(recipe.data)
     yield from _impossible_paths(recipe)
     for key, value in positive.items():
@@ -126,7 +127,11 @@ def _impossible_strategy(strategy: StrategySection) -> Iterator[str]:
         yield f"strategy.offload_param needs zero_stage 3, not {strategy.zero_stage}"
     if strategy.zero_stage == 0 and strategy.offload_optimizer not in (None, Offload.none):
         yield "strategy.offload_optimizer needs zero_stage 1, 2 or 3, not 0"
-    nvme = Offload.nvme in (strategy.offload_optimizer, strategy.offload_param)
+    given = strategy.given()
+    places = [given.get(key, ()) for key in ("offload_optimizer", "offload_param")]
+    nvme = any(
+        Offload.nvme in (place if isinstance(place, tuple) else (place,)) for place in places
+    )
     if nvme and strategy.nvme_path is None:
         yield "strategy.nvme_path is missing: offload to nvme needs a folder on the drive"
     if strategy.offload_optimizer is Offload.nvme and strategy.zero_stage in (1, 2):

@@ -22,7 +22,7 @@ from launcher.planning.plan import Candidate, strategy_from_json
 from launcher.planning.planner import choose_strategy
 from launcher.post_mortem import read_post_mortems
 from launcher.predict.memory import estimate_memory
-from launcher.prepare import may_use_liger, resolve_cluster
+from launcher.prepare import packages, resolve_cluster
 from launcher.recipe import parse_recipe
 from launcher.recipe_sections import Recipe, StrategySection
 from launcher.recovery.next_rung import ceiling_after, what_may_change, with_leave
@@ -68,7 +68,7 @@ class _Run:
                 self.cluster,
                 fixed=fixed,
                 raw_deepspeed=self.recipe.deepspeed,
-                has_liger=may_use_liger(self.recipe),
+                packages=packages(self.recipe),
                 safety_fraction=self.safety_fraction,
                 ceiling=ceiling,
             )
@@ -252,14 +252,10 @@ def _from_lengths(run: _Run, directory: Path) -> Iterator[str]:
 def _best_freed(run: _Run, now: Candidate, margin: float) -> Candidate | None:
     """Return the planner's choice without one of the recipe's fixed fields, or without all."""
     fixed = run.recipe.strategy
-    names = [
-        item.name
-        for item in fields(StrategySection)
-        if getattr(fixed, item.name) is not None and item.name not in _NOT_FREED
-    ]
+    names = [name for name in fixed.given() if name not in _NOT_FREED]
     found = []
-    for freed in [{name: None} for name in names] + [dict.fromkeys(names)] * (len(names) > 1):
-        candidate = run.best(replace(fixed, **freed))
+    for freed in [(name,) for name in names] + [tuple(names)] * (len(names) > 1):
+        candidate = run.best(fixed.without(*freed))
         if candidate is not None and _fits(run, candidate, margin):
             found.append(candidate)
     best = min(found, key=lambda item: item.time.step_seconds, default=None)
@@ -270,7 +266,7 @@ def _best_freed(run: _Run, now: Candidate, margin: float) -> Candidate | None:
 
 def _best_batch(run: _Run, now: Candidate, margin: float) -> tuple[int, Candidate] | None:
     """Return the smallest larger batch that brings most of what the largest would."""
-    fixed = replace(run.recipe.strategy, micro_batch_size_per_gpu=None)
+    fixed = run.recipe.strategy.without("micro_batch_size_per_gpu")
     gains: dict[int, tuple[float, Candidate]] = {}
     for factor in _BATCH_FACTORS:
         candidate = run.best(fixed, batch_factor=factor)

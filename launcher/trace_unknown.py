@@ -50,16 +50,13 @@ def trace_model(
             fix="set quantization.kind=nf4",
         )
     is_full = recipe.method is Method.full
-    attentions = ["fused", "eager"]
-    if recipe.strategy.attention is not None:
-        is_eager = recipe.strategy.attention is Attention.eager
-        attentions = ["eager"] if is_eager else ["fused", "eager"]
+    is_eager = recipe.strategy.attention is Attention.eager
     request = {
         "hf_config": dict(config),
         "max_seq_len": recipe.max_seq_len,
         "precision": (recipe.model.precision or default_precision(gpu)).value,
         "lora": None if is_full else asdict(lora_of(recipe)),
-        "attentions": attentions,
+        "attentions": ["eager"] if is_eager else ["fused", "eager"],
         "is_frozen_and_plain": recipe.method is Method.lora,
     }
     with tempfile.TemporaryDirectory(prefix="zerofit-trace-") as folder:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
-from enum import Enum
+from dataclasses import replace
 
 from launcher.errors import RecipeError
 from launcher.hardware import ClusterSpec, default_cluster
@@ -100,20 +99,19 @@ def _free_a_field(
     workload: Workload, cluster: ClusterSpec, fixed: StrategySection, fits: Fits
 ) -> Iterator[str]:
     """Yield the one recipe field without which something fits."""
-    for item in fields(StrategySection):
-        value = getattr(fixed, item.name)
-        if value is None or item.name == "nvme_path":
-            continue
-        if fits(workload, cluster, replace(fixed, **{item.name: None})):
-            shown = value.value if isinstance(value, Enum) else value
-            yield f"leave strategy.{item.name} to the planner: without {shown} it fits"
+    for key, given in fixed.given().items():
+        if key != "nvme_path" and fits(workload, cluster, fixed.without(key)):
+            values = given if isinstance(given, tuple) else (given,)
+            shown = " and ".join(str(getattr(value, "value", value)) for value in values)
+            yield f"leave strategy.{key} to the planner: without {shown} it fits"
 
 
 def _save_more(
     workload: Workload, cluster: ClusterSpec, fixed: StrategySection, fits: Fits
 ) -> Iterator[str]:
     """Yield savings that the planner does not take by itself: they need a drive, or change Adam."""
-    if fixed.optimizer is None:
+    given = fixed.given()
+    if "optimizer" not in given:
         smaller = replace(fixed, optimizer=Optimizer.adamw_8bit)
         if cluster.gpu.device_type == "cuda" and fits(workload, cluster, smaller):
             yield "8-bit optimizer states, rounded: strategy.optimizer=adamw_8bit fits"
@@ -122,8 +120,8 @@ def _save_more(
     on_drive = replace(
         fixed, nvme_path="/nvme", offload_optimizer=Offload.nvme, offload_param=Offload.nvme
     )
-    wanted = (fixed.zero_stage, fixed.offload_optimizer, fixed.offload_param)
-    if wanted == (None, None, None) and fits(workload, cluster, on_drive):
+    is_free = given.keys().isdisjoint({"zero_stage", "offload_optimizer", "offload_param"})
+    if is_free and fits(workload, cluster, on_drive):
         yield (
             "a fast drive instead of memory, slow: strategy.offload_optimizer=nvme "
             "strategy.offload_param=nvme strategy.nvme_path=FOLDER fits"

@@ -17,6 +17,7 @@ from launcher.strategy import (
     Loss,
     Method,
     Offload,
+    Optimizer,
     Precision,
     Strategy,
     ZeroKnobs,
@@ -56,6 +57,8 @@ def explain_choice(setting: Setting) -> tuple[Decision, ...]:
         ("zero_stage", str(strategy.zero_stage), _stage(setting)),
         ("offload_optimizer", strategy.offload_optimizer.value, _offload_optimizer(setting)),
     ]
+    if strategy.optimizer is not Optimizer.adamw or "optimizer" in fixed.given():
+        found.append(("optimizer", strategy.optimizer.value, _optimizer(setting)))
     if strategy.sequence_parallel_size > 1 or fixed.sequence_parallel_size is not None:
         value = str(strategy.sequence_parallel_size)
         found.append(("sequence_parallel_size", value, _sequences(setting)))
@@ -74,19 +77,20 @@ def explain_choice(setting: Setting) -> tuple[Decision, ...]:
         ("reduce_bucket_size", f"{strategy.zero.reduce_bucket_size:,}", _buckets(setting)),
     ]
     return tuple(
-        Decision(field=field, value=value, reason=_sentence(reason, is_fixed=_is_set(field, fixed)))
+        Decision(field=field, value=value, reason=_sentence(reason, fixed.given().get(field)))
         for field, value, reason in found
     )
 
 
-def _is_set(field: str, fixed: object) -> bool:
-    return getattr(fixed, field, None) is not None
-
-
-def _sentence(reason: str, *, is_fixed: bool) -> str:
-    """Return the reason as sentences; of a fixed field, what it means and who decided."""
+def _sentence(reason: str, given: object) -> str:
+    """Return the reason as sentences; of what the recipe says, what it means and who decided."""
     meaning, _, rest = reason.partition(". ")
-    text = f"{meaning}. {'Set in the recipe.' if is_fixed else rest}".strip()
+    if isinstance(given, tuple):
+        values = ", ".join(str(getattr(value, "value", value)) for value in given)
+        rest = f"{rest} The recipe allows {values}.".lstrip()
+    elif given is not None:
+        rest = "Set in the recipe."
+    text = f"{meaning}. {rest}".strip()
     text = text if text.endswith(".") else f"{text}."
     return text[0].upper() + text[1:]
 
@@ -138,6 +142,19 @@ def _offload_optimizer(setting: Setting) -> str:
         meaning = f"the optimizer states live {_HOST[strategy.offload_optimizer]}"
         meaning += ", and the processor updates the weights"
     return f"{meaning}. {_rivals(setting, lambda s: s.offload_optimizer, _place)}"
+
+
+def _optimizer(setting: Setting) -> str:
+    optimizer = setting.best.strategy.optimizer
+    rounded = "Adam's two averages of each trained parameter are rounded to one byte in place of 4"
+    meaning = {
+        Optimizer.adamw: "Adam keeps two averages of each trained parameter, of 4 bytes each",
+        Optimizer.adamw_foreach: "torch's AdamW, all tensors at once: fast, with large temporaries",
+        Optimizer.adamw_single: "torch's AdamW, one tensor after the other",
+        Optimizer.adamw_8bit: f"{rounded}: the training is not quite the same",
+        Optimizer.paged_adamw_8bit: f"{rounded}, and move to host memory when the GPU is full",
+    }[optimizer]
+    return f"{meaning}. {_rivals(setting, lambda s: s.optimizer, lambda v: f'choosing {v}')}"
 
 
 def _offload_param(setting: Setting) -> str:
@@ -212,7 +229,10 @@ def _attention(setting: Setting) -> str:
         name += f" ({gpu.name} has no FlashAttention-2)"
     eager = setting.what_if(replace(strategy, attention=Attention.eager))
     verdict = _verdict("Storing them (eager)", eager, setting)
-    if kernel != "flash" and can_run_flash(workload, gpu):
+    if strategy.attention is Attention.flash_attention_2:
+        own = setting.what_if(replace(strategy, attention=Attention.sdpa))
+        verdict += " " + _verdict("Torch's own choice (sdpa)", own, setting)
+    elif kernel != "flash" and can_run_flash(workload, gpu):
         flash = setting.what_if(replace(strategy, attention=Attention.flash_attention_2))
         package = "The flash-attn package (strategy.attention=flash_attention_2)"
         verdict += f" {_verdict(package, flash, setting)}"
@@ -222,9 +242,11 @@ def _attention(setting: Setting) -> str:
 def _loss(setting: Setting) -> str:
     strategy, space = setting.best.strategy, setting.space
     meaning = _LOSS_MEANING[strategy.loss]
-    works = losses_that_work(space.workload.model, space.cluster.gpu, has_liger=space.has_liger)
+    works = losses_that_work(
+        space.workload.model, space.cluster.gpu, has_liger=space.packages.has_liger
+    )
     sentences = []
-    for loss in works:
+    for loss in space.fixed.choices("loss", works):
         if loss is strategy.loss:
             continue
         has_kernels = loss is Loss.liger
@@ -320,6 +342,8 @@ def _reason(rival: Candidate, setting: Setting) -> str:
     strategy, chosen = rival.strategy, setting.best.strategy
     pairs = zip(kind(strategy), kind(chosen), strict=True)
     words = [short_label(strategy)] if sum(a != b for a, b in pairs) > 1 else []
+    if words and strategy.optimizer is not chosen.optimizer:
+        words.append(strategy.optimizer.value)
     size = strategy.micro_batch_size_per_gpu
     if rival.fits and size != chosen.micro_batch_size_per_gpu:
         words.append(f"micro-batch {size}")

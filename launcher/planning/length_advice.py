@@ -61,7 +61,7 @@ class LengthAdvice:
 
     @property
     def _free(self) -> StrategySection:
-        return replace(self.fixed, micro_batch_size_per_gpu=None)
+        return self.fixed.without("micro_batch_size_per_gpu")
 
     def shorter(self) -> Iterator[str]:
         """Yield what a ``max_seq_len`` that cuts one record in a hundred would bring."""

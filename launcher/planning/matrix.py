@@ -22,9 +22,10 @@ STUDY_CONTEXTS = (256, 512, 1024, 2048, 4096)
 SCHEMA_VERSION = 1
 _CSV_COLUMNS = (
     "model", "num_params", "max_seq_len", "fits", "zero_stage", "offload_optimizer",
-    "offload_param", "gradient_checkpointing", "attention", "loss", "micro_batch_size_per_gpu",
-    "gradient_accumulation_steps", "sequence_parallel_size", "device_used_bytes", "limit_bytes",
-    "host_bytes_per_node", "step_seconds", "tokens_per_second_per_gpu", "note",
+    "offload_param", "gradient_checkpointing", "attention", "loss", "optimizer",
+    "micro_batch_size_per_gpu", "gradient_accumulation_steps", "sequence_parallel_size",
+    "device_used_bytes", "limit_bytes", "host_bytes_per_node", "step_seconds",
+    "tokens_per_second_per_gpu", "note",
 )  # fmt: skip
 
 

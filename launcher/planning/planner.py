@@ -18,6 +18,8 @@ from launcher.planning.rules import why_offload_gains_nothing, why_zero_3_is_too
 from launcher.planning.safety import SAFETY_FRACTION
 from launcher.planning.search import (
     TIE_FRACTION,
+    USUAL_PACKAGES,
+    Packages,
     SearchSpace,
     anything_fits,
     divisors,
@@ -27,7 +29,7 @@ from launcher.planning.search import (
 from launcher.planning.sequences import can_fit_shared, shared_by, weigh_shared
 from launcher.planning.wording import fit_words
 from launcher.recipe_sections import StrategySection
-from launcher.strategy import Checkpointing, Offload, Strategy
+from launcher.strategy import Checkpointing, Offload, Optimizer, Strategy
 from launcher.workload import Workload
 
 
@@ -55,7 +57,7 @@ def choose_strategy(
     *,
     fixed: StrategySection | None = None,
     raw_deepspeed: Mapping[str, Any] | None = None,
-    has_liger: bool = True,
+    packages: Packages = USUAL_PACKAGES,
     safety_fraction: float = SAFETY_FRACTION,
     ceiling: Ceiling = NO_CEILING,
     every_kind: bool = False,
@@ -67,7 +69,7 @@ def choose_strategy(
         cluster: equal nodes of equal GPUs.
         fixed: strategy fields that the recipe sets; the rest is searched.
         raw_deepspeed: raw DeepSpeed keys; the prediction follows those that move memory.
-        has_liger: whether Liger's kernels may be chosen.
+        packages: which optional ones may be chosen where the recipe leaves it open.
         safety_fraction: share of the device's memory that stays free (0-1).
         ceiling: what an attempt that ran out of memory has taught.
         every_kind: weigh also what could not be the best, so that it can be explained.
@@ -80,7 +82,7 @@ def choose_strategy(
         cluster,
         fixed,
         raw_deepspeed,
-        has_liger=has_liger,
+        packages=packages,
         safety_fraction=safety_fraction,
         ceiling=ceiling,
     )
@@ -89,7 +91,8 @@ def choose_strategy(
         raise RecipeError(
             next(iter(impossible.values())),
             where="strategy",
-            fix="leave that field out and the planner chooses one that works",
+            fix="leave that field out, or allow more values, and the planner chooses one that "
+            "works",
         )
     choice = _best_of(space, weighed, impossible)
     shared = weigh_shared(space, choice.best)
@@ -125,7 +128,7 @@ def can_fit(
     *,
     fixed: StrategySection | None = None,
     raw_deepspeed: Mapping[str, Any] | None = None,
-    has_liger: bool = True,
+    packages: Packages = USUAL_PACKAGES,
     safety_fraction: float = SAFETY_FRACTION,
     ceiling: Ceiling = NO_CEILING,
 ) -> bool:
@@ -135,7 +138,7 @@ def can_fit(
         cluster,
         fixed,
         raw_deepspeed,
-        has_liger=has_liger,
+        packages=packages,
         safety_fraction=safety_fraction,
         ceiling=ceiling,
     )
@@ -148,7 +151,7 @@ def make_plan(
     *,
     fixed: StrategySection | None = None,
     raw_deepspeed: Mapping[str, Any] | None = None,
-    has_liger: bool = True,
+    packages: Packages = USUAL_PACKAGES,
     safety_fraction: float = SAFETY_FRACTION,
     ceiling: Ceiling = NO_CEILING,
 ) -> Plan:
@@ -161,7 +164,7 @@ def make_plan(
         cluster,
         fixed=fixed,
         raw_deepspeed=raw_deepspeed,
-        has_liger=has_liger,
+        packages=packages,
         safety_fraction=safety_fraction,
         ceiling=ceiling,
         every_kind=True,
@@ -218,7 +221,7 @@ def _search_space(
     fixed: StrategySection | None,
     raw_deepspeed: Mapping[str, Any] | None,
     *,
-    has_liger: bool,
+    packages: Packages,
     safety_fraction: float,
     ceiling: Ceiling,
 ) -> SearchSpace:
@@ -229,12 +232,17 @@ def _search_space(
         cluster=cluster,
         fixed=fixed,
         raw_deepspeed=raw_deepspeed or {},
-        has_liger=has_liger,
+        packages=packages,
         limit_bytes=memory_bytes - int(memory_bytes * safety_fraction),
         micro_batch_sizes=_micro_batch_sizes(workload, cluster, fixed),
-        sequence_parallel_size=fixed.sequence_parallel_size or 1,
+        sequence_parallel_size=_least_sharing(fixed),
         ceiling=ceiling,
     )
+
+
+def _least_sharing(fixed: StrategySection) -> int:
+    """Return the fewest GPUs that may share a sequence."""
+    return int(min(fixed.choices("sequence_parallel_size", (1,))))
 
 
 def _micro_batch_sizes(
@@ -242,7 +250,7 @@ def _micro_batch_sizes(
 ) -> tuple[int, ...]:
     """Return the divisors of the samples per step of each share of the data, smallest first."""
     total, world_size = workload.global_batch_size, cluster.world_size
-    degree = fixed.sequence_parallel_size or 1
+    degree = _least_sharing(fixed)
     if world_size % degree:
         raise RecipeError(
             f"{world_size} GPUs cannot be divided into groups of {degree}",
@@ -260,23 +268,20 @@ def _micro_batch_sizes(
         )
     per_share = total // num_shares
     sizes = divisors(per_share)
-    wanted = fixed.micro_batch_size_per_gpu
-    if wanted is None:
-        return sizes
-    if wanted not in sizes:
+    wanted = fixed.choices("micro_batch_size_per_gpu", sizes)
+    possible = tuple(size for size in sizes if size in wanted)
+    if not possible:
         raise RecipeError(
-            f"{wanted} does not divide the {per_share} samples per "
+            f"{' or '.join(map(str, wanted))} does not divide the {per_share} samples per "
             f"{'GPU' if degree == 1 else 'group'} and step (global batch {total} / {shares})",
             where="strategy.micro_batch_size_per_gpu",
             fix=f"use one of {', '.join(map(str, sizes))}, or change optim.global_batch_size",
         )
-    return (wanted,)
+    return possible
 
 
 def _find_unneeded(space: SearchSpace, weighed: list[Candidate]) -> dict[Strategy, str]:
     """Return the ZeRO-3 strategies that fit although less would do, with the reason."""
-    if space.fixed.zero_stage is not None:
-        return {}
     has_simpler = any(
         item.fits
         and item.strategy.sequence_parallel_size == space.sequence_parallel_size
@@ -299,7 +304,8 @@ def _why_offload_is_pointless(space: SearchSpace, best: Candidate) -> str | None
     strategy, fixed = best.strategy, space.fixed
     if not best.fits or strategy.offload_optimizer is Offload.none:
         return None
-    if fixed.offload_optimizer is not None or fixed.offload_param is not None:
+    places = ("offload_optimizer", "offload_param")
+    if not all(fixed.permits(key, Offload.none) for key in places):
         return None
     kept = space.weigh(
         replace(strategy, offload_optimizer=Offload.none, offload_param=Offload.none),
@@ -311,12 +317,12 @@ def _why_offload_is_pointless(space: SearchSpace, best: Candidate) -> str | None
 def _moves_states(candidate: Candidate, fixed: StrategySection) -> bool:
     """Return whether anything lives on the host or a drive that the recipe did not send there."""
     strategy = candidate.strategy
-    return (
-        (strategy.offload_optimizer is not Offload.none and fixed.offload_optimizer is None)
-        or (strategy.offload_param is not Offload.none and fixed.offload_param is None)
-        or (
-            strategy.gradient_checkpointing is Checkpointing.cpu_offload
-            and fixed.gradient_checkpointing is None
+    return any(
+        getattr(strategy, key) in moved and fixed.permits(key, at_home)
+        for key, moved, at_home in (
+            ("offload_optimizer", (Offload.cpu, Offload.nvme), Offload.none),
+            ("offload_param", (Offload.cpu, Offload.nvme), Offload.none),
+            ("gradient_checkpointing", (Checkpointing.cpu_offload,), Checkpointing.full),
         )
     )
 
@@ -324,8 +330,9 @@ def _moves_states(candidate: Candidate, fixed: StrategySection) -> bool:
 def _choose(space: SearchSpace, allowed: list[Candidate]) -> tuple[Candidate, list[Candidate]]:
     """Return the fastest that fits, and what was weighed besides to break ties.
 
-    Among strategies of equal time: the fewest offloads, then the least memory, then the
-    simplest. When nothing fits, the one that exceeds its limits least.
+    Among strategies of equal time: the fewest offloads, then the optimizer that the recipe names
+    first, then the least memory, then the simplest. When nothing fits, the one that exceeds its
+    limits least.
     """
     fitting = [candidate for candidate in allowed if candidate.fits]
     if not fitting:
@@ -335,6 +342,9 @@ def _choose(space: SearchSpace, allowed: list[Candidate]) -> tuple[Candidate, li
     equals = [item for item in fitting if item.time.step_seconds <= limit_seconds]
     fewest = min(num_offloads(item) for item in equals)
     equals = [item for item in equals if num_offloads(item) == fewest]
+    wanted = space.fixed.choices("optimizer", (Optimizer.adamw,))
+    first = min((item.strategy.optimizer for item in equals), key=wanted.index)
+    equals = [item for item in equals if item.strategy.optimizer is first]
     smaller = [small for item in equals for small in smaller_micro_batches(space, item)]
     equals += [item for item in smaller if item.time.step_seconds <= limit_seconds]
     least_bytes = min(candidate.memory.device_used_bytes for candidate in equals)

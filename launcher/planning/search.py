@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby, product
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from launcher.ds_keys import apply_to_knobs
 from launcher.hardware import ClusterSpec
 from launcher.planning.ceiling import NO_CEILING, Ceiling
 from launcher.planning.plan import Candidate
 from launcher.planning.rules import default_attention, losses_that_work, why_impossible
-from launcher.predict.attention_kernel import attention_kernel
+from launcher.predict.attention_kernel import attention_kernel, can_run_flash
 from launcher.predict.memory import MemoryEstimate, estimate_memory
 from launcher.predict.step_time import estimate_time, least_step_seconds
 from launcher.recipe_sections import StrategySection
@@ -29,8 +29,6 @@ from launcher.strategy import (
 )
 from launcher.workload import Workload
 
-_T = TypeVar("_T")
-
 # Times this close are called equal; the prediction is not better than that.
 TIE_FRACTION = 0.02
 # DeepSpeed's default of 5e8 elements costs 1 GB and more. All-reduce reaches full bandwidth at
@@ -46,6 +44,18 @@ class Sized(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Packages:
+    """Optional packages that may be chosen where the recipe leaves it open."""
+
+    has_liger: bool = True
+    has_flash_attn: bool = False
+
+
+USUAL_PACKAGES = Packages()
+"""Where nobody can look: flash-attn has to be built for each version of torch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpace:
     """What is searched: the workload on the cluster, under the recipe's fixed fields."""
 
@@ -53,7 +63,7 @@ class SearchSpace:
     cluster: ClusterSpec
     fixed: StrategySection
     raw_deepspeed: Mapping[str, Any]
-    has_liger: bool
+    packages: Packages
     limit_bytes: int
     """Device memory that a rank may use."""
     micro_batch_sizes: tuple[int, ...]
@@ -135,9 +145,9 @@ def weigh_all(
 ) -> tuple[list[Candidate], dict[Strategy, str]]:
     """Return candidates of the kinds of strategies, and what cannot work with the reason.
 
-    Of each kind (stage, offloads, checkpointing) the variants in loss and buckets are weighed
-    in the order of the time that they could reach; the search of a kind ends when the next
-    one could not beat what fits already. Each variant is taken at the largest micro-batch
+    Of each kind (stage, offloads, checkpointing, optimizer) the variants in loss and buckets are
+    weighed in the order of the time that they could reach; the search of a kind ends when the
+    next one could not beat what fits already. Each variant is taken at the largest micro-batch
     that fits, which is its fastest. A kind whose most frugal variant is far too large is left
     at that.
 
@@ -198,10 +208,15 @@ def _weigh_kind(space: SearchSpace, variants: _Bounded) -> list[Candidate]:
     return weighed
 
 
-def _appetite(shape: Strategy) -> tuple[bool, bool, int]:
+def _appetite(shape: Strategy) -> tuple[object, ...]:
     """Sort the variants of a kind, the most frugal first."""
     zero = shape.zero
-    return (shape.loss is Loss.full, bool(zero.overlap_comm), zero.stage3_max_live_parameters)
+    return (
+        shape.loss is Loss.full,
+        shape.attention is Attention.eager,
+        bool(zero.overlap_comm),
+        zero.stage3_max_live_parameters,
+    )
 
 
 def _is_hopeless(space: SearchSpace, probe: Sized) -> bool:
@@ -239,13 +254,16 @@ def smaller_micro_batches(space: SearchSpace, candidate: Candidate) -> Iterator[
             yield space.time(smaller)
 
 
-def kind(strategy: Strategy) -> tuple[ZeroStage, Offload, Offload, Checkpointing, int]:
+def kind(
+    strategy: Strategy,
+) -> tuple[ZeroStage, Offload, Offload, Checkpointing, Optimizer, int]:
     """Return what kind of memory saving a strategy is; the rest are its variants."""
     return (
         strategy.zero_stage,
         strategy.offload_optimizer,
         strategy.offload_param,
         strategy.gradient_checkpointing,
+        strategy.optimizer,
         strategy.sequence_parallel_size,
     )
 
@@ -259,27 +277,29 @@ def divisors(number: int) -> tuple[int, ...]:
 def all_shapes(space: SearchSpace) -> Iterator[Strategy]:
     """Yield every strategy to weigh, at micro-batch 1, kind by kind; fixed fields have one value.
 
-    Left out: ZeRO-0, which sends as much as ZeRO-1 and needs more memory; 8-bit optimizers, which
-    change the result of training.
+    Left out unless the recipe allows them: ZeRO-0, which sends as much as ZeRO-1 and needs more
+    memory; 8-bit optimizers, which change the result of training.
     """
     workload, fixed = space.workload, space.fixed
     on_cpu = space.cluster.gpu.device_type == "cpu"
-    stages: tuple[ZeroStage, ...] = (1, 2, 3)
     offloads = (Offload.none,) if on_cpu else (Offload.none, Offload.cpu)
     if fixed.nvme_path is not None:
         offloads = (*offloads, Offload.nvme)
     checkpointings = tuple(Checkpointing)[:2] if on_cpu else tuple(Checkpointing)
-    losses = losses_that_work(workload.model, space.cluster.gpu, has_liger=space.has_liger)
-    attentions = _attentions(space)
-    for stage, optimizer_to, param_to, checkpointing, loss, attention in product(
-        _choices(fixed.zero_stage, stages),
-        _choices(fixed.offload_optimizer, offloads),
-        _choices(fixed.offload_param, offloads),
-        _choices(fixed.gradient_checkpointing, checkpointings),
-        _choices(fixed.loss, losses),
-        attentions,
+    losses = losses_that_work(workload.model, space.cluster.gpu, has_liger=space.packages.has_liger)
+    for stage, optimizer_to, param_to, checkpointing, optimizer, loss, attention in product(
+        fixed.choices("zero_stage", (1, 2, 3)),
+        fixed.choices("offload_optimizer", offloads),
+        fixed.choices("offload_param", offloads),
+        fixed.choices("gradient_checkpointing", checkpointings),
+        fixed.choices("optimizer", (Optimizer.adamw,)),
+        fixed.choices("loss", losses),
+        _attentions(space),
     ):
-        for knobs in _knobs(stage, workload, world_size=space.cluster.world_size):
+        for knobs, has_kernels in product(
+            _knobs(stage, workload, world_size=space.cluster.world_size),
+            fixed.choices("liger_kernels", (loss is Loss.liger,)),
+        ):
             yield Strategy(
                 zero_stage=stage,
                 offload_optimizer=optimizer_to,
@@ -287,30 +307,26 @@ def all_shapes(space: SearchSpace) -> Iterator[Strategy]:
                 gradient_checkpointing=checkpointing,
                 attention=attention,
                 loss=loss,
-                optimizer=fixed.optimizer or Optimizer.adamw,
+                optimizer=optimizer,
                 sequence_parallel_size=space.sequence_parallel_size,
                 grad_accum_dtype=fixed.grad_accum_dtype,
-                liger_kernels=(
-                    loss is Loss.liger if fixed.liger_kernels is None else fixed.liger_kernels
-                ),
+                liger_kernels=has_kernels,
                 expandable_segments=fixed.expandable_segments is not False,
                 zero=apply_to_knobs(knobs, space.raw_deepspeed),
             )
 
 
 def _attentions(space: SearchSpace) -> tuple[Attention, ...]:
-    """Return sdpa, and eager besides where torch has no fused kernel for the case."""
-    if space.fixed.attention is not None:
-        return (space.fixed.attention,)
-    chosen = default_attention(space.workload.model)
-    probe = Strategy(zero_stage=2, attention=chosen)
-    if attention_kernel(space.workload, probe, space.cluster.gpu) == "math":
-        return (chosen, Attention.eager)
-    return (chosen,)
-
-
-def _choices(wanted: _T | None, all_values: tuple[_T, ...]) -> tuple[_T, ...]:
-    return all_values if wanted is None else (wanted,)
+    """Return what the recipe allows, else sdpa and what may be faster where its kernel is slow."""
+    workload, gpu = space.workload, space.cluster.gpu
+    chosen = default_attention(workload.model)
+    kernel = attention_kernel(workload, Strategy(zero_stage=2, attention=chosen), gpu)
+    found = [chosen]
+    if kernel == "math":
+        found.append(Attention.eager)
+    if space.packages.has_flash_attn and kernel != "flash" and can_run_flash(workload, gpu):
+        found.append(Attention.flash_attention_2)
+    return space.fixed.choices("attention", tuple(found))
 
 
 def _knobs(stage: ZeroStage, workload: Workload, *, world_size: int) -> Iterator[ZeroKnobs]:

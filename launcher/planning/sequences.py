@@ -29,7 +29,7 @@ def weigh_shared(space: SearchSpace, best: Candidate) -> list[Candidate]:
         best: the choice there, or the nearest miss.
     """
     lighter = list(_lighter(space, best.strategy)) if best.fits else []
-    if space.fixed.sequence_parallel_size is not None or (best.fits and not lighter):
+    if best.fits and not lighter:
         return []
     limit_seconds = float("inf")
     if best.fits:
@@ -52,7 +52,7 @@ def weigh_shared(space: SearchSpace, best: Candidate) -> list[Candidate]:
 def can_fit_shared(space: SearchSpace) -> bool:
     """Return whether anything fits with as many GPUs to a sequence as can share one."""
     most = max(_degrees(space, within_node=False), default=1)
-    if most == 1 or space.fixed.sequence_parallel_size is not None:
+    if most == 1:
         return False
     sharing = shared_by(space, most)
     return any(
@@ -65,26 +65,33 @@ def shared_by(space: SearchSpace, degree: int) -> SearchSpace:
     """Return the same space with groups of GPUs that share sequences."""
     num_shares = space.cluster.world_size // degree
     sizes = divisors(space.workload.global_batch_size // num_shares)
-    wanted = space.fixed.micro_batch_size_per_gpu
+    wanted = space.fixed.choices("micro_batch_size_per_gpu", sizes)
     return replace(
         space,
         sequence_parallel_size=degree,
-        micro_batch_sizes=sizes if wanted is None else (wanted,),
+        micro_batch_sizes=tuple(size for size in sizes if size in wanted),
     )
 
 
 def _degrees(space: SearchSpace, *, within_node: bool) -> Iterator[int]:
-    """Yield sizes of groups, smallest first: parts of a node, or whole nodes."""
-    cluster, attention = space.cluster, space.fixed.attention or Attention.sdpa
+    """Yield sizes of larger groups, smallest first: parts of a node, or whole nodes."""
+    cluster, fixed = space.cluster, space.fixed
     per_node = cluster.gpus_per_node
     # Each GPU needs a head.
     most = min(space.workload.model.num_attention_heads, cluster.world_size)
-    for degree in range(2, (min(most, per_node) if within_node else most) + 1):
+    largest = min(most, per_node) if within_node else most
+    for degree in range(space.sequence_parallel_size + 1, largest + 1):
         is_neat = per_node % degree == 0 or degree % per_node == 0
-        if is_neat and cluster.world_size % degree == 0:
-            shape = Strategy(zero_stage=2, attention=attention, sequence_parallel_size=degree)
-            if why_not_shared(shape, space.workload) is None:
-                yield degree
+        if not is_neat or cluster.world_size % degree:
+            continue
+        if not fixed.permits("sequence_parallel_size", degree):
+            continue
+        shapes = (
+            Strategy(zero_stage=2, attention=attention, sequence_parallel_size=degree)
+            for attention in fixed.choices("attention", (Attention.sdpa,))
+        )
+        if any(why_not_shared(shape, space.workload) is None for shape in shapes):
+            yield degree
 
 
 def _lighter(space: SearchSpace, strategy: Strategy) -> Iterator[Strategy]:
@@ -92,15 +99,18 @@ def _lighter(space: SearchSpace, strategy: Strategy) -> Iterator[Strategy]:
     fixed = space.fixed
     order = list(Checkpointing)
     less = order[: order.index(strategy.gradient_checkpointing)]
-    if fixed.gradient_checkpointing is not None:
-        less = []
-    kept = [replace(strategy, gradient_checkpointing=checkpointing) for checkpointing in less]
+    kept = [
+        replace(strategy, gradient_checkpointing=checkpointing)
+        for checkpointing in less
+        if fixed.permits("gradient_checkpointing", checkpointing)
+    ]
     for shape in (strategy, *kept):
-        here = replace(
-            shape,
-            offload_optimizer=fixed.offload_optimizer or Offload.none,
-            offload_param=fixed.offload_param or Offload.none,
-        )
+        optimizer_to, param_to = shape.offload_optimizer, shape.offload_param
+        if fixed.permits("offload_optimizer", Offload.none):
+            optimizer_to = Offload.none
+        if fixed.permits("offload_param", Offload.none):
+            param_to = Offload.none
+        here = replace(shape, offload_optimizer=optimizer_to, offload_param=param_to)
         # One of each, in an order that no hash decides: equally fast ones are tried in it.
         yield from (item for item in dict.fromkeys((shape, here)) if item != strategy)
 
@@ -114,12 +124,13 @@ def _frugal(space: SearchSpace) -> list[Strategy]:
     ]
     stage = max((shape.zero_stage for shape in possible), default=0)
     at_stage = [shape for shape in possible if shape.zero_stage == stage]
+    losses = {shape.loss for shape in at_stage}
     least = min((shape.zero.stage3_max_live_parameters for shape in at_stage), default=0)
     return [
         shape
         for shape in at_stage
         if shape.zero.stage3_max_live_parameters == least
-        and (shape.loss is not Loss.full or space.fixed.loss is not None)
+        and (shape.loss is not Loss.full or losses == {Loss.full})
     ]
 
 

@@ -8,7 +8,7 @@ from launcher.hardware import GpuSpec
 from launcher.planning.plan import Candidate
 from launcher.planning.rules import METHOD_NAME
 from launcher.predict import components as parts
-from launcher.strategy import Attention, Checkpointing, Loss, Offload, Strategy
+from launcher.strategy import Attention, Checkpointing, Loss, Offload, Optimizer, Strategy
 from launcher.units import GIB, MIB
 
 __all__ = [
@@ -21,6 +21,11 @@ SAME_TIME_FRACTION = 0.02
 SAME_MEMORY_BYTES = 100 * 2**20
 
 _LOSS = {Loss.full: "full logits", Loss.chunked: "chunked loss", Loss.liger: "Liger loss"}
+_ATTENTION = {
+    Attention.eager: "eager attention",
+    Attention.sdpa: "sdpa attention",
+    Attention.flash_attention_2: "flash-attn package",
+}
 _CHECKPOINTING = {
     Checkpointing.none: "no checkpointing",
     Checkpointing.full: "checkpointing",
@@ -59,10 +64,12 @@ def label(strategy: Strategy) -> str:
     if strategy.gradient_checkpointing is not Checkpointing.none:
         moved = strategy.gradient_checkpointing is Checkpointing.cpu_offload
         words.append("checkpointing" + (" to host memory" if moved else ""))
-    if strategy.attention is Attention.eager:
-        words.append("eager attention")
+    if strategy.attention is not Attention.sdpa:
+        words.append(_ATTENTION[strategy.attention])
     if strategy.loss is not Loss.full:
         words.append(_LOSS[strategy.loss])
+    if strategy.optimizer is not Optimizer.adamw:
+        words.append(strategy.optimizer.value)
     words.append(f"micro-batch {strategy.micro_batch_size_per_gpu}")
     return ", ".join(words)
 
@@ -79,9 +86,11 @@ def changes(strategy: Strategy, chosen: Strategy) -> str:
     if strategy.gradient_checkpointing is not chosen.gradient_checkpointing:
         words.append(_CHECKPOINTING[strategy.gradient_checkpointing])
     if strategy.attention is not chosen.attention:
-        words.append(f"{strategy.attention.value} attention")
+        words.append(_ATTENTION[strategy.attention])
     if strategy.loss is not chosen.loss:
         words.append(_LOSS[strategy.loss])
+    if strategy.optimizer is not chosen.optimizer:
+        words.append(strategy.optimizer.value)
     mine, theirs = strategy.zero, chosen.zero
     live, usual = mine.stage3_max_live_parameters, theirs.stage3_max_live_parameters
     if strategy.zero_stage == 3 and live < usual:

@@ -83,7 +83,13 @@ def next_rung(
     return Rung(
         prepared=replace(found, recipe=with_plan(recipe, found.plan)),
         changes=changes,
-        given_up=tuple(sorted(changes.keys() & set_by_hand(recipe))),
+        given_up=tuple(
+            sorted(
+                name
+                for name in changes.keys() & set_by_hand(recipe)
+                if not recipe.strategy.permits(name, getattr(found.plan.strategy, name))
+            )
+        ),
     )
 
 
@@ -154,9 +160,8 @@ def _device_bytes(
 
 def set_by_hand(recipe: Recipe) -> set[str]:
     """Return the strategy fields that the recipe's author has set, and not an earlier recovery."""
-    names = {item.name for item in fields(StrategySection)}
-    given = {name for name in names if getattr(recipe.strategy, name) is not None}
-    return given - set(recipe.recovery.chosen)
+    section, chosen = recipe.strategy, set(recipe.recovery.chosen)
+    return {name for name in section.given() if name in section.allowed or name not in chosen}
 
 
 def with_leave(recipe: Recipe) -> Recipe:
@@ -166,11 +171,12 @@ def with_leave(recipe: Recipe) -> Recipe:
 
 def what_may_change(recipe: Recipe) -> list[StrategySection]:
     """Return the strategy fields that stay fixed, fewer from one to the next."""
-    own = replace(recipe.strategy, **dict.fromkeys(recipe.recovery.chosen))
+    chosen: dict[str, Any] = dict.fromkeys(recipe.recovery.chosen)
+    own = replace(recipe.strategy, **chosen)
     if recipe.recovery.oom == "within_recipe":
         return [own]
-    kept = replace(own, micro_batch_size_per_gpu=None)
-    freed = replace(kept, **dict.fromkeys(_MEMORY_SAVINGS))
+    kept = own.without("micro_batch_size_per_gpu")
+    freed = kept.without(*_MEMORY_SAVINGS)
     return [kept] if kept == freed else [kept, freed]
 
 
@@ -182,20 +188,19 @@ def loadable(section: StrategySection, last: Strategy, run_dir: Path) -> Strateg
         return replace(
             section, zero_stage=last.zero_stage, offload_optimizer=last.offload_optimizer
         )
-    if Offload.nvme in (section.offload_optimizer, section.offload_param):
+    places = ("offload_optimizer", "offload_param")
+    if any(Offload.nvme in section.choices(key, ()) for key in places):
         return replace(section, offload_optimizer=last.offload_optimizer)
     return replace(section, nvme_path=None)
 
 
 def with_plan(recipe: Recipe, plan: Plan) -> Recipe:
     """Return the recipe with the plan's choices written down, for whoever resumes the run."""
-    written = {
-        name: getattr(plan.strategy, name)
-        for name in (*_MEMORY_SAVINGS, "micro_batch_size_per_gpu", "attention")
-    }
+    names = (*_MEMORY_SAVINGS, "micro_batch_size_per_gpu", "attention", *recipe.strategy.allowed)
+    written = {name: getattr(plan.strategy, name) for name in names}
     by_hand = {
         name
-        for name in set_by_hand(recipe)
+        for name in set_by_hand(recipe) - recipe.strategy.allowed.keys()
         if written.get(name) in (None, getattr(recipe.strategy, name))
     }
     return replace(

@@ -15,6 +15,7 @@ from launcher.hardware import ClusterSpec
 from launcher.planning.advice import suggest_changes
 from launcher.planning.plan import Plan
 from launcher.planning.planner import can_fit, make_plan
+from launcher.planning.search import Packages
 from launcher.planning.view import render_plan
 from launcher.planning.wording import changes, label, plain_part, short_size
 from launcher.predict import components
@@ -142,7 +143,9 @@ def test_one_gpu_has_nobody_to_share_with() -> None:
 
 def test_ranks_on_processors_are_not_offered_offload() -> None:
     place = processors(2)
-    made = make_plan(workload("smollm2-135m", place=place, tokens=128), place, has_liger=False)
+    made = make_plan(
+        workload("smollm2-135m", place=place, tokens=128), place, packages=Packages(has_liger=False)
+    )
     assert all(item.strategy.offload_optimizer is Offload.none for item in made.rejected)
     assert "GPUs' peak" not in shown(made)
 

@@ -13,7 +13,7 @@ from launcher.errors import RecipeError
 from launcher.planning.planner import can_fit, choose_strategy, make_plan
 from launcher.planning.rules import why_impossible
 from launcher.planning.safety import SAFETY_FRACTION
-from launcher.planning.search import divisors
+from launcher.planning.search import Packages, divisors
 from launcher.recipe_sections import StrategySection
 from launcher.strategy import (
     Attention,
@@ -46,7 +46,7 @@ def test_the_studys_default_is_chosen_for_lora_of_7b_on_a_node_of_a100() -> None
 def test_the_demo_on_two_processor_ranks_is_planned_as_zero_2() -> None:
     place = processors(2)
     work = workload("smollm2-135m", place=place, tokens=128, batch=8)
-    choice = choose_strategy(work, place, has_liger=False)
+    choice = choose_strategy(work, place, packages=Packages(has_liger=False))
     assert choice.fits
     assert choice.best.strategy.zero_stage == 2
     assert choice.best.strategy.attention is Attention.sdpa
