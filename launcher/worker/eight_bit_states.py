@@ -7,6 +7,7 @@ rounds them in the blocks of the ranks that go on.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The names that torch and DeepSpeed give to what bitsandbytes calls state1 and state2."""
 _BLOCK_ELEMENTS = 256  # bitsandbytes 0.50.2 optim/optimizer.py:Optimizer2State.init_state
+_PIECE_ELEMENTS = 2**24
+"""Rounded at a time, so that 64 MiB of fp32 are on the device; whole blocks."""
 _WRAPPED = "__bnb_optimizer_quant_state__"  # Optimizer8bit.state_dict there
 
 
@@ -69,6 +72,29 @@ def write_with_fp32_moments(source: Path, target: Path) -> None:
         torch.save(saved, target / path.name)
 
 
+class _OnHost(dict[str, Any]):
+    """The state of one tensor; a moment that is put into it moves to the host's memory."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in MOMENTS:
+            left, value = value.untyped_storage(), value.to("cpu", copy=True)
+            # The loader of stages 1 and 2 keeps views of it, which would keep it on the device.
+            if left.resizable():
+                left.resize_(0)
+        super().__setitem__(key, value)
+
+
+def keep_moments_on_host(optimizer: Any) -> None:
+    """Have fp32 moments wait in the host's memory for :func:`round_states`.
+
+    DeepSpeed's universal loaders (0.19.8) make them on the device, 8 bytes for each element of a
+    rank's part; now one partition (stages 1 and 2) or sub-group (3) is there at a time.
+    """
+    optimizer.state = defaultdict(
+        _OnHost, {parameter: _OnHost(state) for parameter, state in optimizer.state.items()}
+    )
+
+
 def round_states(optimizer: Any) -> None:
     """Replace fp32 moments by what bitsandbytes keeps, in the blocks of these tensors.
 
@@ -76,25 +102,38 @@ def round_states(optimizer: Any) -> None:
         optimizer: bitsandbytes' AdamW, with states as DeepSpeed's universal loader leaves them.
     """
     import torch
-    from bitsandbytes.functional import quantize_blockwise
 
     group = optimizer.param_groups[0]
     listed = group["params"]
-    for parameter, loaded in list(optimizer.state.items()):
+    waiting, optimizer.state = optimizer.state, defaultdict(dict)
+    for parameter, loaded in waiting.items():
         # Asked for a parameter's settings, it looks it up in its group; ZeRO-3's are empty.
         group["params"] = [parameter]
-        optimizer.state[parameter] = {}
         optimizer.init_state(group, parameter, 0, 0)
+        state = optimizer.state[parameter]
+        state["step"] = int(loaded["step"])
         with torch.no_grad():
-            state = optimizer.state[parameter]
-            state["step"] = int(loaded["step"])
             for number, moment in enumerate(MOMENTS, start=1):
-                value = loaded.pop(moment).to(parameter.device, torch.float32)
-                if state[f"state{number}"].dtype == torch.uint8:
-                    value, scales = quantize_blockwise(
-                        value, code=state[f"qmap{number}"], blocksize=_BLOCK_ELEMENTS
-                    )
-                    state[f"absmax{number}"].copy_(scales.absmax)
-                # In place: of a paged optimizer these are the pages.
-                state[f"state{number}"].copy_(value.view_as(parameter))
+                _round(loaded.pop(moment), state, number, parameter.device)
     group["params"] = listed
+
+
+def _round(moment: Any, state: Mapping[str, Any], number: int, device: Any) -> None:
+    """Write a moment into bitsandbytes' tensors, in place.
+
+    Those of a paged optimizer are pages, which torch takes for the host's memory.
+    """
+    import torch
+    from bitsandbytes.functional import quantize_blockwise
+
+    target = state[f"state{number}"].view(-1)
+    for start in range(0, target.numel(), _PIECE_ELEMENTS):
+        piece = moment.view(-1)[start : start + _PIECE_ELEMENTS].to(device)
+        end = start + piece.numel()
+        if target.dtype == torch.uint8:
+            piece, scales = quantize_blockwise(
+                piece, code=state[f"qmap{number}"], blocksize=_BLOCK_ELEMENTS
+            )
+            first = start // _BLOCK_ELEMENTS
+            state[f"absmax{number}"][first : first + scales.absmax.numel()] = scales.absmax
+        target[start:end] = piece

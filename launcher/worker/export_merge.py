@@ -11,7 +11,7 @@ import torch
 
 from launcher.predict.host_memory import SAVED_FILE_BYTES
 from launcher.worker.export_checks import ExportError
-from launcher.worker.weight_files import deal_into_files, write_files
+from launcher.worker.weight_files import deal_into_files, saved_tensors, write_files
 
 _BASE = ".base_layer"
 
@@ -36,7 +36,11 @@ def write_merged(
     folder.mkdir()
     model = adapted.get_base_model()
     layers = _adapted_layers(model)
-    sources = dict(_saved_tensors(model))
+    sources = {
+        name.replace(f"{_BASE}.", "."): value
+        for name, value in saved_tensors(model).items()
+        if "lora_" not in name
+    }
     sizes = {
         name: value.numel() * _saved_dtype(value, dtype).itemsize for name, value in sources.items()
     }
@@ -63,15 +67,6 @@ def _adapted_layers(model: Any) -> dict[str, Any]:
         for name, module in model.named_modules()
         if hasattr(module, "merge") and hasattr(module, "get_base_layer")
     }
-
-
-def _saved_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the base model's tensors under their own names, tied ones once."""
-    persistent = set(model.state_dict())
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        is_of_adapter = "lora_" in name.replace(f"{_BASE}.", ".")
-        if name in persistent and not is_of_adapter:
-            yield name.replace(f"{_BASE}.", "."), value
 
 
 @contextmanager

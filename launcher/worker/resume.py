@@ -28,7 +28,7 @@ from launcher.worker.checkpoints import (
     clear_unfinished,
     find_newest,
 )
-from launcher.worker.eight_bit_states import is_eight_bit, round_states
+from launcher.worker.eight_bit_states import is_eight_bit, keep_moments_on_host, round_states
 from launcher.worker.universal import STATES, check_convertible, states_folder
 
 logger = logging.getLogger(__name__)
@@ -180,6 +180,8 @@ def load_converted(engine: Any, resumption: Resumption) -> None:
 
     def load(*arguments: Any, **options: Any) -> Any:
         kept = [_hyperparameters(group) for group in _base_optimizer(engine).param_groups]
+        if is_eight_bit(_base_optimizer(engine)):
+            keep_moments_on_host(_base_optimizer(engine))
         if engine.zero_optimization():
             loaded = plain_load(*arguments, **options)
         else:
@@ -190,7 +192,7 @@ def load_converted(engine: Any, resumption: Resumption) -> None:
         if is_eight_bit(optimizer):
             for parameter in engine.module.parameters():
                 if getattr(parameter, "_hp_mapping", None) is not None:
-                    parameter._hp_mapping.optim_fragment = None  # else it keeps the fp32 moments
+                    parameter._hp_mapping.optim_fragment = None  # views of the fp32 moments
             round_states(optimizer)
             return loaded
         for group in optimizer.param_groups:

@@ -102,7 +102,7 @@ def save_model(
     from transformers.core_model_loading import revert_weight_conversion
 
     model = engine.module
-    tensors = _saved_tensors(model)
+    tensors = saved_tensors(model)
     sizes = {name: _num_elements(value) * value.element_size() for name, value in tensors.items()}
 
     def read(name: str) -> torch.Tensor | None:
@@ -135,7 +135,7 @@ def trained_tensors(engine: Any, *, is_writer: bool) -> dict[str, torch.Tensor]:
     return found
 
 
-def _saved_tensors(model: Any) -> dict[str, torch.Tensor]:
+def saved_tensors(model: Any) -> dict[str, torch.Tensor]:
     """Return what transformers saves of a model, tied tensors once."""
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     persistent = set(model.state_dict()) - ignored

@@ -183,6 +183,34 @@ def test_moments_are_rounded_to_8_bits_and_go_from_2_ranks_to_1(
     assert alone.losses == pytest.approx(both.losses, abs=ROUNDING_TOLERANCE)
 
 
+def test_moments_wait_on_the_host_and_are_rounded_piece_by_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+    from bitsandbytes.functional import quantize_blockwise
+    from bitsandbytes.optim import AdamW8bit
+
+    from launcher.worker import eight_bit_states
+
+    monkeypatch.setattr(eight_bit_states, "_PIECE_ELEMENTS", 1024)
+    parameter = torch.nn.Parameter(torch.zeros(5000))
+    optimizer = AdamW8bit([parameter])
+    eight_bit_states.keep_moments_on_host(optimizer)
+    moments = {"exp_avg": torch.randn(5000), "exp_avg_sq": torch.rand(5000)}
+    for name, moment in moments.items():
+        loaded = moment.clone()
+        optimizer.state[parameter][name] = loaded
+        assert loaded.untyped_storage().nbytes() == 0
+    optimizer.state[parameter]["step"] = torch.tensor(3.0)
+    eight_bit_states.round_states(optimizer)
+    state = optimizer.state[parameter]
+    assert state["step"] == 3
+    for number, moment in enumerate(moments.values(), start=1):
+        whole, scales = quantize_blockwise(moment, code=state[f"qmap{number}"], blocksize=256)
+        assert torch.equal(state[f"state{number}"], whole)
+        assert torch.equal(state[f"absmax{number}"], scales.absmax)
+
+
 def test_a_disk_that_takes_no_more_ends_the_run_and_names_what_is_left(
     full_run: Outcome, tmp_path: Path
 ) -> None:
