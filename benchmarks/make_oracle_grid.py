@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,8 @@ def grid() -> Iterator[tuple[str, TraceRequest]]:
         )
     yield from _large_vocabulary()
     yield from _single_options()
+    yield from _second_copies()
+    yield from _reduced_in_fp32()
 
 
 def _large_vocabulary() -> Iterator[tuple[str, TraceRequest]]:
@@ -241,6 +244,61 @@ def _single_options() -> Iterator[tuple[str, TraceRequest]]:
     yield "7b-z2-lora-dropout", request(**lora, place="z2", zero=AUTO_KNOBS)
     yield "7b-z3-lora-dropout", request(**lora, place="z3", zero=AUTO_KNOBS)
     yield "7b-z2-lora-padding", request(**lora, place="z2", has_padding=True, zero=AUTO_KNOBS)
+
+
+def _second_copies() -> Iterator[tuple[str, TraceRequest]]:
+    """hpZ: on 64 ranks, a second copy of the parameters in each group of 8.
+
+    Not full fine-tuning with offloaded parameters: copies that a backward hook makes are taken
+    for device memory there, as torch's function modes do not see what the hook does.
+    """
+    auto = replace(AUTO_KNOBS, zero_hpz_partition_size=8)
+    case: dict[str, Any] = {"method": "full", "place": "z3", "tokens": 256, "world_size": 64}
+    full = Checkpointing.full
+    yield "7b-z3-hpz8", request(**case, zero=auto)
+    yield (
+        "7b-z3-hpz8-gc_full",
+        request(**{**case, "tokens": 2048}, gradient_checkpointing=full, zero=auto),
+    )
+    yield (
+        "7b-z3-hpz8-steps2",
+        request(**case, gradient_checkpointing=full, gradient_accumulation_steps=2, zero=auto),
+    )
+    yield (
+        "7b-z3o-hpz8",
+        request(**{**case, "place": "z3o"}, gradient_checkpointing=full, zero=auto),
+    )
+    lora = {**case, "method": "lora16all"}
+    yield "7b-z3-hpz8-lora", request(**lora, gradient_checkpointing=full, zero=auto)
+    yield (
+        "7b-z3op-hpz8-lora",
+        request(**{**lora, "place": "z3op"}, gradient_checkpointing=full, zero=auto),
+    )
+    yield (
+        "7b-z3-hpz4-n8-default",
+        request(
+            **{**case, "world_size": 8},
+            gradient_checkpointing=full,
+            zero=ZeroKnobs(zero_hpz_partition_size=4),
+        ),
+    )
+
+
+def _reduced_in_fp32() -> Iterator[tuple[str, TraceRequest]]:
+    """bf16 gradients that are reduced in fp32 (``communication_data_type``)."""
+    knobs = ZeroKnobs(communication_data_type="fp32")
+    for place in ("z0", "z1", "z2", "z2o", "z3", "z3o"):
+        yield (
+            f"7b-{place}-reduced_fp32",
+            request(
+                method="full",
+                place=place,
+                tokens=256,
+                world_size=8,
+                gradient_checkpointing=Checkpointing.full,
+                zero=knobs,
+            ),
+        )
 
 
 def ranks_of(case: TraceRequest) -> tuple[int, ...]:

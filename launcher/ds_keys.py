@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_args
 
 from launcher.errors import RecipeError, did_you_mean, list_problems
-from launcher.strategy import ZeroKnobs
+from launcher.strategy import CommunicationType, ZeroKnobs
 
 # Keys that the plan itself decides: a second source for them would let file and plan differ.
 PLANNED_KEYS = {
@@ -71,27 +71,28 @@ ZERO_KEYS = frozenset(
 
 # What moves memory or time and has no formula here, with DeepSpeed's default.
 _UNPREDICTED: Mapping[str, Any] = {
-    "communication_data_type": None,
     "compile": None,
     "data_efficiency": None,
     "torch_autocast": None,
     "zero_optimization.leaf_module": None,
+    # Without it, autograd keeps gathered weights from forward to backward: whole models.
     "zero_optimization.memory_efficient_linear": True,
     "zero_optimization.stage3_model_persistence_threshold": None,
     "zero_optimization.stage3_module_granularity_threshold": 0,
     "zero_optimization.stage3_use_all_reduce_for_fetch_params": False,
     "zero_optimization.zenflow": None,
-    "zero_optimization.zero_hpz_partition_size": 1,
     "zero_optimization.zero_quantized_gradients": False,
     "zero_optimization.zero_quantized_nontrainable_weights": False,
     "zero_optimization.zero_quantized_weights": False,
 }
 
-# deepspeed 0.19.8 runtime/zero/config.py: gt=0, where the others have ge=0.
-_NEVER_ZERO = frozenset({"reduce_bucket_size"})
+# deepspeed 0.19.8 runtime/zero/config.py: gt=0, where the others have ge=0; of hpZ, 1 is none.
+_NEVER_ZERO = frozenset({"reduce_bucket_size", "zero_hpz_partition_size"})
 _MOST_ELEMENTS = 2**63 - 1  # what torch counts to
 
-_KNOBS = {item.name for item in fields(ZeroKnobs)} - {"pin_memory"}
+# The one knob outside zero_optimization; its values: runtime/config.py.
+_REDUCED_IN = "communication_data_type"
+_KNOBS = {item.name for item in fields(ZeroKnobs)} - {"pin_memory", _REDUCED_IN}
 
 
 def check_keys(raw: Mapping[str, Any], *, where: str) -> None:
@@ -123,21 +124,27 @@ def check_keys(raw: Mapping[str, Any], *, where: str) -> None:
             not is_switch
             and not (isinstance(value, int | float) and least <= value <= _MOST_ELEMENTS)
         ):
-            wanted = "true or false" if is_switch else f"a count of elements, {least} or more"
+            counted = "ranks" if name == "zero_hpz_partition_size" else "elements"
+            wanted = "true or false" if is_switch else f"a count of {counted}, {least} or more"
             problems.append(f"'zero_optimization.{name}' is {value!r}, it must be {wanted}")
+    if raw.get(_REDUCED_IN) not in (None, *get_args(CommunicationType)):
+        wanted = ", ".join(get_args(CommunicationType))
+        problems.append(f"'{_REDUCED_IN}' is {raw[_REDUCED_IN]!r}, it must be one of {wanted}")
     if problems:
         raise RecipeError(list_problems(problems), where=where, fix="correct the keys named above")
 
 
 def apply_to_knobs(knobs: ZeroKnobs, raw: Mapping[str, Any]) -> ZeroKnobs:
     """Return the knobs as DeepSpeed will see them once the raw keys are merged in."""
-    zero = raw.get("zero_optimization")
-    if not zero:
-        return knobs
+    zero = raw.get("zero_optimization", {})
     changes: dict[str, Any] = {
         name: zero[name] if isinstance(zero[name], bool) else int(zero[name])
         for name in _KNOBS & set(zero)
     }
+    if raw.get(_REDUCED_IN) is not None:
+        changes[_REDUCED_IN] = raw[_REDUCED_IN]
+    if not changes:
+        return knobs
     return replace(knobs, **changes)
 
 
@@ -146,7 +153,8 @@ def not_knobs(raw: Mapping[str, Any]) -> dict[str, Any]:
     zero = {
         key: value for key, value in raw.get("zero_optimization", {}).items() if key not in _KNOBS
     }
-    others = {key: value for key, value in raw.items() if key != "zero_optimization"}
+    taken = ("zero_optimization", _REDUCED_IN)
+    others = {key: value for key, value in raw.items() if key not in taken}
     return {**others, "zero_optimization": zero} if zero else others
 
 

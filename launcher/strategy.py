@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Literal
 
 ZeroStage = Literal[0, 1, 2, 3]
+CommunicationType = Literal["fp16", "bf16", "fp32"]
 
 
 class Method(StrEnum):
@@ -110,11 +111,20 @@ class ZeroKnobs:
     stage3_max_reuse_distance: int = 1_000_000_000
     stage3_prefetch_bucket_size: int = 50_000_000
     stage3_param_persistence_threshold: int = 100_000
+    zero_hpz_partition_size: int = 1
+    """Ranks, not elements: ZeRO++'s hpZ keeps a second copy of the parameters in each group."""
+    communication_data_type: CommunicationType | None = None
+    """Of gradients while they are reduced, a key outside ``zero_optimization``; ``None`` is the
+    model's own precision."""
     pin_memory: bool = True
 
     def overlaps(self, zero_stage: ZeroStage) -> bool:
         """Return whether reductions overlap backward at this stage."""
         return zero_stage == 3 if self.overlap_comm is None else self.overlap_comm
+
+    def copy_ranks(self, world_size: int) -> int:
+        """Return among how many ranks hpZ's second copies are divided; 1: there are none."""
+        return min(self.zero_hpz_partition_size, world_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -94,6 +94,14 @@ def _reasons(strategy: Strategy, workload: Workload, cluster: ClusterSpec) -> It
     yield from _kernel_reasons(strategy, workload, cluster.gpu)
     yield from _optimizer_reasons(strategy, workload, cluster)
     yield from _offload_reasons(strategy, cluster)
+    if strategy.zero_stage == 3 and cluster.world_size % strategy.zero.copy_ranks(
+        cluster.world_size
+    ):
+        # deepspeed 0.19.8 utils/groups.py:_create_zero_param_parallel_group asserts it.
+        yield (
+            f"{cluster.world_size} GPUs cannot be cut into groups of "
+            f"{strategy.zero.zero_hpz_partition_size} (zero_hpz_partition_size)"
+        )
     if workload.method is Method.qlora:
         yield from _qlora_reasons(strategy, workload)
     yield from _accumulation_reasons(strategy, workload)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from launcher.hardware import ClusterSpec
 from launcher.predict.calibration import Calibration
+from launcher.predict.components import COPIES
 from launcher.predict.zero_runtime import ZeroRuntime
 from launcher.strategy import Checkpointing, Offload, Precision
 
@@ -65,6 +66,8 @@ def host_components(
         found["gradient partitions"] = pin(zero.accumulation_width * zero.partition)
     if zero.strategy.offload_param is not Offload.none:
         found.update(_params(zero, pin))
+        # In pinned memory tensor by tensor, also where the parameters themselves go to NVMe.
+        found[COPIES] = zero.all_copies_bytes()
     if zero.strategy.gradient_checkpointing is Checkpointing.cpu_offload:
         found["checkpointed layer inputs"] = pin(saved_inputs_bytes)
     on_node = {name: size * cluster.gpus_per_node for name, size in found.items()}

@@ -224,8 +224,11 @@ class MicroStep:
         """Add the copy and the norms of a bucket that this gradient no longer fits into."""
         zero = self.zero
         copy = norm = 0.0
+        reduced = last if last > zero.bucket else min(zero.bucket, so_far)
         if crosses or zero.partition < zero.bucket:
-            copy = zero.reduction_bytes(last if last > zero.bucket else min(zero.bucket, so_far))
+            copy = zero.reduction_bytes(reduced)
+        elif zero.stage < 3:
+            copy = zero.cast_bytes(reduced)
         if zero.has_offloaded_optimizer:
             norm = zero.norm_bytes(max(last, min(new, zero.bucket)))
         if zero.stage == 3:
@@ -270,8 +273,8 @@ class MicroStep:
             found[NORM] = zero.norm_bytes(head)
         elif zero.stage < 3:
             self._add_partition(found, head)
-            if zero.partition < head:
-                found[REDUCTION] = zero.reduction_bytes(head)
+            is_cut = zero.partition < head
+            found[REDUCTION] = zero.reduction_bytes(head) if is_cut else zero.cast_bytes(head)
         yield "reduction of the output matrix", found
 
     def _ends(self) -> Iterator[Candidate]:
@@ -319,8 +322,12 @@ class MicroStep:
                 found[LEAVING] = zero.trained_width * counts.embedding / zero.world_size
         crosses = zero.stage == 3 or counts.embedding == 0 or zero.partition < counts.embedding
         rest = counts.embedding if counts.embedding > zero.bucket else counts.trainable
-        if crosses:
-            found[REDUCTION] = zero.reduction_bytes(min(rest, max(zero.bucket, counts.embedding)))
+        reduced = min(rest, max(zero.bucket, counts.embedding))
+        copy = zero.reduction_bytes(reduced) if crosses else zero.cast_bytes(reduced)
+        if zero.stage <= 2:
+            # The cast is gone when the norm is taken.
+            copy -= min(zero.cast_bytes(reduced), found.get(NORM, 0.0))
+        found[REDUCTION] = copy
         yield "last reduction", found
 
     def _boundary(self, found: Components) -> Iterator[Candidate]:
@@ -343,6 +350,7 @@ class MicroStep:
             found[NORM] = zero.norm_bytes(counts.largest_trainable)
         elif zero.strategy.zero.contiguous_gradients:
             found[OWNED] = zero.trained_width * zero.owned
+            found[REDUCTION] = zero.cast_bytes(min(zero.bucket, counts.trainable))
         else:
             found[GRADIENTS] = float(zero.trained_width * counts.trainable)
             largest = max(counts.largest_trainable, min(zero.bucket, counts.trainable))

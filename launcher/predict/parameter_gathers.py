@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ class GatheredBytes:
     """Collectives of one micro-step that gather."""
     gathered_in_all: int
     """By all of them together."""
+    gathered_in_groups: int = 0
+    """Of that, from hpZ's copies, in the first micro-step of a step; in the others, everything."""
 
 
 @functools.lru_cache(maxsize=512)
@@ -52,6 +55,7 @@ def gathered_bytes(
     element_bytes: int,
     world_size: int,
     has_offloaded_params: bool,
+    copies_trained: bool = True,
 ) -> GatheredBytes:
     """Return what is gathered at each place once DeepSpeed knows the order of the modules.
 
@@ -61,18 +65,26 @@ def gathered_bytes(
         element_bytes: of the model's precision.
         world_size: of one rank, partitions come whole from the host, without buffers.
         has_offloaded_params: a rank's part comes from the host before the others' join it.
+        copies_trained: hpZ's copies of trained parameters, made as they are released, count as
+            gathered; else they wait since an earlier micro-step.
     """
     found = replay(setting, knobs, world_size=world_size)
     forward = found.forward_from_host if has_offloaded_params else found.forward
     backward = found.backward_from_host if has_offloaded_params else found.backward
+    copied = copied_in_all = 0
+    if copies_trained and not has_offloaded_params:
+        forward = tuple(map(sum, zip(forward, found.copied, strict=True)))
+        backward = tuple(map(sum, zip(backward, found.copied_backward, strict=True)))
+        copied, copied_in_all = found.copied[-1], found.copied_in_all
     return GatheredBytes(
         forward=tuple(element_bytes * elements for elements in forward),
-        loss=element_bytes * found.loss,
-        turn=element_bytes * found.turn,
+        loss=element_bytes * (found.loss + copied),
+        turn=element_bytes * (found.turn + copied),
         backward=tuple(element_bytes * elements for elements in reversed(backward)),
-        end=element_bytes * found.end,
+        end=element_bytes * (found.end + copied_in_all),
         num_gathers=found.num_gathers,
         gathered_in_all=element_bytes * found.gathered_in_all,
+        gathered_in_groups=element_bytes * found.gathered_in_groups,
     )
 
 
@@ -90,6 +102,11 @@ class _Replayed:
     end: int
     num_gathers: int
     gathered_in_all: int
+    gathered_in_groups: int
+    copied: tuple[int, ...]
+    """hpZ's copies of trained parameters on one rank, after each layer's forward."""
+    copied_backward: tuple[int, ...]
+    copied_in_all: int
 
 
 @functools.lru_cache(maxsize=512)
@@ -109,6 +126,13 @@ def replay(setting: CallSetting, knobs: ZeroKnobs, *, world_size: int) -> _Repla
         return tuple(replayed_layers[index] for index in order)
 
     middle = min(head, replayed - 1)
+    ranks = knobs.copy_ranks(world_size)
+    # Each layer left out releases one layer's parameters for the first time.
+    more = coordinator.copied_in[middle] * alike
+    copied = itertools.accumulate(
+        (coordinator.copied_in[index] for index in order), initial=coordinator.copied_at_start
+    )
+    in_groups = coordinator.grouped_in[middle]
     return _Replayed(
         forward=of_all(coordinator.forward),
         forward_from_host=of_all(coordinator.forward_from_host),
@@ -119,6 +143,10 @@ def replay(setting: CallSetting, knobs: ZeroKnobs, *, world_size: int) -> _Repla
         end=coordinator.alive,
         num_gathers=coordinator.num_gathers + alike * coordinator.gathers_in[middle],
         gathered_in_all=coordinator.gathered + alike * coordinator.gathered_in[middle],
+        gathered_in_groups=coordinator.grouped + alike * in_groups,
+        copied=tuple(elements // ranks for elements in copied)[1:],
+        copied_backward=of_all([(size + more) // ranks for size in coordinator.copied_backward]),
+        copied_in_all=(coordinator.copied + more) // ranks,
     )
 
 
@@ -184,7 +212,10 @@ class _Coordinator:
         self.active: dict[int, None] = {}
         self.gathers: dict[int, _Gather] = {}
         self.available = self.alive = self.highest = 0
-        self.num_gathers = self.gathered = 0
+        self.num_gathers = self.gathered = self.grouped = self.copied = 0
+        self.copy_ranks = knobs.copy_ranks(world_size)
+        has_copies = self.copy_ranks > 1
+        self.is_copied = [has_copies and not trained for trained in self.is_trained]
 
     def run(self) -> None:
         """Replay all calls, and note the most gathered elements of each place."""
@@ -192,10 +223,13 @@ class _Coordinator:
         self.forward, self.backward = [0] * layers, [0] * layers
         self.forward_from_host, self.backward_from_host = [0] * layers, [0] * layers
         self.gathers_in, self.gathered_in = [0] * layers, [0] * layers
+        self.grouped_in, self.copied_in = [0] * layers, [0] * layers
+        self.copied_at_start, self.copied_backward = 0, [0] * layers
         self.loss = self.turn = 0
         for call in self.calls.calls:
             place, layer = call.place, call.layer
             num_gathers, gathered, self.highest = self.num_gathers, self.gathered, 0
+            grouped, copied = self.grouped, self.copied
             if call.is_fetch:
                 self._fetch(call)
             else:
@@ -213,6 +247,13 @@ class _Coordinator:
                 if self.num_gathers != num_gathers:
                     self.gathers_in[layer] += self.num_gathers - num_gathers
                     self.gathered_in[layer] += self.gathered - gathered
+                    self.grouped_in[layer] += self.grouped - grouped
+                if is_forward:
+                    self.copied_in[layer] += self.copied - copied
+                else:
+                    self.copied_backward[layer] = self.copied
+            else:
+                self.copied_at_start = self.copied
             if place == "backward" and not self.turn:
                 self.turn = alive
 
@@ -260,16 +301,24 @@ class _Coordinator:
     def _gather(self, wanted: list[int]) -> None:
         if not wanted:
             return
+        # What has a copy in the group is gathered there, apart from the rest.
+        for is_copied in (True, False):
+            together = [index for index in wanted if self.is_copied[index] is is_copied]
+            if together:
+                self._gather_from(together, self.copy_ranks if is_copied else self.world_size)
+
+    def _gather_from(self, wanted: list[int], ranks: int) -> None:
         elements = sum(self.sizes[index] for index in wanted)
         for index in wanted:
             self.state[index] = _IN_FLIGHT
         self.available += elements
         self.num_gathers += 1
         self.gathered += elements
+        self.grouped += elements if self.is_copied[wanted[0]] else 0
         self.alive += elements
         if self.world_size == 1:
             return
-        self.highest = max(self.highest, self.alive + elements // self.world_size)
+        self.highest = max(self.highest, self.alive + elements // ranks)
         if len(wanted) > 1:
             gather = _Gather(elements=elements, num_unused=len(wanted))
             self.gathers.update(dict.fromkeys(wanted, gather))
@@ -301,6 +350,9 @@ class _Coordinator:
                 self.state[index] = _AWAY
                 self.available -= self.sizes[index]
                 self.alive -= self.sizes[index]
+                if self.copy_ranks > 1 and not self.is_copied[index]:
+                    self.is_copied[index] = True
+                    self.copied += self.sizes[index]
 
     def _is_used_again(self, index: int) -> bool:
         """Return whether a prefetch counts on the parameter, or it recurs soon enough."""

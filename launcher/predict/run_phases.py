@@ -8,6 +8,7 @@ from launcher.predict.activations import ActivationTimeline
 from launcher.predict.components import (
     ADAPTERS,
     BUCKETS,
+    COPIES,
     DEQUANTIZED,
     FLAT_GRADIENTS,
     FP32_GRADIENTS,
@@ -48,6 +49,7 @@ class RunPhases:
         zero, counts = self.zero, self.zero.counts
         found = zero.model_bytes()
         found.pop(ADAPTERS, None)
+        found[COPIES] = zero.copies_bytes(of_trained=zero.is_full, of_frozen=True)
         if counts.quantized:
             whole = {"weight before quantization": float(zero.width * counts.largest_in_layers)}
             if zero.stage == 3:
@@ -94,6 +96,8 @@ class RunPhases:
         """Yield: what ``deepspeed.initialize`` allocates while it builds its partitions."""
         zero, part = self.zero, self.zero.partition
         model, offloaded = zero.model_bytes(), zero.has_offloaded_optimizer
+        # hpZ's copies are made with the partitions, adapters' by the engine.
+        model[COPIES] = zero.copies_bytes(of_trained=True, of_frozen=True)
         trained = float(zero.trained_width * zero.counts.trainable)
         if not zero.is_full:
             # Whole on every rank until the engine takes them.
@@ -124,7 +128,8 @@ class RunPhases:
         # Each trained tensor is brought together once, to link it with its master weights.
         is_linked = zero.is_full and zero.gathers
         whole = zero.counts.largest_in_bytes if is_linked else 0.0
-        found = {**model, BUCKETS: float(zero.width * zero.bucket), "gathered tensor": whole}
+        found = {**model, BUCKETS: float(zero.reduced_width * zero.bucket)}
+        found["gathered tensor"] = whole
         if zero.has_offloaded_optimizer:
             # The rank's own part comes from the host first.
             parts = 1 / zero.world_size if zero.has_offloaded_params else 0.0
@@ -152,6 +157,7 @@ class RunPhases:
         """Yield: gradients made fp32, and the optimizer's own temporaries."""
         zero = self.zero
         found = dict(self.resident)
+        found[COPIES] = zero.copies_bytes(of_trained=True, of_frozen=True)
         if not zero.is_full and zero.strategy.gradient_checkpointing is not Checkpointing.none:
             # Embeddings made to require a gradient are a leaf: both stay until the next forward.
             found["input embeddings and their gradient"] = 2 * self.acts.hidden_bytes

@@ -19,7 +19,7 @@ from launcher.predict.liger_kernels import has_liger_kernels
 from launcher.predict.site_constants import time_constants
 from launcher.predict.time_calibration import TimeCalibration
 from launcher.predict.zero_runtime import zero_runtime
-from launcher.strategy import Checkpointing, Method, Offload, Optimizer, Strategy
+from launcher.strategy import Checkpointing, Method, Offload, Optimizer, Precision, Strategy
 from launcher.workload import Workload
 
 
@@ -52,6 +52,8 @@ class _Gathers:
     count: int
     total_bytes: float
     """All that they bring together; a weight that is released and used again counts again."""
+    group_bytes: float = 0.0
+    """Of that, what hpZ's second copies give, inside groups of ranks: the mean micro-step's."""
 
 
 _NO_GATHERS = _Gathers(count=0, total_bytes=0.0)
@@ -113,7 +115,9 @@ def least_step_seconds(workload: Workload, strategy: Strategy, cluster: ClusterS
     """
     once = _NO_GATHERS
     if strategy.zero_stage == 3:
-        once = _Gathers(count=0, total_bytes=_stored_bytes(workload, weight_totals(workload)))
+        stored = _stored_bytes(workload, weight_totals(workload))
+        has_copies = strategy.zero.copy_ranks(cluster.world_size) > 1
+        once = _Gathers(count=0, total_bytes=stored, group_bytes=stored if has_copies else 0.0)
     constants = time_constants(cluster)
     work = micro_step_work(workload, strategy, constants, gpu=cluster.gpu)
     return _step_seconds(work, workload, strategy, cluster, constants, gathers=once)[0]
@@ -131,10 +135,8 @@ def _step_seconds(
     """Return the seconds of a step, and those of each part."""
     compute = _compute_seconds(work, workload, cluster, calibration)
     host, hooks = _host_seconds(work, strategy, calibration, num_gathers=gathers.count)
-    links = _communication(
-        workload, strategy, cluster, calibration, gathered_bytes=gathers.total_bytes
-    )
-    copies = _host_copies(workload, strategy, cluster, gathered_bytes=gathers.total_bytes)
+    links = _communication(workload, strategy, cluster, calibration, gathers=gathers)
+    copies = _host_copies(workload, strategy, cluster, gathers=gathers)
     device = _overlapped(
         sum(compute.values()),
         links.micro_seconds,
@@ -199,10 +201,14 @@ def _gathers(workload: Workload, strategy: Strategy, world_size: int) -> _Gather
     runtime = zero_runtime(workload, strategy, world_size=world_size)
     if not runtime.gathers:
         return _NO_GATHERS
+    gathered, steps = runtime.gathered, strategy.gradient_accumulation_steps
+    # The step makes trained parameters' copies stale; the first micro-step after it renews them.
+    later = gathered.gathered_in_all if runtime.copy_ranks > 1 else 0
     return _Gathers(
         # A single rank brings its weights from the host without a collective.
-        count=runtime.gathered.num_gathers if world_size > 1 else 0,
-        total_bytes=runtime.gathered.gathered_in_all,
+        count=gathered.num_gathers if world_size > 1 else 0,
+        total_bytes=gathered.gathered_in_all,
+        group_bytes=(gathered.gathered_in_groups + (steps - 1) * later) / steps,
     )
 
 
@@ -230,7 +236,7 @@ def _communication(
     cluster: ClusterSpec,
     calibration: TimeCalibration,
     *,
-    gathered_bytes: float,
+    gathers: _Gathers,
 ) -> _Transfers:
     """Return the time of ZeRO's collectives and of sequence parallelism's all-to-alls.
 
@@ -243,6 +249,8 @@ def _communication(
         return _Transfers(micro_seconds=0.0, boundary_seconds=0.0)
     num_trainable = workload.num_trainable_params
     trainable = workload.precision.bytes_per_element * num_trainable
+    reduced_in = strategy.zero.communication_data_type or workload.precision
+    reduced = Precision(reduced_in).bytes_per_element * num_trainable
     bus = cluster.gpu.peer_link_bytes_per_s
     if cluster.num_nodes > 1:
         bus = min(bus, cluster.inter_node_bytes_per_s)
@@ -250,15 +258,21 @@ def _communication(
     buckets = 1 + num_trainable // strategy.zero.reduce_bucket_size
     micro = boundary = 0.0
     if stage <= 1:
-        boundary = (2 + stage) * trainable
+        boundary = 2 * reduced + stage * trainable
     elif stage == 2:
-        micro, boundary = 2 * trainable, trainable
+        micro, boundary = 2 * reduced, trainable
     else:
-        micro = gathered_bytes + trainable
+        micro = gathers.total_bytes - gathers.group_bytes + reduced
     share = (ranks - 1) / ranks / bus
+    copy_ranks = strategy.zero.copy_ranks(ranks)
+    group_bus = cluster.gpu.peer_link_bytes_per_s if copy_ranks <= cluster.gpus_per_node else bus
+    in_groups = gathers.group_bytes * (copy_ranks - 1) / copy_ranks / group_bus
     exchanged = _sequence_parallel_seconds(workload, strategy, cluster, calibration)
     return _Transfers(
-        micro_seconds=micro * share + exchanged + (latency * buckets if stage >= 2 else 0.0),
+        micro_seconds=micro * share
+        + in_groups
+        + exchanged
+        + (latency * buckets if stage >= 2 else 0.0),
         boundary_seconds=boundary * share + latency * buckets,
     )
 
@@ -298,7 +312,7 @@ def _stored_bytes(workload: Workload, totals: WeightTotals) -> float:
 
 
 def _host_copies(
-    workload: Workload, strategy: Strategy, cluster: ClusterSpec, *, gathered_bytes: float
+    workload: Workload, strategy: Strategy, cluster: ClusterSpec, *, gathers: _Gathers
 ) -> _Transfers:
     """Return the time of PCIe and NVMe traffic; each GPU has its own link to the host."""
     gpu, ranks = cluster.gpu, cluster.world_size
@@ -315,7 +329,8 @@ def _host_copies(
             boundary += down
     if strategy.offload_param is not Offload.none:
         # Each rank's part comes from its host before it is gathered; the fetch is waited for.
-        fetched = gathered_bytes / ranks
+        fetched = (gathers.total_bytes - gathers.group_bytes) / ranks
+        fetched += gathers.group_bytes / strategy.zero.copy_ranks(ranks)
         micro += fetched / gpu.host_link_bytes_per_s
         if strategy.offload_param is Offload.nvme:
             micro += fetched * cluster.gpus_per_node / cluster.nvme_bytes_per_s

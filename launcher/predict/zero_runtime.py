@@ -14,6 +14,7 @@ from launcher.predict.components import (
     ADAPTERS,
     BUCKETS,
     CARRIED,
+    COPIES,
     OPTIMIZER,
     PARAMETERS,
     QUANTIZED,
@@ -112,6 +113,28 @@ class ZeroRuntime:
         return self.stage == 2 and self.accumulation_width == 4 and self.width == 2
 
     @functools.cached_property
+    def casts_gradients(self) -> bool:
+        """Gradients are reduced in another type than the model's (``communication_data_type``)."""
+        wanted = self.strategy.zero.communication_data_type
+        return wanted is not None and wanted != self.precision.value
+
+    @functools.cached_property
+    def reduced_width(self) -> int:
+        """Bytes per element of a gradient while it is reduced."""
+        wanted = self.strategy.zero.communication_data_type
+        return self.trained_width if wanted is None else Precision(wanted).bytes_per_element
+
+    @functools.cached_property
+    def copy_ranks(self) -> int:
+        """Ranks that hpZ's second copies are divided among; 1: there are none.
+
+        Source: ``partition_parameters.py:_partition_param_sec``. They are made when a parameter
+        is released, at birth too, and serve every gather until the step makes them stale
+        (``stage3.py:invalidate_secondary_tensor``): those of frozen parameters stay for ever.
+        """
+        return self.strategy.zero.copy_ranks(self.world_size) if self.gathers else 1
+
+    @functools.cached_property
     def gathers(self) -> bool:
         """Parameters are brought together for use: more ranks, or host memory, hold them."""
         return self.stage == 3 and (self.world_size > 1 or self.has_offloaded_params)
@@ -127,7 +150,13 @@ class ZeroRuntime:
             element_bytes=self.width,
             world_size=self.world_size,
             has_offloaded_params=self.has_offloaded_params,
+            copies_trained=not self.keeps_copies,
         )
+
+    @functools.cached_property
+    def keeps_copies(self) -> bool:
+        """Second copies of trained parameters wait from one micro-step to the next."""
+        return self.strategy.gradient_accumulation_steps > 1
 
     # --- what stays -------------------------------------------------------------------------
 
@@ -149,6 +178,20 @@ class ZeroRuntime:
             # ZeRO-3 partitions the packed weights; their scales stay on every rank.
             found[QUANTIZED] = counts.quantized_bytes * shard + counts.quantization_state_bytes
         return found
+
+    def copies_bytes(self, *, of_trained: bool, of_frozen: bool) -> float:
+        """Return hpZ's second copies on the GPU; with the parameters offloaded they are not."""
+        if self.copy_ranks == 1 or self.has_offloaded_params:
+            return 0.0
+        return self.all_copies_bytes(of_trained=of_trained, of_frozen=of_frozen)
+
+    def all_copies_bytes(self, *, of_trained: bool = True, of_frozen: bool = True) -> float:
+        """Return hpZ's second copies, wherever they are; persistent ones are made at birth only."""
+        if self.copy_ranks == 1:
+            return 0.0
+        frozen = self.width * self.counts.frozen + self.counts.quantized_bytes
+        trained = self.trained_width * self.counts.trainable
+        return (of_frozen * frozen + of_trained * trained) / self.copy_ranks
 
     def optimizer_bytes(self) -> float:
         """Return fp32 master weights and moments on the GPU after the first step."""
@@ -174,9 +217,10 @@ class ZeroRuntime:
         """Return everything that is alive between two steps, by component."""
         found = self.model_bytes()
         found[OPTIMIZER] = self.optimizer_bytes()
+        found[COPIES] = self.copies_bytes(of_trained=False, of_frozen=True)
         if self.stage == 3:
             if self.strategy.zero.contiguous_gradients:
-                found[BUCKETS] = float(self.width * self.bucket)
+                found[BUCKETS] = float(self.reduced_width * self.bucket)
             if not self.has_offloaded_optimizer:
                 # grad_partitions_flat_buffer, from init on
                 found["gradient partitions"] = self.accumulation_width * self.partition
@@ -188,9 +232,12 @@ class ZeroRuntime:
         return {name: size for name, size in found.items() if size}
 
     def carried_bytes(self) -> dict[str, float]:
-        """Return gradients that wait from one micro-step to the next."""
-        if self.strategy.gradient_accumulation_steps == 1 or self.stage == 3:
+        """Return gradients, and hpZ's copies, that wait from one micro-step to the next."""
+        if self.strategy.gradient_accumulation_steps == 1:
             return {}
+        if self.stage == 3:
+            copies = self.copies_bytes(of_trained=True, of_frozen=True)
+            return {COPIES: copies} if copies else {}
         if self.stage <= 1 and not self.has_fp32_stage_1:
             return {CARRIED: self.trained_width * self.counts.trainable}
         if self.stage == 2 and not self.has_offloaded_optimizer:
@@ -214,12 +261,22 @@ class ZeroRuntime:
         """Return the copy that reducing ``elements`` gradients makes, all in one bucket.
 
         ZeRO-1/2 concatenate the slices of different owners (``allreduce_bucket``), ZeRO-3
-        the shares of all ranks (``reduce_scatter_coalesced``); one slice needs no copy.
+        the shares of all ranks (``reduce_scatter_coalesced``); one slice needs no copy. Before
+        them, ZeRO-1/2 cast to ``communication_data_type``; ZeRO-3's bucket has it, so only what
+        is larger is cast, and afterwards the rank's own share.
         """
         if self.stage == 3:
             single = elements > self.bucket
-            return 0.0 if single else self.width * elements
-        return self.trained_width * elements if self.world_size > 1 else 0.0
+            copied = 0.0 if single and not self.casts_gradients else self.reduced_width * elements
+            share = self.accumulation_width * elements / self.world_size
+            return copied + (share if self.casts_gradients else 0.0)
+        return self.cast_bytes(elements) + (
+            self.trained_width * elements if self.world_size > 1 else 0.0
+        )
+
+    def cast_bytes(self, elements: float) -> float:
+        """Return ``elements`` gradients in the type that ZeRO-0 to 2 reduce them in, if another."""
+        return self.reduced_width * elements if self.casts_gradients else 0.0
 
     def norm_bytes(self, largest: float) -> float:
         """Return the fp64 copy of the largest gradient slice (``get_norm_dtype``)."""
@@ -229,7 +286,8 @@ class ZeroRuntime:
 
     def stage_0_reduction_bytes(self) -> float:
         """Return the flat copy of ``buffered_allreduce_fallback``."""
-        return float(self.trained_width * min(_STAGE_0_BUCKET_ELEMENTS, self.counts.trainable))
+        elements = min(_STAGE_0_BUCKET_ELEMENTS, self.counts.trainable)
+        return self.trained_width * elements + self.cast_bytes(elements)
 
     def fp32_stage_1_reduction_bytes(self) -> float:
         """Return BF16_Optimizer's cast of all fp32 gradients, and their copy if it is small.
@@ -239,7 +297,7 @@ class ZeroRuntime:
         """
         count = self.counts.trainable
         copied = 4.0 * count if count <= _STAGE_0_BUCKET_ELEMENTS else 0.0
-        return self.trained_width * count + copied
+        return (0 if self.reduced_width == 4 else self.reduced_width) * count + copied
 
 
 def zero_runtime(workload: Workload, strategy: Strategy, *, world_size: int) -> ZeroRuntime:

@@ -47,6 +47,7 @@ def deepspeed_config(
             "stage3_max_live_parameters": elements(knobs.stage3_max_live_parameters),
             "stage3_max_reuse_distance": elements(knobs.stage3_max_reuse_distance),
             "stage3_prefetch_bucket_size": elements(knobs.stage3_prefetch_bucket_size),
+            "zero_hpz_partition_size": knobs.zero_hpz_partition_size,
         }
     # Page-locking changes no bytes on the device, and the CPU accelerator cannot do it.
     if strategy.offload_optimizer is Offload.cpu:
@@ -67,6 +68,8 @@ def deepspeed_config(
         config[workload.precision.value] = {"enabled": True, **static}
     if strategy.grad_accum_dtype is not None:
         config["data_types"] = {"grad_accum_dtype": strategy.grad_accum_dtype.value}
+    if knobs.communication_data_type is not None:
+        config["communication_data_type"] = knobs.communication_data_type
     raw = {key: value for key, value in raw_deepspeed.items() if key not in _WATCHING}
     return merge(config, not_knobs(raw))
 

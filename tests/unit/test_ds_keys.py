@@ -45,6 +45,27 @@ def test_keys_that_move_memory_reach_the_knobs() -> None:
     assert knobs.overlaps(2)
 
 
+def test_groups_with_second_copies_and_the_type_of_reductions_reach_the_knobs() -> None:
+    raw = {
+        "communication_data_type": "fp32",
+        "zero_optimization": {"zero_hpz_partition_size": 8},
+    }
+    knobs = apply_to_knobs(ZeroKnobs(), raw)
+    assert (knobs.communication_data_type, knobs.zero_hpz_partition_size) == ("fp32", 8)
+    assert not_knobs(raw) == {}
+
+
+@pytest.mark.parametrize("value", ["float32", "FP32", 32])
+def test_a_type_that_no_gradient_is_reduced_in_is_an_error(value: object) -> None:
+    problem = problem_of({"communication_data_type": value})
+    assert "must be one of fp16, bf16, fp32" in problem
+
+
+def test_no_ranks_are_no_group() -> None:
+    problem = problem_of({"zero_optimization": {"zero_hpz_partition_size": 0}})
+    assert "a count of ranks, 1 or more" in problem
+
+
 def test_keys_that_move_no_memory_pass() -> None:
     check_keys({"wall_clock_breakdown": True, "comms_logger": {"enabled": True}}, where="x")
 
@@ -57,17 +78,18 @@ def test_deepspeeds_short_names_of_stage_3_keys_are_refused_as_the_long_ones_wou
 
 def test_keys_that_no_prediction_follows_are_known() -> None:
     raw = {
-        "communication_data_type": "fp32",
+        "compile": {"deepcompile": True},
         "wall_clock_breakdown": True,
         "torch_autocast": {"enabled": False},
         "zero_optimization": {
-            "zero_hpz_partition_size": 8,
+            "zero_quantized_gradients": True,
             "zero_quantized_weights": False,
+            "zero_hpz_partition_size": 8,
             "reduce_bucket_size": 1,
         },
     }
     found = unpredicted_keys(raw)
-    assert found == ("communication_data_type", "zero_optimization.zero_hpz_partition_size")
+    assert found == ("compile", "zero_optimization.zero_quantized_gradients")
     assert unpredicted_keys({}) == ()
 
 

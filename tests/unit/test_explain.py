@@ -235,10 +235,10 @@ def test_packed_sequences_say_what_flash_attention_would_bring() -> None:
 
 
 def test_raw_keys_that_no_number_follows_are_named_above_the_numbers() -> None:
-    raw = {"zero_optimization": {"zero_hpz_partition_size": 8}}
+    raw = {"zero_optimization": {"zero_quantized_weights": True}}
     made = make_plan(workload(), cluster(), raw_deepspeed=raw)
-    assert made.unpredicted_keys == ("zero_optimization.zero_hpz_partition_size",)
-    assert "zero_hpz_partition_size" in shown(made)
+    assert made.unpredicted_keys == ("zero_optimization.zero_quantized_weights",)
+    assert "zero_quantized_weights" in shown(made)
 
 
 def test_sizes_are_short() -> None:

@@ -24,6 +24,7 @@ from launcher.strategy import (
     Optimizer,
     Precision,
     Strategy,
+    ZeroKnobs,
     ZeroStage,
 )
 from launcher.workload import LoraSpec, QuantizationSpec, Workload
@@ -60,6 +61,14 @@ def test_bf16_works_from_compute_capability_8(gpu: str) -> None:
 def test_flash_attention_2_is_refused_before_compute_capability_8(gpu: str) -> None:
     strategy = Strategy(zero_stage=2, attention=Attention.flash_attention_2)
     assert "FlashAttention-2 needs compute capability 8.0" in reason(strategy, place=cluster(gpu))
+
+
+@pytest.mark.parametrize(("ranks", "is_possible"), [(2, True), (4, True), (8, True), (6, False)])
+def test_hpz_needs_groups_of_equal_size(ranks: int, is_possible: bool) -> None:
+    strategy = Strategy(zero_stage=3, zero=ZeroKnobs(zero_hpz_partition_size=4))
+    found = reason(strategy, place=cluster(gpus=ranks))
+    assert ("cannot be cut into groups of 4" not in found) is is_possible
+    assert reason(replace(strategy, zero_stage=2), place=cluster(gpus=ranks)) == ""
 
 
 def test_flash_attention_2_has_no_fp32_kernels() -> None:

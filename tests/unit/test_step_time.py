@@ -23,6 +23,7 @@ from launcher.strategy import (
     Precision,
     Strategy,
     ZeroKnobs,
+    ZeroStage,
 )
 from launcher.units import GIB
 from launcher.workload import LoraSpec, Workload
@@ -233,6 +234,41 @@ def test_zero3_gathers_twice_and_scatters_once() -> None:
     # 6 bytes a parameter, 7/8 of them from other ranks, at 230 GB/s; the norms stay gathered.
     expected = (6 * 6_738_415_616 - 4 * 65 * 4096) * 7 / 8 / 230e9
     assert seconds.components["communication"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_hpz_gathers_from_the_own_node_what_the_step_has_not_changed(steps: int) -> None:
+    # ZeRO++, arXiv:2306.10209, section 3.2: backward reads the copies that forward left in the
+    # node. So do all later micro-steps; each reduces its gradients over all ranks.
+    cluster = default_cluster(find_gpu("A100-80GB"), num_nodes=2)
+    calibration = TimeCalibration(collective_latency_seconds=0.0)
+    knobs = replace(NOTHING_KEPT, zero_hpz_partition_size=8)
+    strategy = Strategy(zero_stage=3, zero=knobs, gradient_accumulation_steps=steps)
+    found = estimate_time(
+        job("llama2-7b", Method.full, 2048), strategy, cluster, calibration=calibration
+    )
+    count = 6_738_415_616
+    gathered = count - 65 * 4096  # the norms stay
+    across = (2 * gathered + 2 * steps * count) * 15 / 16
+    inside = (4 * steps - 2) * gathered * 7 / 8
+    expected = across / min(230e9, cluster.inter_node_bytes_per_s) + inside / 230e9
+    assert found.components["communication"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("zero_stage", "bytes_per_param"), [(0, 8), (1, 10), (2, 10), (3, 8)])
+def test_gradients_that_are_reduced_in_fp32_are_sent_twice_as_wide(
+    zero_stage: ZeroStage, bytes_per_param: int
+) -> None:
+    cluster = default_cluster(find_gpu("A100-80GB"))
+    knobs = replace(NOTHING_KEPT, communication_data_type="fp32")
+    found = estimate_time(
+        job("llama2-7b", Method.full, 2048),
+        Strategy(zero_stage=zero_stage, zero=knobs),
+        cluster,
+        calibration=TimeCalibration(collective_latency_seconds=0.0),
+    )
+    expected = bytes_per_param * 6_738_415_616 * 7 / 8 / 230e9
+    assert found.components["communication"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_checkpointing_under_zero3_gathers_frozen_layers_a_third_time() -> None:
