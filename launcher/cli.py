@@ -38,6 +38,13 @@ _COMMANDS = {
 }
 
 
+_NAMES_ELSEWHERE = {
+    "--num-gpus": "--gpus-per-node", "--gpus": "--gpus-per-node",
+    "--nproc-per-node": "--gpus-per-node", "--num-nodes": "--nodes", "--nnodes": "--nodes",
+}  # fmt: skip
+"""What deepspeed, torchrun and Slurm call our options."""
+
+
 class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*_COMMANDS, *super().list_commands(ctx)]
@@ -78,6 +85,17 @@ def version(*, as_json: bool) -> None:
     print(json.dumps({"zerofit": __version__}) if as_json else f"zerofit {__version__}")
 
 
+def _with_our_name(error: click.ClickException) -> click.ClickException:
+    """Return the error, of an option by another program's name with what it is called here."""
+    if not isinstance(error, click.NoSuchOption) or error.ctx is None:
+        return error
+    theirs = error.option_name
+    ours = _NAMES_ELSEWHERE.get(theirs.replace("_", "-"))
+    if not any(ours in param.opts for param in error.ctx.command.params):
+        return error
+    return click.UsageError(f"No such option {theirs!r}. Did you mean {ours!r}?", ctx=error.ctx)
+
+
 def main() -> NoReturn:
     """Run the command line; errors that a user can mend are printed without a traceback."""
     try:
@@ -89,7 +107,7 @@ def main() -> NoReturn:
         show_error(error)
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        _with_our_name(error).show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         print("interrupted", file=sys.stderr)

@@ -223,7 +223,9 @@ def _unknown_keys(part: Any, kind: type, where: str) -> Iterator[str]:
         for key in node:
             name = f"{prefix}{key}"
             if str(key) not in hints:
-                yield f"unknown key {name!r} ({where}): {did_you_mean(str(key), list(hints))}"
+                elsewhere = [f"{part}.{key}" for part in _sections_with(str(key), kind)]
+                meant = did_you_mean(elsewhere[0] if elsewhere else str(key), elsewhere or hints)
+                yield f"unknown key {name!r} ({where}): {meant}"
                 continue
             child, hint = node._get_node(key), hints[str(key)]
             if hint == tuple[DataSource, ...] and OmegaConf.is_list(child):
@@ -242,6 +244,14 @@ def _unknown_keys(part: Any, kind: type, where: str) -> Iterator[str]:
                 yield f"{name!r} is a value or a list, not a section ({where})"
 
     yield from walk(part, kind, "")
+
+
+def _sections_with(key: str, kind: type) -> list[str]:
+    return [
+        name
+        for name, hint in type_hints(kind).items()
+        if is_dataclass(hint) and key in type_hints(hint)
+    ]
 
 
 def _not_text(recipe: Recipe) -> Iterator[str]:

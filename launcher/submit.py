@@ -109,8 +109,11 @@ def submit_array(
         RecipeError: the runs need different nodes, so they cannot be one array.
         LauncherError: as :func:`submit_run`.
     """
-    backends = [slurm_backend(item.recipe).in_partition() for item in prepared]
+    backends = [slurm_backend(item.recipe) for item in prepared]
     _check_same_shape(prepared, backends)
+    # One partition's limit holds for all: they have the same settings.
+    minutes = backends[0].in_partition().partition_minutes
+    backends = [replace(backend, partition_minutes=minutes) for backend in backends]
     for item, backend in zip(prepared, backends, strict=True):
         _check(item, backend, tokenize=tokenize)
     now = datetime.now(UTC).astimezone()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from launcher.dispatch.worker_command import run_worker
 from launcher.errors import ModelError
@@ -59,8 +61,14 @@ def trace_model(
         "attentions": ["eager"] if is_eager else ["fused", "eager"],
         "is_frozen_and_plain": recipe.method is Method.lora,
     }
+    answer = _trace(json.dumps(request))
+    return spec_from_facts(answer["facts"], name=name, traced=traced_from_json(answer))
+
+
+@functools.cache
+def _trace(request: str) -> dict[str, Any]:
+    """Return the worker's answer; one command may plan the same thing several times."""
     with tempfile.TemporaryDirectory(prefix="zerofit-trace-") as folder:
         path = Path(folder) / "request.json"
-        path.write_text(json.dumps(request), encoding="utf-8")
-        answer = run_worker("launcher.worker.trace_architecture", [str(path)])
-    return spec_from_facts(answer["facts"], name=name, traced=traced_from_json(answer))
+        path.write_text(request, encoding="utf-8")
+        return run_worker("launcher.worker.trace_architecture", [str(path)])

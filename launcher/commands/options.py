@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ Command = Callable[..., Any]
 # The flags that describe a run without a recipe, by the recipe key that each one sets.
 _FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "model.name_or_path": ("--model", {"help": "Catalogue name, local folder or hub id."}),
+    "data.path": ("--data", {"help": "Training data: a file, a folder or a hub id."}),
     "method": ("--method", {"type": click.Choice([*Method]), "help": "What to train."}),
     "max_seq_len": ("--max-seq-len", {"metavar": "TOKENS", "help": "Longest sequence."}),
     "optim.global_batch_size": (
@@ -46,6 +47,12 @@ run_arg = click.argument("run", metavar="RUN", type=existing_or_new)
 output_dir_option = click.option(
     "--output-dir", type=existing_or_new, help="Run directory to create."
 )
+
+
+def flags_of(options: Mapping[str, str | None]) -> list[str]:
+    """Return the flags, with their values, that give a command these options."""
+    given = [(_FLAGS[key][0], value) for key, value in options.items() if value is not None]
+    return [word for flag_and_value in given for word in flag_and_value]
 
 
 def recipe_flags(command: Command) -> Command:

@@ -11,7 +11,13 @@ from pathlib import Path
 
 import click
 
-from launcher.commands.options import existing_or_new, json_option, recipe_args, recipe_flags
+from launcher.commands.options import (
+    existing_or_new,
+    flags_of,
+    json_option,
+    recipe_args,
+    recipe_flags,
+)
 from launcher.commands.planned import leave_unfit, prepare_from, show_prepared
 from launcher.console import out, say
 
@@ -66,14 +72,9 @@ def plan(
     if not prepared.plan.fits:
         leave_unfit()
     if not as_json:
-        say(f"\nNext: {_next_command(args, options)}")
-
-
-def _next_command(args: tuple[str, ...], options: dict[str, str | None]) -> str:
-    """Return how to train what was planned; only ``plan`` and ``init`` know the flags."""
-    if any(value is not None for value in options.values()):
-        return "zerofit init with the same flags and --data writes a recipe; zerofit train runs it"
-    return shlex.join(("zerofit", "train", *args))
+        missing = () if prepared.recipe.data.has_training_data else ("--data", "FILE")
+        words = ("zerofit", "train", *args, *flags_of(options), *missing)
+        say(f"\nNext: {shlex.join(words)}")
 
 
 def _plan_matrix(
@@ -109,14 +110,13 @@ def _plan_matrix(
 @click.command()
 @click.argument("path", type=existing_or_new, default=Path("recipe.yaml"))
 @recipe_flags
-@click.option("--data", help="Training data: a file, a folder or a hub id.")
-def init(*, path: Path, options: dict[str, str | None], data: str | None) -> None:
+def init(*, path: Path, options: dict[str, str | None]) -> None:
     """Write a recipe for a model, a length and hardware; edit it, then plan or train it."""
     from launcher.init_recipe import new_recipe_text
     from launcher.recipe_paths import check_data_paths
     from launcher.run_dir import create_file
 
-    prepared = prepare_from((), {**options, "data.path": data or None})
+    prepared = prepare_from((), options)
     check_data_paths(prepared.recipe)
     create_file(path, new_recipe_text(prepared.recipe, prepared.plan))
     say(f"wrote {path}; next: {shlex.join(('zerofit', 'plan', str(path)))}")

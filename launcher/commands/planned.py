@@ -26,9 +26,11 @@ def prepare_from(args: Sequence[str], options: Mapping[str, str | None] | None =
     return prepare(recipe, source=source)
 
 
-def fitting(args: Sequence[str], *, as_json: bool = False) -> Prepared:
+def fitting(
+    args: Sequence[str], options: Mapping[str, str | None], *, as_json: bool = False
+) -> Prepared:
     """Return what is prepared; when it does not fit, show the plan and leave."""
-    prepared = prepare_from(args)
+    prepared = prepare_from(args, options)
     if not prepared.plan.fits:
         show_prepared(prepared, as_json=as_json)
         leave_unfit()

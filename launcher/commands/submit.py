@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.commands.options import output_dir_option, recipe_args
+from launcher.commands.options import output_dir_option, recipe_args, recipe_flags
 from launcher.commands.planned import fitting, show_dry_run
 from launcher.console import say, say_aside
 from launcher.errors import RecipeError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @recipe_args
+@recipe_flags
 @output_dir_option
 @click.option("--array", is_flag=True, help="Submit several recipes as one job array.")
 @click.option(
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 def submit(
     *,
     args: tuple[str, ...],
+    options: dict[str, str | None],
     output_dir: Path | None,
     array: bool,
     max_parallel: int | None,
@@ -54,7 +56,7 @@ def submit(
     if array and dry_run:
         raise click.UsageError("--dry-run shows one run: leave --array out")
     if array:
-        prepared = _prepare_each(args, as_json=as_json)
+        prepared = _prepare_each(args, options, as_json=as_json)
         from launcher.submit import submit_array
 
         handles = submit_array(
@@ -65,7 +67,7 @@ def submit(
             max_parallel=max_parallel,
         )
     else:
-        made = fitting(args, as_json=as_json)
+        made = fitting(args, options, as_json=as_json)
         _note_hardware(made)
         if dry_run:
             from launcher.backends import slurm_backend
@@ -82,7 +84,9 @@ def submit(
         say(f"next: zerofit logs -f {shlex.quote(str(handles[0].run_dir))}")
 
 
-def _prepare_each(args: tuple[str, ...], *, as_json: bool) -> list[Prepared]:
+def _prepare_each(
+    args: tuple[str, ...], options: dict[str, str | None], *, as_json: bool
+) -> list[Prepared]:
     from launcher.prepare import why_no_recipe
 
     recipes = [arg for arg in args if "=" not in arg or why_no_recipe(arg) is None]
@@ -91,7 +95,7 @@ def _prepare_each(args: tuple[str, ...], *, as_json: bool) -> list[Prepared]:
         raise RecipeError(
             "no recipe is named", where="command line", fix="zerofit submit --array a.yaml b.yaml"
         )
-    return [fitting((recipe, *overrides), as_json=as_json) for recipe in recipes]
+    return [fitting((recipe, *overrides), options, as_json=as_json) for recipe in recipes]
 
 
 def _note_hardware(prepared: Prepared) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from launcher.commands.export import export_run
-from launcher.commands.options import json_option, output_dir_option, recipe_args
+from launcher.commands.options import json_option, output_dir_option, recipe_args, recipe_flags
 from launcher.commands.planned import (
     fitting,
     leave_unfit,
@@ -24,16 +24,23 @@ from launcher.console import say, say_aside
 
 @click.command()
 @recipe_args
+@recipe_flags
 @output_dir_option
 @json_option
-def render(*, args: tuple[str, ...], output_dir: Path | None, as_json: bool) -> None:
+def render(
+    *,
+    args: tuple[str, ...],
+    options: dict[str, str | None],
+    output_dir: Path | None,
+    as_json: bool,
+) -> None:
     """Write a run's files (DeepSpeed config, job script, plan) and start nothing.
 
     `bash RUN/job.sh`, or `sbatch RUN/job.sbatch`, then tokenises the data and trains.
     """
     from launcher.launch import create_run
 
-    prepared = fitting(args, as_json=as_json)
+    prepared = fitting(args, options, as_json=as_json)
     run_dir, _, request = create_run(prepared, output_dir)
     script = run_dir / request.argv[-1]
     if as_json:
@@ -44,6 +51,7 @@ def render(*, args: tuple[str, ...], output_dir: Path | None, as_json: bool) -> 
 
 @click.command()
 @recipe_args
+@recipe_flags
 @output_dir_option
 @click.option("--dry-run", is_flag=True, help="Print what would run; write and start nothing.")
 @click.option(
@@ -60,6 +68,7 @@ def render(*, args: tuple[str, ...], output_dir: Path | None, as_json: bool) -> 
 def train(
     *,
     args: tuple[str, ...],
+    options: dict[str, str | None],
     output_dir: Path | None,
     dry_run: bool,
     anyway: bool,
@@ -72,9 +81,10 @@ def train(
     fits, 4 when the job failed.
     """
     if dry_run:
-        show_dry_run(fitting(args, as_json=as_json), output_dir, as_json=as_json)
+        made = fitting(args, options, as_json=as_json)
+        show_dry_run(made, output_dir, as_json=as_json)
         return
-    run_dir = _train(args, output_dir, anyway=anyway, as_json=as_json)
+    run_dir = _train(args, output_dir, options, anyway=anyway, as_json=as_json)
     if as_json:
         print(json.dumps({"run_dir": str(run_dir), "state": "finished"}))
     else:
@@ -97,7 +107,7 @@ def demo(*, output_dir: Path | None) -> None:
     if not prepared.plan.fits:
         leave_unfit()
     say(f"\n$ zerofit train {shlex.quote(recipe)}")
-    run = _train((recipe,), output_dir)
+    run = _train((recipe,), output_dir, {})
     say(f"\n$ zerofit report {shlex.quote(str(run))}")
     show_report(run, as_json=False)
     say(f"\n$ zerofit export {shlex.quote(str(run))}")
@@ -105,7 +115,12 @@ def demo(*, output_dir: Path | None) -> None:
 
 
 def _train(
-    args: tuple[str, ...], output_dir: Path | None, *, anyway: bool = False, as_json: bool = False
+    args: tuple[str, ...],
+    output_dir: Path | None,
+    options: dict[str, str | None],
+    *,
+    anyway: bool = False,
+    as_json: bool = False,
 ) -> Path:
     from launcher.again import find_earlier_run, has_finished
     from launcher.recovery.supervise import resume_to_end, train_to_end
@@ -114,7 +129,7 @@ def _train(
 
     # With --json, stdout is for the result alone.
     show, stream = (say_aside, sys.stderr) if as_json else (say, sys.stdout)
-    prepared = prepare_from(args) if anyway else fitting(args, as_json=as_json)
+    prepared = prepare_from(args, options) if anyway else fitting(args, options, as_json=as_json)
     earlier = find_earlier_run(prepared, output_dir)
     if earlier is not None:
         if has_finished(earlier):

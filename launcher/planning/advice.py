@@ -53,9 +53,7 @@ def _single_changes(
         yield f"shorter samples: max_seq_len={tokens} fits"
     yield from _store_less(workload, cluster, fixed, fits)
     yield from _train_less(workload, cluster, fixed, fits)
-    nodes = _fewest_nodes(workload, cluster, fixed, fits, low=cluster.num_nodes)
-    if nodes is not None:
-        yield f"more GPUs: {nodes}"
+    yield from _more_nodes(workload, cluster, fixed, fits)
     for larger in larger_gpus:
         if fits(workload, larger, fixed):
             size, host = format_gib(larger.gpu.memory_bytes), format_gib(larger.host_memory_bytes)
@@ -67,15 +65,31 @@ def _single_changes(
             break
 
 
+def _more_nodes(
+    workload: Workload, cluster: ClusterSpec, fixed: StrategySection, fits: Fits
+) -> Iterator[str]:
+    """Yield the fewest nodes that fit, and where a method that trains less does with fewer."""
+    least = None
+    for method in _methods_that_train_less(workload.method):
+        lighter = replace(workload, method=method)
+        found = _fewest_nodes(lighter, cluster, fixed, fits, low=cluster.num_nodes)
+        is_own = method is workload.method
+        if found is None or (not is_own and fits(lighter, cluster, fixed)):
+            return  # with none, or without more nodes, which is named by itself
+        if least is None or found[0] < least:
+            least = found[0]
+            yield f"more GPUs: {found[1]}" + ("" if is_own else f", with method={method.value}")
+
+
 def _several_changes(
     workload: Workload, fixed: StrategySection, larger_gpus: tuple[ClusterSpec, ...], fits: Fits
 ) -> Iterator[str]:
     """Yield the fewest usual nodes of larger GPUs, with what is trained, else with less."""
     for changed, also in _ever_smaller(workload):
         for larger in larger_gpus:
-            nodes = _fewest_nodes(changed, default_cluster(larger.gpu), fixed, fits, low=0)
-            if nodes is not None:
-                yield f"more and larger GPUs: {nodes}{also}"
+            found = _fewest_nodes(changed, default_cluster(larger.gpu), fixed, fits, low=0)
+            if found is not None:
+                yield f"more and larger GPUs: {found[1]}{also}"
                 return
 
 
@@ -180,8 +194,8 @@ def _longest_that_fits(workload: Workload, fits: Callable[[Workload], bool]) -> 
 
 def _fewest_nodes(
     workload: Workload, cluster: ClusterSpec, fixed: StrategySection, fits: Fits, *, low: int
-) -> str | None:
-    """Return the fewest nodes that fit, in words; the batch grows to a multiple of the GPUs.
+) -> tuple[int, str] | None:
+    """Return the fewest nodes that fit, also in words; the batch grows to a multiple of the GPUs.
 
     Args:
         workload: what is to be trained.
@@ -208,6 +222,5 @@ def _fewest_nodes(
     grown = f" (with optim.global_batch_size={batch})"
     nodes = "1 node" if high == 1 else f"{high:,} nodes"
     verb = "fits" if high == 1 else "fit"
-    return f"{nodes} of {cluster.gpus_per_node} {cluster.gpu.name} {verb}" + (
-        grown if batch != workload.global_batch_size else ""
-    )
+    words = f"{nodes} of {cluster.gpus_per_node} {cluster.gpu.name} {verb}"
+    return high, words + (grown if batch != workload.global_batch_size else "")

@@ -364,7 +364,7 @@ def _outcome(rival: Candidate, setting: Setting) -> str:
     if not setting.best.fits:
         words = compare(rival, setting.best)
         room = max(space.cluster.host_memory_bytes, setting.best.memory.host_bytes_per_node)
-        return f"{words}, but needs {more_host}" if host_bytes > room else words
+        return f"{words}, with {more_host}" if host_bytes > room else words
     if rival.memory.device_used_bytes > space.limit_bytes:
         return f"needs {short_size(rival.memory.device_used_bytes)} per GPU and does not fit"
     return f"needs {more_host}, more than there is"

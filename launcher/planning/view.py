@@ -93,6 +93,11 @@ def _headline(plan: Plan) -> RenderableType:
     if plan.workload.model.traced is not None:
         kind = plan.workload.model.model_type
         notes = [Text(f"{kind} has no formulas here: its layers were built and traced instead")]
+    quantized, frozen = plan.workload.num_quantized_params, plan.workload.model.num_params
+    if plan.workload.method is Method.qlora and quantized < frozen / 2:
+        shares = f"{format_count(quantized)} of {format_count(frozen)} parameters"
+        text = f"only {shares} are quantized: linear layers, not embeddings and fused experts"
+        notes.append(Text(text, style="bold yellow"))
     if cluster.site is not None:
         notes.append(Text(_calibrated_words(cluster.site)))
     if (slowness := host_slowness(cluster)) is not None:
@@ -156,7 +161,8 @@ def _total_lines(plan: Plan) -> Iterator[tuple[str, str]]:
             f": tensors take {short_size(memory.peak_allocated_bytes)}, with what torch reserves "
             f"{short_size(memory.peak_reserved_bytes)}"
         )
-    used += f"; {short_size(plan.safety_margin_bytes)} is kept free, the largest error measured"
+    margin = "is kept free" if plan.fits else "must stay free"
+    used += f"; {short_size(plan.safety_margin_bytes)} {margin}, the largest error measured"
     yield "memory", used
     host = (
         f"{short_size(memory.host_bytes_per_node)} of the {short_size(cluster.host_memory_bytes)} "

@@ -14,7 +14,7 @@ _ON_DEVICE = frozenset({"matmul", "attention", "memory_traffic", "communication"
 # be true where the device is a processor.
 _ADVICE: Mapping[str, str] = {
     "matmul": "matrix products: the hardware is busy with useful work",
-    "recompute": "matrix products, a third of them recomputed: turn checkpointing off if it fits",
+    "recompute": "matrix products, a third of them recomputed: what checkpointing costs",
     "attention": "attention over long sequences: its work grows with the square of their length",
     "slow_attention": "attention over long sequences: the flash-attn package helps "
     "(strategy.attention=flash_attention_2)",
@@ -25,14 +25,16 @@ _ADVICE: Mapping[str, str] = {
     "host": "launch overhead: raise the micro-batch or pack sequences (Python starts work more "
     "slowly than the device does it)",
     "zero3_hooks": "ZeRO-3's work on every module: use ZeRO-2 if it fits, or raise the micro-batch",
-    "communication": "the links between ranks: raise gradient accumulation or use LoRA",
+    "communication": "the links between ranks: raise optim.global_batch_size or use LoRA",
     "communication_of_adapters": "the links between ranks: use ZeRO-2 if it fits, or longer "
     "micro-batches",
     "network_of_adapters": "the network between nodes: use fewer nodes, or longer micro-batches",
-    "network": "the network between nodes: use fewer nodes, LoRA, or more gradient accumulation",
+    "network": "the network between nodes: use fewer nodes, LoRA, or a larger "
+    "optim.global_batch_size",
     "offload_copies": "copies between GPU and host: offload less, or raise the micro-batch",
-    "cpu_optimizer": "the optimizer on the CPU: raise gradient accumulation or keep it on the GPU",
-    "optimizer": "the optimizer step: raise gradient accumulation",
+    "cpu_optimizer": "the optimizer on the CPU: raise optim.global_batch_size, or keep it on the "
+    "GPU",
+    "optimizer": "the optimizer step: raise optim.global_batch_size",
 }
 _LARGER_MICRO_BATCH = "raise the micro-batch"
 

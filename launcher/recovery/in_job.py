@@ -128,7 +128,7 @@ def fit_to_nodes(run_dir: Path, *, left: Sequence[str], num_wanted: int) -> int:
         after = found.plan.cluster.num_nodes
         # Not every number of nodes divides the global batch: the plan may be the best there is.
         if after != before:
-            append_failed_attempt(run_dir, _resized(run_dir, before, after))
+            append_failed_attempt(run_dir, _resized(run_dir, before, after, left=left))
             print(f"another plan for the nodes that there are: num_nodes {before} → {after}")  # noqa: T201
             write_files(run_dir, found, left)
             return 0
@@ -136,14 +136,19 @@ def fit_to_nodes(run_dir: Path, *, left: Sequence[str], num_wanted: int) -> int:
     return 0
 
 
-def _resized(run_dir: Path, before: int, after: int) -> FailedAttempt:
+def _resized(run_dir: Path, before: int, after: int, *, left: Sequence[str]) -> FailedAttempt:
     checkpoint = newest_checkpoint(run_dir)
+    problem = f"the job came back with another number of nodes than the plan's {before}"
+    if after < before and (run_dir / NODES).is_file():
+        used = rd.read_text(run_dir / NODES).strip().split(",")
+        if gone := [name for name in used if name not in left]:
+            problem = f"the job came back without {', '.join(gone)}"
     return FailedAttempt(
         attempt=1,
         supervisor=f"queue:{os.environ.get('SLURM_JOB_ID', 'by hand')}",
         failed_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         kind=FailureKind.lost_host if after < before else FailureKind.interrupted,
-        problem=f"the job came back with another number of nodes than the plan's {before}",
+        problem=problem,
         step=last_logged(run_dir)[0] or 0,
         action=Action.other_hosts,
         reason="it goes on with those that there are",

@@ -209,7 +209,7 @@ def test_what_is_compared_with_a_plan_that_does_not_fit_needs_more_host_memory()
     made = make_plan(work, place)
     assert not made.fits
     reason = next(d.reason for d in made.decisions if d.field == "offload_param")
-    assert re.search(r"saves [\d.]+ GiB, .*but needs [\d.]+ GiB of host memory per node", reason)
+    assert re.search(r"saves [\d.]+ GiB, .*with [\d.]+ GiB of host memory per node", reason)
 
 
 def test_zero_3_on_one_gpu_is_explained() -> None:
@@ -296,8 +296,27 @@ def test_advice_for_full_fine_tuning_of_70b_on_8_v100() -> None:
     assert "method=lora fits" in text
     assert re.search(r"more GPUs: \d+ nodes of 8 V100-32GB fit", text)
     assert "offload_optimizer=nvme" in text
+    # What fits on the nodes that there are is not offered with more of them.
+    assert "with method=" not in text
     # 18 bytes for each of 69e9 parameters exceed 672 GiB of host memory at any length.
     assert "max_seq_len" not in text
+
+
+def test_adapters_are_advised_on_fewer_nodes_than_full_fine_tuning_needs() -> None:
+    place = cluster("RTX-4090", gpus=2)
+    found = suggestions(workload("llama2-70b", place=place, method=Method.full), place=place)
+    full, lora = (int(m[1]) for line in found if (m := re.match(r"more GPUs: (\d+) nodes", line)))
+    assert lora < full
+    assert found[-1].endswith(", with method=lora")
+
+
+def test_a_mixture_of_experts_says_how_little_of_it_is_quantized() -> None:
+    # Mixtral 8x7B, 32 layers: q and o of 4096 x 4096, k and v of 4096 x 1024; 46.7e9 in all.
+    place = cluster(gpus=2)
+    said = shown(make_plan(workload("mixtral-8x7b", place=place, method=Method.qlora), place))
+    assert "only 1.34B of 46.7B parameters are quantized" in said
+    dense = shown(make_plan(workload("llama2-7b", place=place, method=Method.qlora), place))
+    assert "are quantized" not in dense
 
 
 def test_advice_names_the_longest_length_that_fits() -> None:

@@ -173,6 +173,9 @@ def test_a_job_that_comes_back_gets_a_plan_for_the_nodes_that_it_has(shrinking: 
         assert (shrinking / NODES).read_text() == ",".join(left[:number]) + "\n"
     changes = [record.changes["num_nodes"] for record in read_failed_attempts(shrinking)]
     assert changes == [(2, 1), (1, 2)]
+    first, second = (record.problem for record in read_failed_attempts(shrinking))
+    assert first == "the job came back without node1, node2"
+    assert second == "the job came back with another number of nodes than the plan's 1"
     # As it is: nothing to do, and nothing to record.
     assert fit_to_nodes(shrinking, left=["node4", "node6"], num_wanted=2) == 0
     assert len(read_failed_attempts(shrinking)) == 2

@@ -382,7 +382,7 @@ def test_sequence_parallelism_splits_the_work_of_a_sample() -> None:
     [
         (MEASURED[0], "launch overhead: raise the micro-batch by a larger optim.global_batch_size"),
         (MEASURED[4], "ZeRO-3's work on every module"),
-        (MEASURED[5], "turn checkpointing off"),
+        (MEASURED[5], "what checkpointing costs"),
         (MEASURED[-1], "attention over long sequences"),
     ],
 )

@@ -21,9 +21,10 @@ def test_an_array_whose_handles_cannot_be_written_is_cancelled_again(
 ) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
-    cancelled = tmp_path / "cancelled"
+    cancelled, asked = tmp_path / "cancelled", tmp_path / "asked"
     for name, body in {
         **dict.fromkeys(("squeue", "scontrol"), "exit 1"),
+        "sinfo": f"echo >> {asked}; exit 1",
         "sbatch": "echo 42",
         "scancel": f'echo "$@" > {cancelled}',
     }.items():
@@ -43,7 +44,7 @@ def test_an_array_whose_handles_cannot_be_written_is_cancelled_again(
     folder = tmp_path / "sweep"
     with pytest.raises(RunDirError, match="No space left on device; job 42 is cancelled again"):
         submit.submit_array(
-            [prepare(recipe, source="x")],
+            [prepare(recipe, source="x")] * 2,
             folder,
             say=lambda _line: None,
             tokenize=False,
@@ -51,3 +52,5 @@ def test_an_array_whose_handles_cannot_be_written_is_cancelled_again(
         )
     assert cancelled.read_text() == "42\n"
     assert not folder.exists()
+    # Of the partition that all runs of the array are in, it was asked once.
+    assert asked.read_text() == "\n"
