@@ -69,28 +69,34 @@ def _more_nodes(
     workload: Workload, cluster: ClusterSpec, fixed: StrategySection, fits: Fits
 ) -> Iterator[str]:
     """Yield the fewest nodes that fit, and where a method that trains less does with fewer."""
-    least = None
+    least: int | None = None
     for method in _methods_that_train_less(workload.method):
         lighter = replace(workload, method=method)
-        found = _fewest_nodes(lighter, cluster, fixed, fits, low=cluster.num_nodes)
+        most = None if least is None else least - 1
+        found = _fewest_nodes(lighter, cluster, fixed, fits, low=cluster.num_nodes, most=most)
         is_own = method is workload.method
         if found is None or (not is_own and fits(lighter, cluster, fixed)):
             return  # with none, or without more nodes, which is named by itself
-        if least is None or found[0] < least:
-            least = found[0]
-            yield f"more GPUs: {found[1]}" + ("" if is_own else f", with method={method.value}")
+        least = found[0]
+        yield f"more GPUs: {found[1]}" + ("" if is_own else f", with method={method.value}")
 
 
 def _several_changes(
     workload: Workload, fixed: StrategySection, larger_gpus: tuple[ClusterSpec, ...], fits: Fits
 ) -> Iterator[str]:
-    """Yield the fewest usual nodes of larger GPUs, with what is trained, else with less."""
+    """Yield the fewest usual nodes of larger GPUs, and where less that is trained needs fewer."""
+    nodes = [default_cluster(larger.gpu) for larger in larger_gpus]
+    least: int | None = None
     for changed, also in _ever_smaller(workload):
-        for larger in larger_gpus:
-            found = _fewest_nodes(changed, default_cluster(larger.gpu), fixed, fits, low=0)
+        best = None
+        for node in nodes:
+            # Of those that need as few nodes the smallest GPUs, which are asked first.
+            most = None if least is None else least - 1
+            found = _fewest_nodes(changed, node, fixed, fits, low=0, most=most)
             if found is not None:
-                yield f"more and larger GPUs: {found[1]}{also}"
-                return
+                best, least = found, found[0]
+        if best is not None:
+            yield f"more and larger GPUs: {best[1]}{also}"
 
 
 def _ever_smaller(workload: Workload) -> Iterator[tuple[Workload, str]]:
@@ -193,7 +199,13 @@ def _longest_that_fits(workload: Workload, fits: Callable[[Workload], bool]) -> 
 
 
 def _fewest_nodes(
-    workload: Workload, cluster: ClusterSpec, fixed: StrategySection, fits: Fits, *, low: int
+    workload: Workload,
+    cluster: ClusterSpec,
+    fixed: StrategySection,
+    fits: Fits,
+    *,
+    low: int,
+    most: int | None,
 ) -> tuple[int, str] | None:
     """Return the fewest nodes that fit, also in words; the batch grows to a multiple of the GPUs.
 
@@ -203,6 +215,7 @@ def _fewest_nodes(
         fixed: the strategy fields that the recipe sets.
         fits: asks the planner.
         low: nodes that are known to be too few.
+        most: nodes beyond which nobody wants to know.
     """
 
     def at(num_nodes: int) -> tuple[Workload, ClusterSpec]:
@@ -210,11 +223,13 @@ def _fewest_nodes(
         batch = -(-workload.global_batch_size // larger.world_size) * larger.world_size
         return replace(workload, global_batch_size=batch), larger
 
-    most, high = _MOST_NODES_FACTOR * max(low, 1), max(2 * low, 1)
-    while not fits(*at(high), fixed):
-        low, high = high, 2 * high
-        if high > most:
-            return None
+    if most is None:
+        most = _MOST_NODES_FACTOR * max(low, 1)
+    high = min(max(2 * low, 1), most)
+    while high > low and not fits(*at(high), fixed):
+        low, high = high, min(2 * high, most)
+    if high <= low:
+        return None
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(*at(middle), fixed) else (middle, high)

@@ -156,6 +156,7 @@ def _total_lines(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{short_size(memory.device_used_bytes)} of {short_size(total)} per "
         f"{'GPU' if is_gpu else 'rank'}"
     )
+    used += _too_much(memory.device_used_bytes - plan.limit_bytes)
     if is_gpu:
         used += (
             f": tensors take {short_size(memory.peak_allocated_bytes)}, with what torch reserves "
@@ -168,6 +169,7 @@ def _total_lines(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{short_size(memory.host_bytes_per_node)} of the {short_size(cluster.host_memory_bytes)} "
         "per node"
     )
+    host += _too_much(memory.host_bytes_per_node - cluster.host_memory_bytes)
     if memory.nvme_bytes_per_node:
         host += f", {short_size(memory.nvme_bytes_per_node)} on its NVMe drive"
     written = format_seconds(plan.checkpoint_seconds)
@@ -183,9 +185,15 @@ def _total_lines(plan: Plan) -> Iterator[tuple[str, str]]:
         speed += f"; {share} of the GPUs' peak is useful work (MFU)"
     yield "speed", speed
     yield "bound by", time.bound_by
+    if not plan.fits:
+        return
     yield "run", _run_words(plan)
-    if cluster.num_nodes > 1 and plan.fits:
+    if cluster.num_nodes > 1:
         yield "nodes", _nodes_words(cluster.num_nodes, plan.speedup_over_one_node)
+
+
+def _too_much(excess_bytes: int) -> str:
+    return f", {short_size(excess_bytes)} too much" if excess_bytes > 0 else ""
 
 
 def _run_words(plan: Plan) -> str:

@@ -342,12 +342,16 @@ def test_where_no_single_change_is_enough_several_are_named_together() -> None:
     # GPUs nor, at 96 GiB each, in host memory beside it.
     place = cluster("L40S", gpus=1)
     work = workload("llama3.1-405b", place=place, method=Method.full, tokens=8192)
-    (only,) = suggestions(work, place=place)
-    found = re.match(r"more and larger GPUs: (\d+) nodes of 8 (\S+) fit", only)
+    first, *others = suggestions(work, place=place)
+    found = re.match(r"more and larger GPUs: (\d+) nodes of 8 (\S+) fit", first)
     assert found
     there = cluster(found[2], nodes=int(found[1]))
-    batch = int(re.search(r"global_batch_size=(\d+)", only)[1])  # type: ignore[index]
+    batch = int(re.search(r"global_batch_size=(\d+)", first)[1])  # type: ignore[index]
     assert can_fit(replace(work, global_batch_size=batch), there)
+    # 2 bytes for each of them, and the host's memory beside the GPUs': a node is enough.
+    (lighter,) = others
+    assert "1 node of 8 A100-80GB fits" in lighter
+    assert lighter.endswith("with method=lora")
 
 
 def test_4_bits_are_advised_where_int8_keeps_zero_3_from_sharing_weights() -> None:
