@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from launcher.errors import RecipeError
 from launcher.failure_kind import FailureKind
 from launcher.planning.planner import choose_strategy, make_plan
 from launcher.planning.search import Packages
+from launcher.planning.wording import label
 from launcher.prepare import packages, prepare
 from launcher.recipe import parse_recipe, render_recipe
 from launcher.recipe_sections import StrategySection
@@ -139,6 +141,14 @@ def test_the_flash_attn_package_is_chosen_where_it_is_faster_and_may_be() -> Non
     ]
     attentions = [choice.best.strategy.attention for choice in chosen]
     assert attentions == [FLASH, FLASH, SDPA, SDPA, SDPA]
+
+
+def test_the_flash_attn_package_is_explained_against_torchs_own_choice() -> None:
+    packed = replace(workload(tokens=4096), has_padding=True)
+    plan = make_plan(packed, cluster(), packages=Packages(has_flash_attn=True))
+    reason = next(item.reason for item in plan.decisions if item.field == "attention")
+    assert re.search(r"Torch's own choice \(sdpa\) takes \d+% longer", reason)
+    assert "flash-attn package" in label(plan.strategy)
 
 
 def test_no_package_is_looked_for_here_when_the_job_runs_elsewhere() -> None:

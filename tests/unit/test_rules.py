@@ -288,3 +288,15 @@ def test_sequences_of_packed_examples_and_short_windows_are_not_shared() -> None
     assert "sliding window" in reason(shared, narrow)
     flash = replace(shared, attention=Attention.flash_attention_2)
     assert reason(flash, narrow) == ""
+
+
+def test_a_sequence_has_a_part_for_each_gpu_that_shares_it() -> None:
+    shared = Strategy(zero_stage=2, sequence_parallel_size=4)
+    assert "2 tokens have no part for each of 4 GPUs" in reason(shared, workload(tokens=2))
+    assert reason(shared, workload(tokens=4)) == ""
+
+
+def test_attention_that_is_not_known_to_be_shared_is_not() -> None:
+    shared = Strategy(zero_stage=2, sequence_parallel_size=2)
+    # Falcon 40B has 128 heads and 8 key heads.
+    assert "whether falcon's attention can be shared" in reason(shared, workload("falcon-40b"))
