@@ -69,8 +69,7 @@ class Result:
         Raises:
             RecipeError: this zerofit does not read it.
         """
-        text = yaml.safe_dump(dict(self.content["recipe"]))
-        return _parsed(text, f"result of {self.case}")
+        return _parsed(json.dumps(self.content["recipe"]), f"result of {self.case}")
 
     @property
     def failure(self) -> str | None:
@@ -108,7 +107,8 @@ class Result:
 
 @lru_cache(maxsize=4096)
 def _parsed(recipe: str, source: str) -> Recipe:
-    return parse_recipe(recipe, source=source)
+    # YAML reads some of JSON's numbers as text: 1e-05.
+    return parse_recipe(yaml.safe_dump(dict(json.loads(recipe))), source=source)
 
 
 def prediction_of(plan: Mapping[str, Any]) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def test_without_the_training_stack_the_extra_is_named(
 
 def test_what_does_not_fit_leaves_with_3_and_its_json_says_so(zerofit: Zerofit) -> None:
     # 70B parameters at 2 bytes are 140 GB, and the host has less than their optimizer states.
-    hardware = ["--gpu", "V100-16GB", "--gpus-per-node", "1"]
+    hardware = ["--gpu", "V100-16GB", "--gpus-per-node", "1", "strategy.zero_stage=3"]
     outcome = zerofit("plan", "--model", "llama2-70b", "--method", "full", *hardware, "--json")
     assert outcome.status == 3
     assert json.loads(outcome.stdout)["fits"] is False

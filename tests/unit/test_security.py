@@ -29,11 +29,20 @@ def trees() -> Mapping[Path, ast.Module]:
     return {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 
 
+def dotted(called: ast.expr) -> str:
+    """Return what a call names, as ``ast.unparse`` does, which takes ten times as long."""
+    if isinstance(called, ast.Name):
+        return called.id
+    if isinstance(called, ast.Attribute):
+        return f"{dotted(called.value)}.{called.attr}"
+    return ast.unparse(called)
+
+
 @cache
 def calls() -> Sequence[tuple[str, str, ast.Call]]:
     """Return where each call of the package is, what it calls, and the call."""
     return [
-        (f"{path.relative_to(ROOT)}:{node.lineno}", ast.unparse(node.func), node)
+        (f"{path.relative_to(ROOT)}:{node.lineno}", dotted(node.func), node)
         for path, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
