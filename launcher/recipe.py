@@ -36,10 +36,9 @@ def parse_recipe(
     # Imported here: it costs 60 ms, and `zerofit version` or a finished plan needs none of it.
     from omegaconf import OmegaConf
 
-    parts = [
-        (source, read_yaml(text, source, kind=Recipe)),
-        ("command line", _parse_options(options or {})),
-    ]
+    parts = [(source, read_yaml(text, source, kind=Recipe))]
+    if options:
+        parts.append(("command line", _parse_options(options)))
     parts += [parse_override(item, kind=Recipe) for item in overrides]
     _move_lists([part for _, part in parts])
     tree = merge_strictly(Recipe, parts, source=source)

@@ -234,12 +234,19 @@ def _is_hopeless(space: SearchSpace, probe: Sized) -> bool:
 
 
 def anything_fits(space: SearchSpace) -> bool:
-    """Return whether any strategy fits, asking the most frugal ones first."""
+    """Return whether :func:`weigh_all` would find anything that fits, the frugal kinds first."""
     smallest, last = space.micro_batch_sizes[0], space.micro_batch_sizes[-1]
-    for shape in reversed(tuple(all_shapes(space))):
-        if why_impossible(shape, space.workload, space.cluster) is None and any(
-            space.admits(space.size(shape, size).memory) for size in {smallest, last}
-        ):
+    for _, of_kind in groupby(reversed(tuple(all_shapes(space))), key=kind):
+        shapes = [s for s in of_kind if why_impossible(s, space.workload, space.cluster) is None]
+        if not shapes:
+            continue
+        probe = space.size(min(shapes, key=_appetite), smallest)
+        if space.admits(probe.memory):
+            return True
+        if _is_hopeless(space, probe):
+            continue
+        sizes = product(shapes, {smallest, last})
+        if any(space.admits(space.size(shape, size).memory) for shape, size in sizes):
             return True
     return False
 
