@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from launcher.dispatch.worker_command import run_worker
-from launcher.planning.explain import label
+from launcher.planning.wording import label
 from launcher.predict.memory import estimate_memory
 from launcher.prepare import Prepared
 from launcher.units import format_bytes

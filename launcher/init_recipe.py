@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from launcher.planning.explain import label
 from launcher.planning.plan import Plan
+from launcher.planning.wording import label
 from launcher.recipe import render_recipe
 from launcher.recipe_sections import Recipe
 from launcher.units import format_gib, format_seconds

@@ -12,8 +12,8 @@ from launcher.strategy import Attention, Checkpointing, Loss, Offload, Optimizer
 from launcher.units import GIB, MIB
 
 __all__ = [
-    "METHOD_NAME", "changes", "compare", "label", "plain_part", "short_label", "short_size",
-    "why_too_large",
+    "METHOD_NAME", "changes", "compare", "format_samples", "label", "plain_part",
+    "short_label", "short_size", "why_too_large",
 ]  # fmt: skip
 
 # Below these, two predictions count as the same for a reader: time as in the search's ties.
@@ -114,6 +114,11 @@ def short_label(strategy: Strategy) -> str:
 def plain_part(component: str) -> str:
     """Return a memory component in words that need no knowledge of DeepSpeed."""
     return _PLAIN_PARTS.get(component, component)
+
+
+def format_samples(count: int) -> str:
+    """Return a number of samples: ``1 sample``, ``2,048 samples``."""
+    return "1 sample" if count == 1 else f"{count:,} samples"
 
 
 def short_size(num_bytes: float) -> str:

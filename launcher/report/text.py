@@ -73,6 +73,8 @@ def describe_run(report: RunReport) -> str:
     for key, name in (("offload_optimizer", "optimizer"), ("offload_param", "parameters")):
         if (place := prediction.strategy.get(key, "none")) != "none":
             parts.append(f"{name} on {place}")
+    if (optimizer := prediction.strategy.get("optimizer", "adamw")) != "adamw":
+        parts.append(str(optimizer))
     if (micro := prediction.strategy.get("micro_batch_size_per_gpu")) is not None:
         parts.append(f"micro-batch {micro}")
     if report.world_size:

@@ -94,6 +94,31 @@ def test_8_bit_states_are_chosen_where_they_are_allowed_and_nothing_else_fits_on
     assert any(item.strategy.optimizer is ADAMW for item in plan.rejected)
 
 
+def test_an_offload_that_8_bit_states_would_spare_says_so_unless_the_recipe_has_an_optimizer() -> (
+    None
+):
+    place = cluster(gpus=1)
+    work = workload(place=place, method=Method.full, batch=8)
+
+    def why_offload(fixed: StrategySection) -> str:
+        plan = make_plan(work, place, fixed=fixed)
+        assert plan.strategy.offload_optimizer is Offload.cpu
+        return next(item.reason for item in plan.decisions if item.field == "offload_optimizer")
+
+    said = re.search(
+        r"adamw_8bit\) would fit there and be (\d+)% faster", why_offload(StrategySection())
+    )
+    assert said
+    plain, rounded = (
+        choose_strategy(
+            work, place, fixed=StrategySection(optimizer=optimizer)
+        ).best.time.step_seconds
+        for optimizer in (ADAMW, EIGHT_BIT)
+    )
+    assert int(said[1]) == round(100 * (1 - rounded / plain))
+    assert "adamw_8bit" not in why_offload(StrategySection(optimizer=ADAMW))
+
+
 @pytest.mark.parametrize("order", [(ADAMW, EIGHT_BIT), (EIGHT_BIT, ADAMW)])
 def test_of_equally_fast_optimizers_the_one_named_first_is_chosen(
     order: tuple[Optimizer, ...],
