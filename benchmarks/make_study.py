@@ -29,7 +29,6 @@ _BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#E69F00", "#009E73", "#CC79
 _PREDICTED_ALPHA = 0.4
 # The studies' own figures: KAITO's Phi-3-mini-128k on A100-80GB.
 KAITO_WEIGHTS_GB = {"fp32": 15.73, "16 bit": 8.09, "int8": 4.64, "nf4": 3.00}
-KAITO_LIMIT_TOKENS = 3500
 GPU_GB = 80
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from step_watch import Lines, Timers
 
+from launcher.worker.host_speed import OPERATIONS, one_round
+
 FINDERS: list[Any] = []
 """Python's, before bitsandbytes was hidden from it: a process that has imported it cannot fork."""
 
@@ -94,14 +96,9 @@ def _autograd_candidates(device: Any, each: float) -> dict[str, dict[str, float]
     found = {}
     base = torch.ones(16, 16, device=device, requires_grad=True)
 
-    def forward_and_backward() -> None:
-        value = base
-        for _ in range(100):
-            value = value * base
-        value.sum().backward()
-        base.grad = None
-
-    found["mul_forward_backward"] = _rounds(forward_and_backward, per_round=100, seconds=each)
+    found["mul_forward_backward"] = _rounds(
+        lambda: one_round(base), per_round=OPERATIONS, seconds=each
+    )
     layers = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(50))).to(device)
     rows = torch.ones(4, 32, device=device)
 

@@ -7,7 +7,7 @@ does not know; ``launcher.predict.layer_profile`` reads it in place of the ledge
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 TracedBytes = tuple[float, float, float]
@@ -72,13 +72,8 @@ class TracedArchitecture:
         )
 
 
-def traced_to_json(traced: TracedArchitecture) -> dict[str, Any]:
-    """Return the traces as JSON values."""
-    return {"layers": [asdict(layer) for layer in traced.layers]}
-
-
 def traced_from_json(value: Mapping[str, Any]) -> TracedArchitecture:
-    """Read back :func:`traced_to_json`."""
+    """Read back what ``dataclasses.asdict`` makes of the traces."""
     return TracedArchitecture(layers=tuple(_layer(item) for item in value["layers"]))
 
 

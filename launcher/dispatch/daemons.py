@@ -26,6 +26,19 @@ def parse_silent(said: Iterable[str]) -> frozenset[str]:
     return frozenset(match[1] for line in said if (match := _NO_ANSWER.search(line)))
 
 
+def parse_answering(shown: Iterable[str]) -> frozenset[str]:
+    """Return the nodes that have answered, from sstat's ``step|nodes`` lines.
+
+    A step of which one node is silent has no line; and no step has the nodes that a job has lost.
+    """
+    from ClusterShell.NodeSet import RESOLVER_NOGROUP, NodeSet
+
+    found = NodeSet(resolver=RESOLVER_NOGROUP)
+    for line in shown:
+        found.update(NodeSet(line.strip().partition("|")[2], resolver=RESOLVER_NOGROUP))
+    return frozenset(found)
+
+
 @dataclass(kw_only=True)
 class Daemons:
     """Asks again and again, without ever waiting for an answer."""
@@ -33,8 +46,10 @@ class Daemons:
     job_id: str
     silent: frozenset[str] = frozenset()
     """Names of nodes, as Slurm has them."""
+    _steps: tuple[str, ...] = ()
     _process: subprocess.Popen[bytes] | None = None
     _errors: IO[str] | None = None
+    _shown: IO[str] | None = None
     _asked: float = field(default=0.0)
     _cannot: bool = False
 
@@ -51,10 +66,17 @@ class Daemons:
         if self._process.poll() is None:
             return False
         assert self._errors is not None
+        assert self._shown is not None
         self._errors.seek(0)
         self.silent = parse_silent(self._errors)
+        self._shown.seek(0)
+        self._steps = tuple(self._shown)
         self.close()
         return True
+
+    def answering(self) -> frozenset[str]:
+        """Return the nodes that have answered; of others that are not silent nothing is known."""
+        return parse_answering(self._steps)
 
     @property
     def is_asking(self) -> bool:
@@ -67,21 +89,23 @@ class Daemons:
             self._process.kill()
             self._process.wait()
             self._process = None
-        if self._errors is not None:
-            self._errors.close()
-            self._errors = None
+        for file in filter(None, (self._errors, self._shown)):
+            file.close()
+        self._errors = self._shown = None
 
     def _ask(self, now: float) -> None:
         self._asked = now
-        # A file and not a pipe, which thousands of nodes could fill while nobody reads; read and
+        # Files and not pipes, which thousands of nodes could fill while nobody reads; read and
         # closed when the answer has come.
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
-        argv = ["sstat", "--allsteps", "--noheader", "--format=JobID", "--jobs", self.job_id]
+        self._shown = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        what = ["--allsteps", "--noheader", "--parsable2", "--format=JobID,Nodelist"]
+        argv = ["sstat", *what, "--jobs", self.job_id]
         try:
             self._process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+                stdout=self._shown,
                 stderr=self._errors,
                 env=slurm.own_environment(),
             )

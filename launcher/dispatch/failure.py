@@ -143,7 +143,7 @@ def describe_failure(
     if failures and not is_consequence(failures[0]) and not (lost_hosts and _is_hang(failures[0])):
         return _reported(failures, log, where=str(log_file), silent=_silent_ranks(run_dir))
     if lost_hosts:
-        return _lost(lost_hosts, where=str(run_dir))
+        return describe_lost_hosts(lost_hosts, where=str(run_dir))
     is_oom_kill = any(dead.is_oom_kill for dead in dead_ranks)
     # What is left of the failures are those of ranks that noticed another one's end.
     noticing = {peaks.rank for peaks in failures}
@@ -251,15 +251,19 @@ def _reported(
     return JobFailedError(problem, where=where, fix=fix, kind=failure.kind)
 
 
-def _lost(lost_hosts: Sequence[LostHost], *, where: str) -> HostLostError:
+def describe_lost_hosts(
+    lost_hosts: Sequence[LostHost], *, where: str, num_left: int | None = None
+) -> HostLostError:
+    """Return the error that names hosts in the order in which they were lost."""
     more = [host.host for host in lost_hosts[1:9]]
-    also = f"\n  then lost too: {', '.join(more)}" if more else ""
+    also = f"\n  lost too: {', '.join(more)}" if more else ""
     first = lost_hosts[0]
     return HostLostError(
         f"{first.host} was lost: {first.problem}{also}",
         where=where,
         fix=first.fix,
         hosts=tuple(host.host for host in lost_hosts),
+        num_left=num_left,
     )
 
 

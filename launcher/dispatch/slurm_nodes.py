@@ -68,15 +68,18 @@ class SlurmNodes:
             heard = self._hosts.heard_seconds_ago(node)
             ranks = "" if heard is None else f"; its ranks were heard of {heard:.0f} s ago"
             _log.error("slurmd on %s does not answer%s; %s", node, ranks, SLURM_WAITS)
-        for node in sorted(self._said - silent):
+        # Of a node that is in no step any more, because the job goes on without it or has no ranks
+        # just now, sstat says nothing.
+        again = self._said & self._daemons.answering() if self._said - silent else frozenset[str]()
+        for node in sorted(again):
             _log.warning("slurmd on %s answers again", node)
-        self._said = silent
+        self._said = (self._said - again) | silent
 
     @property
     def lost(self) -> tuple[LostHost, ...]:
         """Nodes of which neither slurmd nor the ranks are heard."""
         found = []
-        for node in sorted(self._said):
+        for node in sorted(self._daemons.silent if self._daemons is not None else ()):
             heard = self._hosts.heard_seconds_ago(node)
             if heard is not None and heard > SILENT_AFTER_SECONDS:
                 problem = f"its slurmd does not answer, its ranks were heard of {heard:.0f} s ago"

@@ -25,7 +25,9 @@ from pathlib import Path
 from launcher import run_dir as rd
 from launcher.dispatch.failure import (
     HostLostError,
+    LostHost,
     describe_failure,
+    describe_lost_hosts,
     is_consequence,
     read_failures,
 )
@@ -177,14 +179,9 @@ def good_nodes(run_dir: Path, used: Sequence[str], left: Sequence[str]) -> list[
 
 def why_nodes_are_lost(run_dir: Path, lost: Sequence[str], usable: Sequence[str]) -> HostLostError:
     """Return the error that names nodes on which Slurm can start nothing any more."""
-    also = f"\n  lost too: {', '.join(lost[1:])}" if lost[1:] else ""
-    return HostLostError(
-        f"{lost[0]} was lost: Slurm cannot start anything there{also}",
-        where=str(run_dir),
-        fix="`sinfo --long --nodes` shows why",
-        hosts=tuple(lost),
-        num_left=len(usable),
-    )
+    problem, fix = "Slurm cannot start anything there", "`sinfo --long --nodes` shows why"
+    hosts = [LostHost(host=name, problem=problem, fix=fix) for name in lost]
+    return describe_lost_hosts(hosts, where=str(run_dir), num_left=len(usable))
 
 
 def _ask_for_requeue(run_dir: Path, reason: str) -> int:

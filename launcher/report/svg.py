@@ -32,11 +32,6 @@ class Shape:
     plot_height: float
     """Height of the area inside the axes of a curve."""
 
-    @property
-    def is_narrow(self) -> bool:
-        """For phones."""
-        return self.width < 600
-
 
 WIDE = Shape(width=1120, font=15, row=28, plot_height=330)
 NARROW = Shape(width=366, font=12.5, row=24, plot_height=210)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_OPERATIONS = 100
+OPERATIONS = 100
+"""Of a round."""
 # Each takes some 6 ms: 0.25 s in all.
 _ROUNDS = 40
 
@@ -34,7 +35,7 @@ def host_autograd_op_seconds(device: torch.device) -> float | None:
         return None
     import torch
 
-    seconds = median_round_seconds(device, rounds=_ROUNDS) / _OPERATIONS
+    seconds = median_round_seconds(device, rounds=_ROUNDS) / OPERATIONS
     torch.cuda.empty_cache()
     return seconds
 
@@ -49,11 +50,16 @@ def median_round_seconds(device: torch.device, *, rounds: int) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         started = time.perf_counter()
-        value = base
-        for _ in range(_OPERATIONS):
-            value = value * base
-        value.sum().backward()  # type: ignore[no-untyped-call]
-        base.grad = None
+        one_round(base)
         times.append(time.perf_counter() - started)
     # The first two load kernels and find memory.
     return statistics.median(times[2:])
+
+
+def one_round(base: torch.Tensor) -> None:
+    """Multiply by a small tensor that needs a gradient again and again, and go back."""
+    value = base
+    for _ in range(OPERATIONS):
+        value = value * base
+    value.sum().backward()  # type: ignore[no-untyped-call]
+    base.grad = None

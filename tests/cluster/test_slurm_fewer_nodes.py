@@ -139,6 +139,7 @@ def test_a_job_that_loses_a_node_goes_on_with_the_rest_and_with_too_few_waits_fo
 
     job.until_slow_save(3)
     assert job.hosts == ["node1", "node3"]
+    assert "answers again" not in job.process.output
     # Slurm could not end those of node2; they have found that the run is no longer theirs.
     assert "launcher.worker" not in str(cluster.leftovers(within=0).get("node2"))
     crashed = time.time()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import shutil
@@ -103,11 +102,6 @@ class Browser:
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
         return reply["result"].get("value")
-
-    def screenshot(self, path: Path) -> None:
-        """Write the whole page as a PNG."""
-        reply = self._call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(reply["data"]))
 
     def _call(self, method: str, **params: Any) -> Mapping[str, Any]:
         self._last_id += 1

@@ -175,7 +175,7 @@ def test_system_texts_that_a_template_leaves_out_are_counted(tmp_path: Path, mod
     assert not any("system text" in note for note in summary.notes)
 
 
-def test_rows_of_a_loaded_data_set_have_no_nulls_in_their_turns(tmp_path: Path) -> None:
+def test_rows_of_a_loaded_data_set_have_no_nulls_in_their_turns() -> None:
     from datasets import Dataset
 
     from launcher.worker.data_sources import OpenSource

@@ -225,7 +225,7 @@ def test_ranks_that_outlive_a_killed_launcher_are_ended_and_the_run_has_failed(
     assert rd.read_status(run_dir).state == "failed"
 
 
-def test_processes_without_the_marker_are_never_touched(tmp_path: Path) -> None:
+def test_processes_without_the_marker_are_never_touched() -> None:
     stranger = subprocess.Popen(["sleep", "1000"], start_new_session=True)
     try:
         assert process_group.end_processes("no-such-run")

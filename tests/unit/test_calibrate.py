@@ -56,7 +56,7 @@ def run(
     return replace(plain, measured=measured)
 
 
-def site(truth: Mapping[str, float], **changes: float) -> list[MeasuredRun]:
+def site(truth: Mapping[str, float]) -> list[MeasuredRun]:
     """Twelve runs of different lengths and methods."""
     methods = (Method.lora, Method.full, Method.qlora)
     ways = (Checkpointing.none, Checkpointing.full)

@@ -320,9 +320,7 @@ def test_a_dry_run_writes_nothing(zerofit: Zerofit, recipe: str, tmp_path: Path)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_run_that_was_only_rendered_has_a_report(
-    zerofit: Zerofit, recipe: str, tmp_path: Path
-) -> None:
+def test_a_run_that_was_only_rendered_has_a_report(zerofit: Zerofit, recipe: str) -> None:
     assert zerofit("render", recipe, "--output-dir", "run").status == 0
     outcome = zerofit("report", "run")
     assert outcome.status == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.dispatch.daemons import parse_silent
+from launcher.dispatch.daemons import parse_answering, parse_silent
 
 REFUSED = [
     (
@@ -15,6 +15,17 @@ REFUSED = [
 
 def test_a_daemon_that_refuses_is_named() -> None:
     assert parse_silent(REFUSED) == {"node2"}
+
+
+def test_the_nodes_of_steps_that_are_listed_have_answered() -> None:
+    assert parse_answering(["1.batch|node1\n", "1.0|node[1-2],gpu07\n"]) == {
+        "node1",
+        "node2",
+        "gpu07",
+    }
+    # With one of its two nodes silent, step 1.0 is not listed.
+    assert parse_answering(["1.batch|node1\n"]) == {"node1"}
+    assert parse_answering([]) == frozenset()
 
 
 def test_what_else_sstat_complains_of_is_no_daemon() -> None:

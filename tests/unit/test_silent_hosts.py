@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -70,6 +71,42 @@ def test_when_a_host_was_heard_of_last_is_known_by_slurms_name_of_it(run: Path) 
     assert hosts.heard_seconds_ago("node1") == 0.0
     assert hosts.heard_seconds_ago("node2") == 3.0
     assert hosts.heard_seconds_ago("node9") is None
+
+
+def test_a_node_answers_again_when_a_step_on_it_is_listed_and_not_when_no_step_is_left_there(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What sstat says while a step on node2 goes, after it, and of the next one (Slurm 22.05)."""
+    shown, refused = tmp_path / "shown", tmp_path / "refused"
+    sstat = tmp_path / "sstat"
+    sstat.write_text(f"#!/bin/sh\ncat '{shown}'\ncat '{refused}' >&2\n")
+    sstat.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    nodes = SlurmNodes(run_dir=run)
+    times = itertools.count(100.0, 10.0)
+
+    def ask(steps: str, errors: str = "") -> None:
+        """Ask once, and wait for the answer."""
+        shown.write_text(steps)
+        refused.write_text(errors)
+        now, deadline = next(times), time.monotonic() + 60
+        nodes.look(now, "7", names="node[1-2]")
+        assert nodes._daemons is not None
+        while nodes._daemons.is_asking:
+            assert time.monotonic() < deadline
+            nodes.look(now, "7", names="node[1-2]")
+
+    ask("7.batch|node1\n", "unknown return given from node2: 9001 rc = no connection\n")
+    assert caplog.text.count("slurmd on node2 does not answer") == 1
+    ask("7.batch|node1\n")
+    assert "answers again" not in caplog.text
+    ask("7.batch|node1\n", "unknown return given from node2: 9001 rc = no connection\n")
+    assert caplog.text.count("slurmd on node2 does not answer") == 1
+    ask("7.batch|node1\n7.1|node[1-2]\n")
+    assert caplog.text.count("slurmd on node2 answers again") == 1
+    ask("7.batch|node1\n7.1|node[1-2]\n")
+    assert caplog.text.count("answers again") == 1
+    nodes.close()
 
 
 def test_a_node_is_lost_when_neither_its_slurmd_nor_its_ranks_are_heard(
