@@ -252,12 +252,7 @@ def _accumulation_reasons(strategy: Strategy, workload: Workload) -> Iterator[st
 
 
 def _qlora_reasons(strategy: Strategy, workload: Workload) -> Iterator[str]:
-    if strategy.zero_stage != 3:
-        return
-    if workload.quantization.kind == "int8":
-        # peft 0.21 docs/source/accelerate/deepspeed.md: ZeRO-3 with bitsandbytes means 4 bits,
-        # stored in the model's own dtype (bnb_4bit_quant_storage), as the worker does.
+    if strategy.zero_stage == 3 and workload.quantization.kind == "int8":
+        # bitsandbytes 0.50.2 nn/modules.py:Linear8bitLt keeps the whole matrix in ``state.CB`` from
+        # the first forward on, beside ZeRO-3's parameter: every rank would hold the whole model.
         yield "int8 weights cannot be sharded by ZeRO-3: use nf4, or ZeRO-2"
-    if strategy.offload_optimizer is not Offload.none or strategy.offload_param is not Offload.none:
-        # peft 0.21 docs/source/accelerate/deepspeed.md, section on QLoRA and ZeRO-3.
-        yield "QLoRA under ZeRO-3 needs more GPU memory with CPU offload than without: leave it out"

@@ -128,7 +128,8 @@ def _make(
     pad_token_id = tokenizer.pad_token_id
     if pad_token_id is None:
         pad_token_id = tokenizer.eos_token_id or 0
-        notes.append("the tokenizer has no padding token: its end-of-sequence token pads")
+        pads = "token 0" if tokenizer.eos_token_id is None else "its end-of-sequence token"
+        notes.append(f"the tokenizer has no padding token: {pads} pads")
     reader = ExampleReader(train, tokenizer, recipe.max_seq_len)
     train_counts, train_summary = _write(reader, recipe, tokenizer, folder / TRAIN)
     notes += reader.notes
