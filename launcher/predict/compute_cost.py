@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 from launcher.hardware import GpuSpec
 from launcher.model_spec import ModelSpec
 from launcher.predict.attention_kernel import attention_kernel
+from launcher.predict.host_work import host_operations, num_modules, num_modules_with_params
 from launcher.predict.layer_parts import AttentionKernel
 from launcher.predict.time_calibration import TimeCalibration
-from launcher.strategy import LOSS_CHUNK_ELEMENTS, Attention, Checkpointing, Loss, Method, Strategy
+from launcher.predict.weight_totals import WeightTotals, weight_totals
+from launcher.strategy import LOSS_CHUNK_ELEMENTS, Checkpointing, Loss, Method, Strategy
 from launcher.workload import Workload
 
 
@@ -38,8 +39,10 @@ class MicroStepWork:
     host_ops: float
     model_flops: float
     """FLOPs without recomputation: the numerator of MFU."""
+    module_visits: float
+    """Calls of modules, over all passes."""
     modules_with_params: float
-    """Visits to modules that own parameters, over all passes."""
+    """Those of modules that own parameters."""
     trainable_tensors: int
     num_passes: int
     """2, or 3 when the forward is recomputed."""
@@ -49,26 +52,6 @@ class MicroStepWork:
     def attention_flops(self) -> float:
         """FLOPs of attention in all kernels."""
         return self.flash_attention_flops + self.masked_attention_flops + self.fp32_attention_flops
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightTotals:
-    """Sums over a workload's weights, in elements unless a name says otherwise."""
-
-    num_params: int
-    num_trainable_params: int
-    matmul_params: float
-    """Linear weights of the layers that one token meets: of experts, the active ones."""
-    stored_matmul_params: int
-    """The same with all experts."""
-    head_params: int
-    num_quantized_params: int
-    num_linears: int
-    num_tensors: int
-    lora_params: int
-    lora_linears: int
-    lora_in_features: int
-    lora_out_features: int
 
 
 def micro_step_work(
@@ -104,6 +87,7 @@ def micro_step_work(
     head_flops = 2 * totals.head_params * tokens
     lora_flops = 2 * totals.lora_params * tokens
     attention = _AttentionWork(workload, strategy, gpu)
+    chunks = num_loss_chunks(workload.model, strategy.loss, tokens)
     return MicroStepWork(
         tokens=tokens,
         matmul_flops=(products + recomputes) * body_flops
@@ -119,46 +103,14 @@ def micro_step_work(
         # zero/stage_1_and_2.py (DeepSpeed 0.19.8): copied into the bucket, divided by the
         # number of ranks in place, copied out of the bucket: 4 bytes each for 16-bit numbers.
         gradient_bytes=6 * workload.precision.bytes_per_element * totals.num_trainable_params,
-        host_ops=_host_ops(workload, strategy, totals, calibration),
+        host_ops=host_operations(workload, strategy, totals, calibration, num_loss_chunks=chunks),
         model_flops=products * (body_flops + head_flops)
         + 3 * (lora_flops + attention.forward_flops()),
-        modules_with_params=num_passes * _modules_with_params(workload, totals),
+        module_visits=num_passes * num_modules(workload, totals),
+        modules_with_params=num_passes * num_modules_with_params(workload, totals),
         trainable_tensors=totals.num_tensors if is_full else 2 * totals.lora_linears,
         num_passes=num_passes,
         trains_adapters=not is_full,
-    )
-
-
-@lru_cache(maxsize=64)
-def weight_totals(workload: Workload) -> WeightTotals:
-    """Return the sums; remembered, because a planner asks thousands of times for one model."""
-    model = workload.model
-    active = model.num_experts_per_token / model.num_experts if model.num_experts else 0.0
-    matmul_params, stored, linears = 0.0, 0, 0
-    for weight in model.weights:
-        if weight.role in ("linear", "router"):
-            matmul_params += weight.num_params
-            stored += weight.num_params
-            linears += weight.count
-        elif weight.role == "expert":
-            matmul_params += weight.num_params * active
-            stored += weight.num_params
-    lora_weights = workload.lora_weights
-    lora_in = sum(weight.shape[1] * weight.count for weight in lora_weights)
-    lora_out = sum(weight.shape[0] * weight.count for weight in lora_weights)
-    return WeightTotals(
-        num_params=model.num_params,
-        num_trainable_params=workload.num_trainable_params,
-        matmul_params=matmul_params,
-        stored_matmul_params=stored,
-        head_params=model.vocab_size * model.hidden_size,
-        num_quantized_params=workload.num_quantized_params,
-        num_linears=linears,
-        num_tensors=sum(weight.count for weight in model.weights),
-        lora_params=workload.lora.r * (lora_in + lora_out),
-        lora_linears=sum(weight.count for weight in lora_weights),
-        lora_in_features=lora_in,
-        lora_out_features=lora_out,
     )
 
 
@@ -261,11 +213,12 @@ def _head_weight_bytes(
         # input's gradient; the weight's gradient is read and written (addmm).
         Loss.liger: 2 + calibration.liger_gradient_touches * is_full,
     }[strategy.loss]
-    num_chunks = _num_loss_chunks(workload.model, strategy.loss, tokens)
+    num_chunks = num_loss_chunks(workload.model, strategy.loss, tokens)
     return workload.precision.bytes_per_element * totals.head_params * touches * num_chunks
 
 
-def _num_loss_chunks(model: ModelSpec, loss: Loss, tokens: float) -> int:
+def num_loss_chunks(model: ModelSpec, loss: Loss, tokens: float) -> int:
+    """Return into how many parts the loss cuts the tokens of a micro-step."""
     if loss is Loss.full:
         return 1
     if loss is Loss.chunked:
@@ -343,45 +296,3 @@ def _activation_bytes(model: ModelSpec, *, fused: bool) -> tuple[float, float]:
         return (6.0, 10.0) if fused else (10.0, 18.0)
     # gelu_new and gelu_fast are written out in Python: eight operations.
     return (36.0, 60.0) if model.activation in ("gelu_new", "gelu_fast") else (4.0, 6.0)
-
-
-def _modules_with_params(workload: Workload, totals: WeightTotals) -> float:
-    """Count modules that own parameters, adapters' A and B included."""
-    model = workload.model
-    norms = model.num_norms_per_layer + 2 * model.has_qk_norm
-    experts = 2 * model.num_moe_layers
-    return totals.num_linears + norms * model.num_hidden_layers + experts + 2 * totals.lora_linears
-
-
-def _host_ops(
-    workload: Workload, strategy: Strategy, totals: WeightTotals, calibration: TimeCalibration
-) -> float:
-    """Return operations that Python dispatches in one micro-step, backward included."""
-    model, triton = workload.model, calibration.triton_ops
-    fused = strategy.liger_kernels
-    rms = triton if fused else 8
-    norm = rms if model.norm == "rmsnorm" else 1
-    norms = (model.num_norms_per_layer + 2 * model.has_qk_norm) * norm
-    rope = triton if fused else 12
-    attention = 12 if strategy.attention is Attention.eager else 5
-    is_written_out = model.mlp == "plain" and model.activation in ("gelu_new", "gelu_fast")
-    activation = 8 if is_written_out else (triton if fused else 2)
-    # Router, sorting and grouped products of transformers' experts.
-    experts = 25 * model.num_moe_layers / model.num_hidden_layers
-    per_layer = norms + rope + attention + activation + experts + 2
-    forward = per_layer * model.num_hidden_layers + totals.num_linears
-    forward += calibration.lora_linear_ops * totals.lora_linears
-    # Embedding, masks, head, loss: about 60 in all, and more for every further chunk of the loss.
-    tokens = strategy.micro_batch_size_per_gpu * workload.max_seq_len
-    num_chunks = _num_loss_chunks(model, strategy.loss, tokens / strategy.sequence_parallel_size)
-    recomputed = 2 * (1 + calibration.checkpoint_hook_fraction) + 1
-    # Ours is checkpointed chunk by chunk: slice, product, float, log_softmax, two of nll, sum.
-    per_chunk = 7 * recomputed if strategy.loss is Loss.chunked else 12
-    outside = 60.0 + per_chunk * (num_chunks - 1)
-    recomputes = strategy.gradient_checkpointing is not Checkpointing.none
-    if workload.method is Method.qlora:
-        # One autograd function around each product: it saves little, so hooks add little.
-        outside += (2 + recomputes) * calibration.quantized_linear_ops * totals.num_linears
-    if not recomputes:
-        return 2 * forward + outside
-    return recomputed * forward + outside

@@ -9,15 +9,11 @@ from dataclasses import dataclass
 from launcher.hardware import ClusterSpec
 from launcher.predict.attention_kernel import attention_kernel, can_run_flash
 from launcher.predict.bottleneck import what_bounds
-from launcher.predict.compute_cost import (
-    MicroStepWork,
-    WeightTotals,
-    micro_step_work,
-    weight_totals,
-)
+from launcher.predict.compute_cost import MicroStepWork, micro_step_work
 from launcher.predict.liger_kernels import has_liger_kernels
 from launcher.predict.site_constants import time_constants
 from launcher.predict.time_calibration import TimeCalibration
+from launcher.predict.weight_totals import WeightTotals, weight_totals
 from launcher.predict.zero_runtime import zero_runtime
 from launcher.strategy import Checkpointing, Method, Offload, Optimizer, Precision, Strategy
 from launcher.workload import Workload
@@ -221,7 +217,8 @@ def _host_seconds(
         launches += calibration.gradient_hook_seconds * work.trainable_tensors
     if strategy.zero_stage < 3:
         return launches, 0.0
-    hooks = calibration.zero3_module_seconds * work.modules_with_params
+    hooks = calibration.zero3_hook_seconds * work.module_visits
+    hooks += calibration.zero3_module_seconds * work.modules_with_params
     return launches, hooks + calibration.gather_seconds * num_gathers
 
 
@@ -362,6 +359,8 @@ def _optimizer_seconds(
         return {"cpu_optimizer": seconds, "optimizer": fixed}
     owned = trainable / (cluster.world_size if strategy.zero_stage else 1)
     bytes_per_param = calibration.gpu_adam_bytes_per_param
+    if strategy.optimizer.is_8bit:
+        bytes_per_param += calibration.eight_bit_adam_bytes_per_param
     if strategy.optimizer in (Optimizer.adamw_foreach, Optimizer.adamw_single):
         # One pass per operation instead of one for all: twelve operations of 8-12 bytes.
         bytes_per_param += 90

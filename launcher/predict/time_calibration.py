@@ -63,8 +63,8 @@ the predicted (full, ZeRO-2, checkpoints on host and GPU): benchmarks/step_parts
 median is 1.326. Five minutes later: 60.2 µs, and 1.27 in the median of 14 runs without offload.
 """
 HOST_SECONDS = (
-    "host_op_seconds", "zero3_module_seconds", "gather_seconds", "gradient_hook_seconds",
-    "step_fixed_seconds", "trainer_step_seconds",
+    "host_op_seconds", "zero3_hook_seconds", "zero3_module_seconds", "gather_seconds",
+    "gradient_hook_seconds", "step_fixed_seconds", "trainer_step_seconds",
 )  # fmt: skip
 """Those that are a processor's time: a host that is slower in one is slower in all."""
 
@@ -82,10 +82,14 @@ class TimeCalibration:
     host_op_seconds: float = 21e-6
     """Python, dispatch and kernel launch of one eager operation. Fitted; pinned by 7B and 1B
     steps of 256 to 1024 tokens."""
-    lora_linear_ops: float = 8.9
+    lora_linear_ops: float = 7.5
     """Operations that an adapter adds to a linear layer in one direction: two products, scale
-    and sum, three module calls and PEFT's own Python. Fitted; pinned by all-linear against
-    q and v alone."""
+    and sum (four are counted), four module calls and PEFT's own Python. Fitted; pinned by
+    all-linear against q and v alone."""
+    fused_attention_ops: float = 10.0
+    """Plain operations that one call of SDPA or FlashAttention costs on the host. Of samples of
+    the stack in benchmarks/step_parts_h100.jsonl, transformers' sdpa_attention_forward holds 204
+    to 245 µs a call, brought to the fitted host; backward is taken to cost as much."""
     quantized_linear_ops: float = 12.0
     """Operations that bitsandbytes adds to a linear layer in one pass. Fitted; 7B QLoRA."""
     liger_gradient_touches: float = 10.0
@@ -93,13 +97,19 @@ class TimeCalibration:
     would do, but a product of some 64 rows that is added to it reaches a fifth of the memory
     rate. From h100's 1b-full-z2-2048-liger (fitting half), set to be as far off as that half's
     other 1B full fine-tunings; corrected after blind_h100's two runs of the kind."""
-    triton_ops: float = 2.0
-    """Plain operations that one Triton launch costs on the host. Prior."""
+    triton_ops: float = 5.0
+    """Operations of one call of Liger's in one direction. Counted with its kernels taken out
+    (liger_kernel 0.8, ops/rms_norm.py, ops/swiglu.py): an autograd.Function of views, allocations
+    and a launch, five forward; four to six backward."""
     checkpoint_hook_fraction: float = 1.05
     """Added to a checkpointed forward by saved-tensor hooks and RNG bookkeeping. Fitted; 3B
     and 7B with and without checkpointing."""
-    zero3_module_seconds: float = 0.66e-3
-    """Hooks, gather and release of one module with parameters, per pass. Fitted; ZeRO-3."""
+    zero3_hook_seconds: float = 0.19e-3
+    """ZeRO-3's hooks around one call of any module, per pass. On a processor whose Python is as
+    fast, 80 more modules without parameters took 0.186 ms each and pass."""
+    zero3_module_seconds: float = 0.35e-3
+    """More for a module that owns parameters: gather, release, DeepSpeed's own linear function.
+    Fitted; ZeRO-3."""
     gather_seconds: float = 0.25e-3
     """More for each collective of several ranks that gathers parameters: its launch, buffers and
     copies. Two H200: 0.27 to 0.74 ms are missing without it in five ZeRO-3 runs of the worker,
@@ -120,6 +130,10 @@ class TimeCalibration:
     gpu_adam_bytes_per_param: float = 70.0
     """Norm in fp64 (2+8+8), flatten (2+2), cast (2+4), clip (4+4), Adam (16 read, 12 written),
     bf16 copy (4+2)."""
+    eight_bit_adam_bytes_per_param: float = 37.0
+    """More for bitsandbytes' 8-bit AdamW, whose kernels are bound by more than memory: 26.8 ps a
+    parameter at 1.24e9 on an H100 (benchmarks/step_parts_h100.jsonl), as long as 65 bytes take
+    where 28 would do for torch's."""
     cpu_adam_bytes_per_param: float = 56.0
     """Gradient clipped (4+4); master, moments and gradient read (16), master and moments written
     (12, and as much read to fill the caches); bf16 copy (4+2+2). With H100 hosts' 150 GB/s that
