@@ -31,6 +31,7 @@ class WeightSpec:
     count: int
     role: WeightRole
     in_layer: bool
+    layers: Literal["all", "dense", "moe"] = "all"  # that have it, of a model that was traced
 
     @property
     def num_elements(self) -> int:

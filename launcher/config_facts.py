@@ -66,10 +66,15 @@ SUPPORTED_MODEL_TYPES: tuple[str, ...] = tuple(_DEFAULTS)
 
 
 def is_unknown(config: Mapping[str, object]) -> bool:
-    """Return whether a config names a text model's architecture that has no closed form."""
+    """Return whether a config names an architecture that has no closed form.
+
+    Of a model of more than text, the tracing worker finds out whether its language model is
+    trained alone; that of Gemma 3 is known.
+    """
     model_type = config.get("model_type")
-    is_text = not isinstance(config.get("text_config"), Mapping)
-    return is_text and isinstance(model_type, str) and model_type not in SUPPORTED_MODEL_TYPES
+    if isinstance(config.get("text_config"), Mapping):
+        return isinstance(model_type, str) and model_type != "gemma3"
+    return isinstance(model_type, str) and model_type not in SUPPORTED_MODEL_TYPES
 
 
 class ConfigFacts:

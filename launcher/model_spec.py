@@ -14,6 +14,13 @@ from launcher.traced_layer import TracedArchitecture
 __all__ = ["ModelSpec", "WeightRole", "WeightSpec", "spec_from_config", "spec_from_facts"]
 
 
+# PEFT 0.21 utils/transformers_weight_conversion.py:_MOE_TARGET_MODULE_MAPPING.
+_EXPERT_NAMES = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen3_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """Architecture facts of a causal language model; lengths in tokens, sizes in elements.
@@ -49,6 +56,10 @@ class ModelSpec:
     """Layers that attend only within ``sliding_window`` tokens; the others see everything."""
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    has_sdpa: bool = True
+    """transformers lets torch's attention run it; GPT-OSS's sinks need its own."""
+    expert_names: tuple[str, ...] = ()
+    """What PEFT takes for the fused experts and their router when adapters name it."""
     traced: TracedArchitecture | None = None
     """The layer as measured, where the closed form does not know its operations."""
 
@@ -118,6 +129,7 @@ def spec_from_config(config: Mapping[str, object], *, name: str) -> ModelSpec:
         num_sliding_layers=layout.num_sliding_layers,
         attention_softcap=facts.number("attn_logit_softcapping"),
         logit_softcap=facts.number("final_logit_softcapping"),
+        expert_names=_EXPERT_NAMES.get(facts.model_type, ()),
     )
 
 
@@ -132,7 +144,8 @@ def spec_from_facts(
         traced: what one of its layers keeps and needs.
     """
     weights = (WeightSpec(**{**item, "shape": tuple(item["shape"])}) for item in facts["weights"])
-    return ModelSpec(**{**facts, "name": name, "weights": tuple(weights), "traced": traced})
+    found = {"weights": tuple(weights), "expert_names": tuple(facts.get("expert_names", ()))}
+    return ModelSpec(**{**facts, **found, "name": name, "traced": traced})
 
 
 def _text_config(config: Mapping[str, object]) -> Mapping[str, object]:

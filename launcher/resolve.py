@@ -88,6 +88,7 @@ def default_precision(gpu: GpuSpec) -> Precision:
 def _unknown_targets(targets: tuple[str, ...], model: ModelSpec) -> list[str]:
     shorthands = {ALL_LINEAR, ATTENTION_ONLY}
     modules = {weight.module for weight in model.weights if weight.role == "linear"}
+    modules -= set(model.expert_names)
     if len(targets) == 1 and targets[0] in shorthands:
         return []
     return [

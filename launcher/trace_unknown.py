@@ -19,10 +19,6 @@ from launcher.resolve import default_precision, lora_of
 from launcher.strategy import Attention, Method
 from launcher.traced_layer import traced_from_json
 
-# What transformers 5.23 calls the number of experts: OLMoE, Qwen2-MoE; GPT-OSS, Phi-3.5-MoE;
-# DeepSeek; Ernie 4.5.
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
 
 def trace_model(
     config: Mapping[str, object], recipe: Recipe, gpu: GpuSpec, *, name: str
@@ -33,18 +29,10 @@ def trace_model(
     about ten seconds. The trace holds for this recipe's method, adapters, precision and length.
 
     Raises:
-        ModelError: a mixture of experts, or int8 weights, which cannot be traced without a GPU.
+        ModelError: int8 weights, which cannot be traced without a GPU.
         SetupError: the training stack is not installed.
         WorkerError: the architecture cannot be traced; the worker has said why.
     """
-    experts = next((key for key in _EXPERT_KEYS if config.get(key) not in (None, 0, 1)), None)
-    if experts is not None:
-        raise ModelError(
-            f"model_type {config['model_type']!r} is a mixture of experts ({experts} is "
-            f"{config[experts]}), which only its numbers can route: it cannot be traced",
-            where=name,
-            fix="use mixtral or qwen3_moe, whose layers zerofit knows",
-        )
     if recipe.method is Method.qlora and recipe.quantization.kind == "int8":
         raise ModelError(
             f"int8 layers of model_type {config['model_type']!r} cannot be traced",

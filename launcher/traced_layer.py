@@ -49,6 +49,8 @@ class TracedLayer:
     inference: TracedBytes
     """The same without a graph."""
     backward: tuple[TracedMoment, ...]
+    is_moe: bool = False
+    """The layer has routed experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,8 +59,10 @@ class TracedArchitecture:
 
     layers: tuple[TracedLayer, ...]
 
-    def layer(self, attention: TracedAttention, *, has_zero3_linear: bool) -> TracedLayer:
-        """Return the trace for a kernel and a kind of linear layer, or the nearest there is.
+    def layer(
+        self, attention: TracedAttention, *, has_zero3_linear: bool, is_moe: bool = False
+    ) -> TracedLayer:
+        """Return the trace for a kernel and a kind of layer, or the nearest there is.
 
         Only suggestions of another method ask for what was not traced: full fine-tuning, which
         was, keeps more than what they suggest.
@@ -66,6 +70,7 @@ class TracedArchitecture:
         return max(
             self.layers,
             key=lambda layer: (
+                layer.is_moe == is_moe,
                 layer.attention == attention,
                 layer.has_zero3_linear == has_zero3_linear,
             ),

@@ -58,13 +58,17 @@ class Workload:
     def lora_weights(self) -> tuple[WeightSpec, ...]:
         """The linear weights that carry an adapter, empty for full fine-tuning.
 
-        Routers and fused experts are parameters of their own classes, not ``nn.Linear``
-        (transformers 5.23 ``models/mixtral/modeling_mixtral.py``), and PEFT's all-linear
-        passes over them (peft 0.21 ``tuners/tuners_utils.py:_maybe_include_all_linear_layers``).
+        Routers and fused experts have none, nor what is named as experts once were: PEFT would
+        make the whole change of all experts anew in each forward (peft 0.21
+        ``tuners/lora/layer.py:ParamWrapper``), so the worker keeps their names from it.
         """
         if self.method is Method.full:
             return ()
-        linears = [w for w in self.model.weights if w.role == "linear"]
+        linears = [
+            w
+            for w in self.model.weights
+            if w.role == "linear" and w.module not in self.model.expert_names
+        ]
         targets = self.lora.target_modules
         if targets == (ALL_LINEAR,):
             return tuple(linears)

@@ -31,7 +31,8 @@ def default_attention(model: ModelSpec) -> Attention:
     Eager only where the architecture caps attention scores, which SDPA cannot do
     (transformers 5.23 models/gemma2/modeling_gemma2.py:eager_attention_forward).
     """
-    return Attention.eager if model.attention_softcap else Attention.sdpa
+    is_eager = model.attention_softcap or not model.has_sdpa
+    return Attention.eager if is_eager else Attention.sdpa
 
 
 def losses_that_work(model: ModelSpec, gpu: GpuSpec, *, has_liger: bool) -> tuple[Loss, ...]:
@@ -166,6 +167,9 @@ def _kernel_reasons(strategy: Strategy, workload: Workload, gpu: GpuSpec) -> Ite
             )
     if strategy.attention is not Attention.eager and model.attention_softcap:
         yield f"{model.name} caps its attention scores, which only eager attention does: use eager"
+    if strategy.attention is Attention.sdpa and not model.has_sdpa:
+        # transformers 5.23 modeling_utils.py:_check_and_adjust_attn_implementation refuses it.
+        yield f"{model.model_type} has no sdpa attention in transformers: use eager"
     if strategy.loss is not Loss.liger and not strategy.liger_kernels:
         return
     if not runs_triton(gpu):

@@ -32,7 +32,8 @@ def attention_kernel(
     """
     model = workload.model
     if strategy.attention is Attention.eager or (
-        strategy.attention is Attention.sdpa and model.attention_softcap is not None
+        strategy.attention is Attention.sdpa
+        and (model.attention_softcap is not None or not model.has_sdpa)
     ):
         return "eager"
     if strategy.attention is Attention.flash_attention_2:

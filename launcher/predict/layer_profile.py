@@ -98,7 +98,11 @@ def _traced_profile(setting: LayerSetting, traced: TracedArchitecture) -> LayerP
     attention: TracedAttention = "eager" if setting.attention in ("eager", "math") else "fused"
     # Trained and quantized linear layers keep the same with and without ZeRO-3.
     is_plain = setting.is_frozen and setting.quantization is None
-    layer = traced.layer(attention, has_zero3_linear=setting.has_zero3_linear and is_plain)
+    layer = traced.layer(
+        attention,
+        has_zero3_linear=setting.has_zero3_linear and is_plain,
+        is_moe=setting.is_moe,
+    )
     dequantized = 0.0
     if setting.quantization is not None:
         linears = [w for w in setting.model.weights if w.in_layer and w.role == "linear"]

@@ -223,10 +223,7 @@ def _write_loss(writer: _Writer, setting: CallSetting, whole: _Numbered, head: _
 def _layer(setting: CallSetting, *, is_moe: bool) -> _Node:
     """Return a decoder layer: norm, attention, other norms, MLP."""
     model = setting.model
-    absent = {"expert", "router"} if not is_moe else set[str]()
-    weights = [w for w in model.weights if w.in_layer and w.role not in absent]
-    if is_moe:
-        weights = [w for w in weights if "mlp" not in w.name or w.role in {"expert", "router"}]
+    weights = [w for w in model.weights if w.in_layer and _has(setting, w, is_moe=is_moe)]
     inner = [w for w in weights if w.role != "norm" or "attn." in w.name]
     outer = [w for w in weights if w.role == "norm" and w not in inner]
     attention = [w for w in inner if "attn" in w.name or "attention" in w.name]
@@ -244,6 +241,14 @@ def _layer(setting: CallSetting, *, is_moe: bool) -> _Node:
             _Node(children=(first, _Node(), *others)),
         )
     )
+
+
+def _has(setting: CallSetting, weight: WeightSpec, *, is_moe: bool) -> bool:
+    """Return whether a layer with experts, or one without, has this weight."""
+    if setting.model.traced is not None:
+        return weight.layers in ("all", "moe" if is_moe else "dense")
+    is_routed = weight.role in {"expert", "router"}
+    return is_routed or "mlp" not in weight.name if is_moe else not is_routed
 
 
 def _linears(setting: CallSetting, weights: list[WeightSpec]) -> tuple[_Node, ...]:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from launcher.errors import ModelError
 from launcher.strategy import LOSS_CHUNK_ELEMENTS
+from launcher.worker.model_facts import decoder_of
 from launcher.worker.tokenization import IGNORE_INDEX
 
 
@@ -117,7 +118,7 @@ def use_chunked_loss(model: Any, *, max_tokens: int) -> None:
             return plain_forward(input_ids=input_ids, **kwargs)
         if shift_labels is None:
             shift_labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        hidden_bsh = self.get_decoder()(input_ids=input_ids, **kwargs).last_hidden_state
+        hidden_bsh = decoder_of(self)(input_ids=input_ids, **kwargs).last_hidden_state
         loss = chunked_cross_entropy(
             hidden_bsh,
             shift_labels,

@@ -26,6 +26,7 @@ from launcher.strategy import (
 from launcher.worker.attention import settle_attention
 from launcher.worker.loss import use_chunked_loss
 from launcher.worker.mapped_weights import weights_stay_in_files
+from launcher.worker.model_facts import expert_names, is_router
 from launcher.worker.prerequisites import check_nvme, check_packages
 from launcher.worker.random_weights import quantized_model_with_random_weights
 from launcher.worker.unreadable import unreadable
@@ -276,7 +277,7 @@ def _add_adapters(model: Any, recipe: Recipe) -> Any:
 def adapter_targets(model: Any, targets: tuple[str, ...]) -> str | list[str]:
     """Return what PEFT takes as ``target_modules``: its own keyword, or module names."""
     if targets == (ALL_LINEAR,):
-        return "all-linear"
+        return _all_linear(model)
     if targets != (ATTENTION_ONLY,):
         return list(targets)
     names = {
@@ -291,3 +292,17 @@ def adapter_targets(model: Any, targets: tuple[str, ...]) -> str | list[str]:
             fix="name the modules, or use all-linear",
         )
     return sorted(names)
+
+
+def _all_linear(model: Any) -> str | list[str]:
+    """Return PEFT's keyword, or all names but those that it would take for fused experts."""
+    experts = set(expert_names(model))
+    linears = {
+        name.rpartition(".")[2]: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+    }
+    routers = {name for name, module in linears.items() if is_router(module)}
+    if not experts and not routers:
+        return "all-linear"
+    return sorted(set(linears) - experts - routers)

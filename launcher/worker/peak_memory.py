@@ -18,6 +18,7 @@ from launcher.redact import redacted
 from launcher.worker.failures import failure_kind
 from launcher.worker.heartbeat import Heartbeat
 from launcher.worker.memory_samples import MemorySampler
+from launcher.worker.model_facts import decoder_of
 from launcher.worker.running_peak import AllocatorPeaks, RunningPeak, StepTimes
 from launcher.worker.storage_tracker import StorageTracker
 
@@ -211,7 +212,7 @@ class PeakRecorder:
             return result
 
         engine.forward = forward
-        decoder = _plain_model(engine.module).get_decoder()
+        decoder = decoder_of(_plain_model(engine.module))
         decoder.register_forward_hook(self._watch_hidden_state)
 
     def _watch_hidden_state(self, _module: Any, _args: Any, output: Any) -> None:

@@ -28,14 +28,16 @@ def run_request(value: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ModelError: transformers does not know the architecture, or it cannot run without numbers.
     """
-    from launcher.worker.model_facts import facts_of, whole_model
+    from launcher.worker.model_facts import facts_of, layer_kinds, whole_model
     from launcher.worker.trace_one_layer import trace_layer
 
     collect_garbage_from_now_on()
+    value = {**value, "hf_config": _language_model(value["hf_config"])}
     try:
         model = whole_model(value["hf_config"])
         facts = facts_of(model)
-        layers = [trace_layer(request) for request in _layer_requests(value)]
+        kinds = layer_kinds(model)
+        layers = [trace_layer(request) for request in _layer_requests(value, kinds)]
     except (
         AttributeError,
         KeyError,
@@ -49,13 +51,45 @@ def run_request(value: Mapping[str, Any]) -> dict[str, Any]:
         raise ModelError(
             f"the architecture cannot be traced: {type(error).__name__}: {_first_line(error)}",
             where=f"model_type {value['hf_config'].get('model_type')!r}",
-            fix="zerofit traces dense decoders that transformers ships, and never runs a model's "
+            fix="zerofit traces decoders that transformers ships, and never runs a model's "
             "own code for a plan; update transformers, or use a model of the catalogue",
         ) from error
     return {"facts": facts, "layers": layers}
 
 
-def _layer_requests(value: Mapping[str, Any]) -> list[LayerRequest]:
+def _language_model(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config of what transformers' AutoModelForCausalLM makes of a config.
+
+    Raises:
+        ModelError: it is a model of more than text.
+
+    Source: transformers 5.23 ``auto_factory.py:_BaseAutoModelClass.from_config``.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from launcher.worker.model_facts import config_of
+
+    if not isinstance(hf_config.get("text_config"), Mapping):
+        return hf_config
+    try:
+        config = config_of(hf_config)
+    except (KeyError, TypeError, ValueError):
+        config = None  # what it names is not known
+    part = None if config is None else config.sub_configs.get("text_config")
+    made = None if config is None else MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if config is None or part is None or getattr(made, "config_class", None) is not part:
+        raise ModelError(
+            f"model_type {hf_config['model_type']!r} is a model of more than text",
+            where="config",
+            fix="take its language model alone: a folder with the text_config as config.json",
+        )
+    text = config.get_text_config().to_dict()
+    return {**text, "model_type": config.get_text_config().model_type}
+
+
+def _layer_requests(
+    value: Mapping[str, Any], kinds: Mapping[bool, int | None]
+) -> list[LayerRequest]:
     """Return the combinations that a planner may ask for."""
     from launcher.strategy import Precision
     from launcher.worker.trace_one_layer import LayerRequest
@@ -73,7 +107,10 @@ def _layer_requests(value: Mapping[str, Any]) -> list[LayerRequest]:
             lora=spec,
             attention=attention,
             has_zero3_linear=has_zero3_linear,
+            is_moe=is_moe,
+            layer_index=index,
         )
+        for is_moe, index in kinds.items()
         for attention in value["attentions"]
         for has_zero3_linear in ((False, True) if value["is_frozen_and_plain"] else (False,))
     ]

@@ -16,6 +16,7 @@ import torch
 
 from launcher.errors import RecipeError, SetupError, list_problems
 from launcher.strategy import Loss, Method, Offload, Strategy
+from launcher.worker.model_facts import decoder_of
 from launcher.worker.storage_tracker import LiveTensors, StorageTracker
 from launcher.worker.trace_config import deepspeed_config, make_optimizer
 from launcher.worker.trace_devices import AcceleratorName, DeviceBoundary
@@ -154,7 +155,7 @@ class _Run:
             base: Any = build_model(
                 config, self._strategy, precision=workload.precision, scale=self._scale
             )
-        self._decoder = base.get_decoder()
+        self._decoder = decoder_of(base)
         tokens = self._strategy.micro_batch_size_per_gpu * workload.max_seq_len // self._scale
         use_loss(base, self._strategy.loss, max_tokens=tokens, scale=self._scale)
         is_lora = workload.method is Method.lora
@@ -249,7 +250,10 @@ def _check(
         text
         for is_wrong, text in (
             (workload.method is Method.qlora, "QLoRA needs bitsandbytes' CUDA kernels"),
-            (workload.model.num_experts > 0, "experts do not scale with the widths"),
+            (
+                workload.model.num_experts > 0 and scale != 1,
+                "experts do not scale with the widths: use --scale 1",
+            ),
             (strategy.offload_optimizer is Offload.nvme, "NVMe offload is not traced"),
             (strategy.offload_param is Offload.nvme, "NVMe offload is not traced"),
             (strategy.sequence_parallel_size > 1, "sequence parallelism is not traced"),

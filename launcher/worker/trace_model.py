@@ -21,7 +21,7 @@ from launcher.strategy import (
 )
 from launcher.worker import loss as worker_loss
 from launcher.worker import model as worker_model
-from launcher.workload import ALL_LINEAR, ATTENTION_ONLY, LoraSpec
+from launcher.workload import LoraSpec
 
 TORCH_DTYPE = {
     Precision.bf16: torch.bfloat16,
@@ -92,17 +92,11 @@ def add_adapters(model: Any, lora: LoraSpec, *, scale: int) -> Any:
     """Wrap the model for LoRA as the worker does, with the rank divided by ``scale``."""
     from peft import LoraConfig, get_peft_model
 
-    targets: str | list[str] = list(lora.target_modules)
-    if lora.target_modules == (ALL_LINEAR,):
-        targets = ALL_LINEAR
-    elif lora.target_modules == (ATTENTION_ONLY,):
-        linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-        targets = sorted({n.rpartition(".")[2] for n in linears if "attn" in n or "attention" in n})
     config = LoraConfig(
         r=lora.r // scale,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets,
+        target_modules=worker_model.adapter_targets(model, lora.target_modules),
         use_dora=lora.use_dora,
         task_type="CAUSAL_LM",
     )
@@ -170,8 +164,8 @@ class FusedAttention(torch.autograd.Function):
         scale: int,
     ) -> torch.Tensor:
         """Return zeros [b, s, a, d] and save q, k, v, the output and the log-sum-exp."""
-        b, a, s, d = q_basd.shape
-        out_bsad = q_basd.new_zeros(b, s, a, d)
+        b, a, s, _ = q_basd.shape
+        out_bsad = q_basd.new_zeros(b, s, a, v_bksd.shape[3])
         # a * s shrinks by the scale once, bytes must shrink by its square.
         lse = q_basd.new_zeros(max(b * a * s // scale, 1), dtype=torch.float32)
         ctx.save_for_backward(q_basd, k_bksd, v_bksd, out_bsad, lse)
@@ -182,7 +176,11 @@ class FusedAttention(torch.autograd.Function):
         """Return zero gradients of q, k and v, with the kernel's fp32 accumulators alive."""
         q_basd, k_bksd, v_bksd, _, lse = ctx.saved_tensors
         b, a, s, d = q_basd.shape
-        scratch = [torch.empty_like(lse), q_basd.new_empty(b, a, s, d, dtype=torch.float32)]
+        scratch = [torch.empty_like(lse)]
+        if d == v_bksd.shape[3]:
+            # Values of another width (DeepSeek) rule FlashAttention out (sdp_utils_cpp.h,
+            # check_head_dim_size); the memory-efficient kernel adds up in the gradients.
+            scratch.append(q_basd.new_empty(b, a, s, d, dtype=torch.float32))
         gradients = (
             torch.zeros_like(q_basd),
             torch.zeros_like(k_bksd),
@@ -234,9 +232,9 @@ class MaskedAttention(torch.autograd.Function):
         scale: int,
     ) -> torch.Tensor:
         """Return zeros [b, s, a, d] and save the operands, the bias and the log-sum-exp."""
-        b, a, s, d = q_basd.shape
+        b, a, s, _ = q_basd.shape
         bias_b1ss = torch.zeros_like(mask_b1ss, dtype=q_basd.dtype)
-        out_bsad = q_basd.new_zeros(b, s, a, d)
+        out_bsad = q_basd.new_zeros(b, s, a, v_basd.shape[3])
         lse = q_basd.new_zeros(max(b * a * s // scale, 1), dtype=torch.float32)
         ctx.save_for_backward(q_basd, k_basd, v_basd, bias_b1ss, out_bsad, lse)
         return out_bsad

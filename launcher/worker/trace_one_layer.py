@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ import torch
 
 from launcher.strategy import Precision
 from launcher.traced_layer import TracedAttention, TracedBytes, TracedLayer, TracedMoment
-from launcher.worker.model_facts import config_of, layers_of
+from launcher.worker.model_facts import config_of, decoder_of, layers_of
 from launcher.worker.storage_tracker import StorageTracker
 from launcher.worker.trace_model import (
     FUSED_ATTENTION,
@@ -38,6 +39,9 @@ class LayerRequest:
     lora: LoraSpec | None
     attention: TracedAttention
     has_zero3_linear: bool
+    is_moe: bool = False
+    layer_index: int | None = None
+    """The layer to trace, below and above copies of itself; ``None``: the model's first three."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +85,7 @@ def trace_layer(request: LayerRequest) -> dict[str, Any]:
     layer = TracedLayer(
         attention=request.attention,
         has_zero3_linear=request.has_zero3_linear,
+        is_moe=request.is_moe,
         saved=fit(lambda reading: reading.saved),
         saved_input=fit(lambda reading: reading.saved_input),
         unused_in_first_layer=fit(
@@ -187,14 +192,18 @@ class _Pass:
 
         request = self._request
         register_fused_attention(scale=1)
-        config = config_of(request.hf_config, num_layers=_LAYERS)
+        index = request.layer_index
+        num_layers = _LAYERS if index is None else index + 1
+        config = config_of(request.hf_config, num_layers=num_layers)
         config._attn_implementation = "eager" if request.attention == "eager" else FUSED_ATTENTION
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(
                 config, dtype=TORCH_DTYPE[request.precision]
             )
             model.train()
-            decoder = model.get_decoder()
+            decoder = decoder_of(model)
+            if index is not None:
+                _repeat_layer(decoder, index)
             if request.lora is not None:
                 add_adapters(model, request.lora, scale=1)
                 # PEFT takes over the base weight's precision, but not from a meta tensor.
@@ -278,6 +287,19 @@ class _Pass:
 
     def _after_measured_backward(self, _gradient: torch.Tensor) -> None:
         self._reading.last_peak = self._tracker.peak_bytes - self._base
+
+
+def _repeat_layer(decoder: Any, index: int) -> None:
+    """Leave a decoder three layers like its last one, the layer ``index``."""
+    _, layers = layers_of(decoder, index + 1)
+    wanted, config = layers[index], decoder.config
+    del layers[:]
+    layers.extend([wanted, copy.deepcopy(wanted), copy.deepcopy(wanted)])
+    config.num_hidden_layers = _LAYERS
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        # A layer may look its own up by its old number.
+        config.layer_types = [kinds[index]] * max(_LAYERS, index + 1)
 
 
 def _drop_gradient(param: torch.Tensor) -> None:

@@ -8,14 +8,12 @@ from dataclasses import asdict, replace
 import pytest
 
 from launcher.config_facts import is_unknown
-from launcher.errors import ModelError
-from launcher.hardware import find_gpu
+from launcher.hardware import default_cluster, find_gpu
 from launcher.model_source import resolve_model
 from launcher.model_spec import ModelSpec
+from launcher.planning.rules import default_attention, why_impossible
 from launcher.predict.activations import timeline
-from launcher.recipe import parse_recipe
 from launcher.strategy import Attention, Checkpointing, Method, Strategy
-from launcher.trace_unknown import trace_model
 from launcher.traced_layer import (
     TracedArchitecture,
     TracedLayer,
@@ -104,8 +102,27 @@ def test_an_architecture_without_formulas_is_unknown() -> None:
     assert not is_unknown({})  # an error of its own
 
 
-def test_an_unknown_mixture_of_experts_is_refused_before_anything_is_built() -> None:
-    recipe = parse_recipe("model: {name_or_path: x}", source="x")
-    config = {"model_type": "olmoe", "num_experts": 64}
-    with pytest.raises(ModelError, match="mixture of experts \\(num_experts is 64\\)"):
-        trace_model(config, recipe, find_gpu("H100"), name="x")
+def test_a_model_of_more_than_text_is_unknown_unless_its_language_model_is_known() -> None:
+    text = {"model_type": "llama"}
+    assert is_unknown({"model_type": "llava", "text_config": text})
+    assert not is_unknown({"model_type": "gemma3", "text_config": text})
+
+
+def test_layers_with_and_without_experts_have_traces_of_their_own() -> None:
+    # By hand: 2 of 32 layers are dense and keep 7 B a token, 30 have experts and keep 9 B.
+    spec = replace(
+        model(layer(), replace(layer(per_token=9.0), is_moe=True)),
+        num_moe_layers=30,
+        num_experts=8,
+        num_experts_per_token=2,
+    )
+    acts = timeline(workload(spec), Strategy(zero_stage=2), H100, adapter_bytes=2)
+    kept = (2 * 7 + 30 * 9) * TOKENS + 32 * 0.25 * TOKENS**2
+    assert acts.layer_saved_bytes * 32 == pytest.approx(kept)
+
+
+def test_attention_that_torch_cannot_run_is_eager() -> None:
+    spec = replace(model(layer(), layer("eager", per_token=9.0)), has_sdpa=False)
+    assert default_attention(spec) is Attention.eager
+    refused = why_impossible(Strategy(zero_stage=2), workload(spec), default_cluster(H100))
+    assert "has no sdpa attention" in (refused or "")
