@@ -23,6 +23,8 @@ from launcher.workload import Workload
 
 METHOD_NAME = {Method.full: "full fine-tuning", Method.lora: "LoRA", Method.qlora: "QLoRA"}
 _MOST_8BIT_ELEMENTS = 2**31 - 1
+_MANY_PARTS = 64
+"""Of 4,096 tokens, a part then has 64 and fewer: products of so few rows leave a GPU idle."""
 
 
 def default_attention(model: ModelSpec) -> Attention:
@@ -36,10 +38,18 @@ def default_attention(model: ModelSpec) -> Attention:
 
 
 def losses_that_work(model: ModelSpec, gpu: GpuSpec, *, has_liger: bool) -> tuple[Loss, ...]:
-    """Return the loss implementations to consider, simplest first."""
-    if has_liger and has_liger_kernels(model.model_type, gpu):
-        return (Loss.full, Loss.liger)
-    return (Loss.full, Loss.chunked)
+    """Return the loss implementations to consider, simplest first.
+
+    Liger makes the scores of about tokens x hidden size / vocabulary at a time, and where
+    that layer is trained its whole gradient for each: many parts take longer than the chunked loss.
+
+    Source: liger-kernel 0.8.5 ``ops/fused_linear_cross_entropy.py``: ``inc_factor``.
+    """
+    if not has_liger or not has_liger_kernels(model.model_type, gpu):
+        return (Loss.full, Loss.chunked)
+    if model.vocab_size > _MANY_PARTS * model.hidden_size:
+        return (Loss.full, Loss.chunked, Loss.liger)
+    return (Loss.full, Loss.liger)
 
 
 def why_impossible(strategy: Strategy, workload: Workload, cluster: ClusterSpec) -> str | None:

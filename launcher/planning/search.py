@@ -212,7 +212,7 @@ def _appetite(shape: Strategy) -> tuple[object, ...]:
     """Sort the variants of a kind, the most frugal first."""
     zero = shape.zero
     return (
-        shape.loss is Loss.full,
+        (Loss.liger, Loss.chunked, Loss.full).index(shape.loss),
         shape.attention is Attention.eager,
         bool(zero.overlap_comm),
         zero.stage3_max_live_parameters,

@@ -115,6 +115,13 @@ def test_liger_is_considered_only_where_it_runs(
     assert found == (Loss.full, expected)
 
 
+def test_the_chunked_loss_is_considered_beside_ligers_where_that_makes_many_parts() -> None:
+    # Vocabulary over hidden size: 151936 / 896 = 170, 32000 / 4096 = 8.
+    place = cluster()
+    assert losses_that_work(model("qwen2.5-0.5b"), place.gpu, has_liger=True) == tuple(Loss)
+    assert Loss.chunked not in losses_that_work(model("llama2-7b"), place.gpu, has_liger=True)
+
+
 def test_liger_is_refused_on_a_processor_on_v100_and_for_unknown_architectures() -> None:
     liger = Strategy(zero_stage=2, loss=Loss.liger, liger_kernels=True)
     place = processors(2)
