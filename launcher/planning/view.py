@@ -21,6 +21,7 @@ SHOWN_REJECTIONS = 6
 SHOWN_RUNGS = 3
 # Smaller parts are left out of the memory table: nobody can do anything about them.
 _SMALLEST_PART_FRACTION = 0.02
+_SHOWN_START_UP_SECONDS = 1.0
 
 _PHASE_MEANING = {
     "load": "weights arrive",
@@ -183,6 +184,9 @@ def _total_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     if is_gpu:
         share = f"{time.mfu:.0%}" if time.mfu >= 0.01 else f"{time.mfu:.1%}"
         speed += f"; {share} of the GPUs' peak is useful work (MFU)"
+    if time.start_up_seconds >= _SHOWN_START_UP_SECONDS:
+        took = format_seconds(time.start_up_seconds)
+        speed += f"; an early one takes {took} more, in which ZeRO-3 learns what to keep"
     yield "speed", speed
     yield "bound by", time.bound_by
     if not plan.fits:

@@ -12,6 +12,7 @@ from launcher.predict.bottleneck import what_bounds
 from launcher.predict.compute_cost import MicroStepWork, micro_step_work
 from launcher.predict.liger_kernels import has_liger_kernels
 from launcher.predict.site_constants import time_constants
+from launcher.predict.start_up import start_up_seconds
 from launcher.predict.time_calibration import TimeCalibration
 from launcher.predict.weight_totals import WeightTotals, weight_totals
 from launcher.predict.zero_runtime import zero_runtime
@@ -31,6 +32,8 @@ class TimeEstimate:
     """Model FLOPs utilisation, 0-1 of the GPU's dense peak."""
     bound_by: str
     """What to change first, in a few words a newcomer understands."""
+    start_up_seconds: float = 0.0
+    """What one of the first steps takes more, once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +102,13 @@ def estimate_time(
             can_flash=can_run_flash(workload, cluster.gpu)
             and attention_kernel(workload, strategy, cluster.gpu) != "flash",
             is_one_micro_step=steps == 1,
+        ),
+        start_up_seconds=start_up_seconds(
+            workload,
+            strategy,
+            constants,
+            module_visits=work.module_visits,
+            num_passes=work.num_passes,
         ),
     )
 

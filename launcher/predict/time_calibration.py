@@ -64,7 +64,7 @@ median is 1.326. Five minutes later: 60.2 µs, and 1.27 in the median of 14 runs
 """
 HOST_SECONDS = (
     "host_op_seconds", "zero3_hook_seconds", "zero3_module_seconds", "gather_seconds",
-    "gradient_hook_seconds", "step_fixed_seconds", "trainer_step_seconds",
+    "gradient_hook_seconds", "step_fixed_seconds", "trainer_step_seconds", "reuse_search_seconds",
 )  # fmt: skip
 """Those that are a processor's time: a host that is slower in one is slower in all."""
 
@@ -110,6 +110,9 @@ class TimeCalibration:
     zero3_module_seconds: float = 0.35e-3
     """More for a module that owns parameters: gather, release, DeepSpeed's own linear function.
     Fitted; ZeRO-3."""
+    reuse_search_seconds: float = 7e-6
+    """A look at one module for parameters that are used again. From the second steps of the 15
+    runs in benchmarks/results with over 300,000 looks: 5 to 10 µs, median 7."""
     gather_seconds: float = 0.25e-3
     """More for each collective of several ranks that gathers parameters: its launch, buffers and
     copies. Two H200: 0.27 to 0.74 ms are missing without it in five ZeRO-3 runs of the worker,
