@@ -10,6 +10,7 @@ from launcher.planning.plan import Candidate, Decision
 from launcher.planning.rules import losses_that_work
 from launcher.planning.search import SearchSpace, kind, weigh_all
 from launcher.planning.wording import (
+    LOSS_MEANING,
     SAME_TIME_FRACTION,
     compare,
     format_samples,
@@ -31,11 +32,6 @@ from launcher.strategy import (
 from launcher.units import format_count
 from launcher.workload import Workload
 
-_LOSS_MEANING = {
-    Loss.full: "the scores of all words for all tokens (logits) are made at once",
-    Loss.chunked: "the scores of all words (logits) are made for a few tokens at a time",
-    Loss.liger: "Liger's fused kernel, which never holds the scores of all words (logits) at once",
-}
 _HOST = {Offload.cpu: "in host memory", Offload.nvme: "on the NVMe drive"}
 
 
@@ -119,17 +115,19 @@ def _stage(setting: Setting) -> str:
     strategy, workload = setting.best.strategy, setting.space.workload
     ranks = setting.space.cluster.world_size
     if ranks == 1:
-        meaning = "one GPU has nobody to share with; all stages keep everything on it"
+        meaning = "one GPU has nobody to share its states with, whatever the stage"
         if strategy.offload_param is not Offload.none:
             return "the stage that can keep the weights in host memory"
         rivals = _rivals(setting, lambda s: s.zero_stage, lambda v: f"ZeRO-{v}")
-        return f"{meaning}. {rivals}" if strategy.zero_stage == 3 else meaning
+        # Among equals ZeRO-2 is taken, so that there is nothing to say of the others.
+        return meaning if strategy.zero_stage == 2 else f"{meaning}. {rivals}"
+    share = f"each of the {ranks:,} GPUs keeps 1/{ranks:,} of"
     shared = {
         0: "every GPU keeps everything",
-        1: f"each of the {ranks} GPUs keeps 1/{ranks} of the optimizer states",
-        2: f"each of the {ranks} GPUs keeps 1/{ranks} of the optimizer states and gradients",
-        3: f"each of the {ranks} GPUs keeps 1/{ranks} of optimizer states, gradients and weights; "
-        "weights are fetched from the others layer by layer",
+        1: f"{share} the optimizer states",
+        2: f"{share} the optimizer states and gradients",
+        3: f"{share} optimizer states, gradients and weights; weights are fetched from the others "
+        "layer by layer",
     }[strategy.zero_stage]
     if workload.method is not Method.full and strategy.zero_stage < 3:
         frozen = setting.best.memory.phase("step").components
@@ -271,7 +269,7 @@ def _attention(setting: Setting) -> str:
 
 def _loss(setting: Setting) -> str:
     strategy, space = setting.best.strategy, setting.space
-    meaning = _LOSS_MEANING[strategy.loss]
+    meaning = LOSS_MEANING[strategy.loss]
     works = losses_that_work(
         space.workload.model, space.cluster.gpu, has_liger=space.packages.has_liger
     )

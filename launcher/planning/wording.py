@@ -12,7 +12,7 @@ from launcher.strategy import Attention, Checkpointing, Loss, Offload, Optimizer
 from launcher.units import GIB, MIB
 
 __all__ = [
-    "METHOD_NAME", "changes", "compare", "format_samples", "label", "plain_part",
+    "LOSS_MEANING", "METHOD_NAME", "changes", "compare", "format_samples", "label", "plain_part",
     "short_label", "short_size", "why_too_large",
 ]  # fmt: skip
 
@@ -20,6 +20,11 @@ __all__ = [
 SAME_TIME_FRACTION = 0.02
 SAME_MEMORY_BYTES = 100 * 2**20
 
+LOSS_MEANING = {
+    Loss.full: "the scores of all words for all tokens (logits) are made at once",
+    Loss.chunked: "the scores of all words (logits) are made for a few tokens at a time",
+    Loss.liger: "Liger's fused kernel, which never holds the scores of all words (logits) at once",
+}
 _LOSS = {Loss.full: "full logits", Loss.chunked: "chunked loss", Loss.liger: "Liger loss"}
 _ATTENTION = {
     Attention.eager: "eager attention",
