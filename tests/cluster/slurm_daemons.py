@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from virtual_hosts import WAIT_SECONDS, VirtualCluster
+from host_processes import WAIT_SECONDS
+from virtual_hosts import VirtualCluster
 
 SLURM_PROGRAMS = ("munged", "sbatch", "scontrol", "sinfo", "slurmctld", "slurmd", "squeue", "srun")
 GPUS_PER_NODE = 2

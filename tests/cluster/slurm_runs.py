@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from virtual_hosts import ROOT, WAIT_SECONDS, HostProcess, VirtualCluster
+from host_processes import WAIT_SECONDS, HostProcess
+from virtual_hosts import ROOT, VirtualCluster
 
 from launcher import run_dir as rd
 

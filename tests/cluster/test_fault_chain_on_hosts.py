@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from host_processes import HostProcess
 from slurm_daemons import Slurm
-from virtual_hosts import ROOT, HostProcess, VirtualCluster
+from virtual_hosts import ROOT, VirtualCluster
 
 sys.path.insert(0, str(ROOT / "tests" / "integration"))
 from fault_chain import Place, Process, go_through, go_through_with_sigterm, saved_step, until

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from virtual_hosts import HERE, ROOT, WAIT_SECONDS, HostProcess, VirtualCluster
+from host_processes import WAIT_SECONDS, HostProcess
+from virtual_hosts import HERE, ROOT, VirtualCluster
 
 from launcher import run_dir as rd
 

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from virtual_hosts import ROOT, HostProcess, VirtualCluster
+from host_processes import HostProcess
+from virtual_hosts import ROOT, VirtualCluster
 
 sys.path.insert(0, str(ROOT / "tests" / "integration"))
 from fault_rows import add_row, failed_attempts, rows_of_steps, steps_lost

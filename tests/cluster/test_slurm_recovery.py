@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from host_processes import HostProcess
 from slurm_daemons import Slurm
 from slurm_runs import SlurmRuns
-from virtual_hosts import ROOT, HostProcess, VirtualCluster
+from virtual_hosts import ROOT, VirtualCluster
 
 sys.path.insert(0, str(ROOT / "tests" / "integration"))
 from fault_rows import add_row

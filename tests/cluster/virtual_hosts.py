@@ -11,24 +11,31 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 import psutil
 from host_files import write_configuration
+from host_processes import (
+    WAIT_SECONDS,
+    HostProcess,
+    has_become_another,
+    identity,
+    is_stopped,
+    namespace,
+    wait_until,
+)
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 NETWORK = "10.77.0"
 NETWORK_V6 = "fd77:"
 PROGRAMS = ("ip", "nsenter", "pdsh", "setpriv", "ssh", "ssh-keygen", "sshd", "unshare")
-WAIT_SECONDS = 180.0  # for machines that do much else
 
 
 def missing_requirement(programs: Sequence[str] = PROGRAMS) -> str | None:
@@ -46,36 +53,6 @@ def missing_requirement(programs: Sequence[str] = PROGRAMS) -> str | None:
         check=False,
     )
     return f"no namespaces here: {probe.stderr.strip()}" if probe.returncode else None
-
-
-@dataclass(kw_only=True)
-class HostProcess:
-    """A program that was started on a virtual host."""
-
-    entering: subprocess.Popen[bytes]
-    """``nsenter``; it ends when the program does, with its exit status."""
-    log: Path
-
-    def signal(self, number: signal.Signals) -> None:
-        """Signal the program itself, and nothing that it started."""
-        (program,) = psutil.Process(self.entering.pid).children()
-        program.send_signal(number)
-
-    def kill(self) -> None:
-        """End the program and what it has started."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for process in psutil.Process(self.entering.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-
-    def wait(self, *, timeout: float = WAIT_SECONDS) -> int:
-        """Return the exit status; raises ``subprocess.TimeoutExpired``."""
-        return self.entering.wait(timeout)
-
-    @property
-    def output(self) -> str:
-        """Return what it has printed so far, both streams."""
-        return self.log.read_text(encoding="utf-8", errors="replace")
 
 
 @dataclass(kw_only=True)
@@ -126,7 +103,7 @@ class VirtualCluster:
             start_new_session=True,
         )
         switch = self._switch.pid
-        _wait_until(lambda: _namespace(switch, "net") != _namespace(os.getpid(), "net"), "switch")
+        wait_until(lambda: namespace(switch, "net") != namespace(os.getpid(), "net"), "switch")
         self._on_switch("link", "add", "br0", "type", "bridge")
         self._on_switch("link", "set", "br0", "up")
         for name in self.names:
@@ -183,8 +160,8 @@ class VirtualCluster:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        _wait_until(
-            lambda: entering.poll() is not None or _has_become_another(entering),
+        wait_until(
+            lambda: entering.poll() is not None or has_become_another(entering),
             f"{argv[0]} on {host}",
         )
         self._started.append(HostProcess(entering=entering, log=log))
@@ -226,7 +203,7 @@ class VirtualCluster:
         """Stop every process of a host without ending it; the network still answers."""
         self._is_hurt.add(host)
         # Again for what others have started while they were not stopped yet.
-        while running := [item for item in self._processes(host) if not _is_stopped(item)]:
+        while running := [item for item in self._processes(host) if not is_stopped(item)]:
             for process in running:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.suspend()
@@ -282,7 +259,7 @@ class VirtualCluster:
         for name, host in self._hosts.items():
             for process in self._processes(name):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if _identity(process) in host.daemons:
+                    if identity(process) in host.daemons:
                         continue
                     if process.status() != psutil.STATUS_ZOMBIE:
                         found.setdefault(name, []).append(" ".join(process.cmdline()))
@@ -291,11 +268,11 @@ class VirtualCluster:
     def _processes(self, host: str) -> Iterator[psutil.Process]:
         """Yield the processes of a host, process 1 left out."""
         init = self._hosts[host].init
-        namespace = _namespace(init.pid, "pid")
-        assert namespace
+        own = namespace(init.pid, "pid")
+        assert own
         # Not psutil.process_iter, which keeps what it knows of a pid that another process has now.
         for pid in psutil.pids():
-            if pid != init.pid and _namespace(pid, "pid") == namespace:
+            if pid != init.pid and namespace(pid, "pid") == own:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     yield psutil.Process(pid)
 
@@ -303,7 +280,7 @@ class VirtualCluster:
         found = set()
         for process in self._processes(host):
             with contextlib.suppress(psutil.NoSuchProcess):
-                found.add(_identity(process))
+                found.add(identity(process))
         return frozenset(found)
 
     def _command(self, host: str, argv: Sequence[str | Path], cwd: Path | None) -> list[str]:
@@ -338,9 +315,7 @@ class VirtualCluster:
                 stderr=console,
                 start_new_session=True,
             )
-        _wait_until(
-            lambda: parent.poll() is not None or psutil.Process(parent.pid).children(), name
-        )
+        wait_until(lambda: parent.poll() is not None or psutil.Process(parent.pid).children(), name)
         (init,) = psutil.Process(parent.pid).children()
         self._hosts[name] = _Host(parent=parent, init=init)
         port = ["link", "add", _port(name), "netns", str(self._switch.pid), "type", "veth"]
@@ -375,7 +350,7 @@ class VirtualCluster:
     def _wait_ready(self, name: str) -> None:
         folder = self.folder / "hosts" / name
         host = self._hosts[name]
-        _wait_until(
+        wait_until(
             lambda: (folder / "ready").exists() or host.parent.poll() is not None,
             f"{name}, see {folder}",
         )
@@ -397,38 +372,3 @@ class VirtualCluster:
 def _port(host: str) -> str:
     """Return the name of a host's port on the switch."""
     return f"p-{host}"
-
-
-def _identity(process: psutil.Process) -> tuple[int, float]:
-    return process.pid, process.create_time()
-
-
-def _is_stopped(process: psutil.Process) -> bool:
-    """Return whether a process does nothing any more; it may have ended, too."""
-    try:
-        return process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
-
-
-def _has_become_another(entering: subprocess.Popen[bytes]) -> bool:
-    """Return whether ``nsenter`` has a child that is no copy of it any more."""
-    try:
-        return any(child.name() != "nsenter" for child in psutil.Process(entering.pid).children())
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _namespace(pid: int, kind: str) -> str:
-    try:
-        return str(Path(f"/proc/{pid}/ns/{kind}").readlink())
-    except OSError:
-        return ""
-
-
-def _wait_until(is_so: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not is_so():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not ready within {WAIT_SECONDS:.0f} s: {what}")
-        time.sleep(0.01)
