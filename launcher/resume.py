@@ -28,7 +28,7 @@ from launcher.run_checkpoints import (
 )
 from launcher.sbatch_parts import JOB_SBATCH
 from launcher.sbatch_script import NEEDS, NODES, PREFLIGHT
-from launcher.strategy import Precision
+from launcher.strategy import Optimizer, Precision
 
 ATTEMPTS = "attempts"
 """Folder with what earlier attempts wrote: ``attempts/1``, ``attempts/2`` …"""
@@ -87,6 +87,10 @@ def prepare_resume(run_dir: Path, overrides: Sequence[str]) -> Prepared:
         # Another GPU must not change the numbers' format in mid-training.
         precision = _planned_precision(run_dir / rd.PLAN)
         recipe = replace(recipe, model=replace(recipe.model, precision=precision))
+    if "optimizer" in recipe.strategy.allowed and recipe.strategy.optimizer is None:
+        # Nor another choice of the planner's the states of Adam.
+        optimizer = _planned_optimizer(run_dir / rd.PLAN)
+        recipe = replace(recipe, strategy=replace(recipe.strategy, optimizer=optimizer))
     prepared = prepare(recipe, source=str(path))
     _check_layout(run_dir, prepared)
     return prepared
@@ -124,11 +128,22 @@ def _planned_precision(plan: Path) -> Precision:
     try:
         return Precision(rd.read_json(plan)["precision"])
     except (KeyError, ValueError):
-        raise RunDirError(
-            "it does not say in which precision the run trained",
-            where=str(plan),
-            fix="the file was changed, or another zerofit wrote it: start a new run",
-        ) from None
+        raise _not_said(plan, "in which precision") from None
+
+
+def _planned_optimizer(plan: Path) -> Optimizer:
+    try:
+        return Optimizer(rd.read_json(plan)["strategy"]["optimizer"])
+    except (KeyError, ValueError, TypeError):
+        raise _not_said(plan, "with which optimizer") from None
+
+
+def _not_said(plan: Path, what: str) -> RunDirError:
+    return RunDirError(
+        f"it does not say {what} the run trained",
+        where=str(plan),
+        fix="the file was changed, or another zerofit wrote it: start a new run",
+    )
 
 
 def check_has_stopped(run_dir: Path) -> None:

@@ -95,6 +95,18 @@ def test_gpus_and_stage_may_change_and_the_precision_stays(run: Path) -> None:
     assert prepared.plan.workload.precision.value == "fp16"
 
 
+def test_of_several_optimizers_the_one_that_has_trained_stays(run: Path) -> None:
+    listed = "model: {name_or_path: llama2-7b}\nstrategy: {optimizer: [adamw, adamw_8bit]}\n"
+    rd.write_text(run / rd.RECIPE, listed)
+    place = ["cluster.gpu=A100-80GB", "cluster.gpus_per_node=4"]
+    with pytest.raises(RunDirError, match="with which optimizer"):
+        prepare_resume(run, place)
+    plan = '{"precision": "bf16", "strategy": {"optimizer": "adamw_8bit"}}'
+    rd.write_text(run / rd.PLAN, plan)
+    # Four GPUs of 80 GB would else be given the one that is named first.
+    assert prepare_resume(run, place).plan.strategy.optimizer is Optimizer.adamw_8bit
+
+
 def test_states_that_other_ranks_cannot_load_are_refused_before_the_job(run: Path) -> None:
     checkpoint = run / rd.CHECKPOINTS / "checkpoint-3"
     checkpoint.mkdir(parents=True)
