@@ -19,6 +19,8 @@ from launcher.predict.output_layer import LossMoment, OutputLayer
 from launcher.strategy import Checkpointing, Loss, Method, Offload, Precision, Strategy
 from launcher.workload import Workload
 
+_BATCH_BYTES = 24  # a token's id, label and mask, 8 B each
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerMoment:
@@ -41,7 +43,9 @@ class ActivationTimeline:
     """Activations of one micro-step on one rank, in bytes."""
 
     inputs_bytes: float
-    """Token ids, labels, positions and the attention mask: alive all the time."""
+    """Token ids, labels, positions and the attention mask: alive until backward is over."""
+    batch_bytes: float
+    """Of them, what the step still has: ids and labels."""
     layer_saved_bytes: float
     """What one layer keeps until its backward (its input only, when checkpointed)."""
     first_layer_discount_bytes: float
@@ -148,6 +152,7 @@ def _timeline(workload: Workload, choices: _Choices) -> ActivationTimeline:
     output = _output_layer(workload, choices, tokens)
     return ActivationTimeline(
         inputs_bytes=_inputs_bytes(workload, choices, tokens, scores),
+        batch_bytes=_BATCH_BYTES * tokens,
         layer_saved_bytes=layer_saved,
         first_layer_discount_bytes=discount,
         num_layers=model.num_hidden_layers,
@@ -283,12 +288,12 @@ def _outlier_columns_fraction(hidden_size: int, tokens: float) -> float:
 
 
 def _inputs_bytes(workload: Workload, choices: _Choices, tokens: float, scores: float) -> float:
-    """Return ids, labels and mask of the batch (8 B each), cos and sin, and the 2-D mask."""
+    """Return the batch, cos and sin, and the 2-D mask."""
     width = workload.precision.bytes_per_element
     length = workload.max_seq_len / choices.sequence_parallel_size
     positions = 2 * width * length * workload.model.head_dim
     mask = scores * {"eager": width, "math": width, "efficient_masked": 1}.get(choices.kernel, 0)
-    return 24 * tokens + positions + mask
+    return _BATCH_BYTES * tokens + positions + mask
 
 
 def _in_bytes(moment: Moment, tokens: float, scores: float, *, less: float = 0.0) -> LayerMoment:

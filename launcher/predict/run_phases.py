@@ -14,6 +14,7 @@ from launcher.predict.components import (
     FP32_GRADIENTS,
     GATHERED,
     GRADIENTS,
+    INPUTS,
     INT8_INPUTS,
     LOGITS,
     MASTER,
@@ -158,6 +159,7 @@ class RunPhases:
         zero = self.zero
         found = dict(self.resident)
         found[COPIES] = zero.copies_bytes(of_trained=True, of_frozen=True)
+        found[INPUTS] = self.acts.batch_bytes
         if not zero.is_full and zero.strategy.gradient_checkpointing is not Checkpointing.none:
             # Embeddings made to require a gradient are a leaf: both stay until the next forward.
             found["input embeddings and their gradient"] = 2 * self.acts.hidden_bytes
@@ -232,6 +234,7 @@ class RunPhases:
         ``save_pretrained`` clones every tensor.
         """
         zero, found = self.zero, dict(self.resident)
+        found[INPUTS] = self.acts.batch_bytes
         if zero.stage == 3:
             # From the host, the rank's own part comes first.
             parts = 1 / zero.world_size if zero.has_offloaded_params else 0.0

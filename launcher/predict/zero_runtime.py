@@ -232,14 +232,20 @@ class ZeroRuntime:
         return {name: size for name, size in found.items() if size}
 
     def carried_bytes(self) -> dict[str, float]:
-        """Return gradients, and hpZ's copies, that wait from one micro-step to the next."""
+        """Return what waits from one micro-step to the next: gradients, buckets, hpZ's copies.
+
+        Source: ``stage_1_and_2.py:setup_buckets`` and ``reduce_gradients``; H100, four runs: the
+        bucket to the byte, in forward and loss.
+        """
         if self.strategy.gradient_accumulation_steps == 1:
             return {}
         if self.stage == 3:
             copies = self.copies_bytes(of_trained=True, of_frozen=True)
             return {COPIES: copies} if copies else {}
         if self.stage <= 1 and not self.has_fp32_stage_1:
-            return {CARRIED: self.trained_width * self.counts.trainable}
+            # ZeRO-1 makes its buckets at the first gradient and gives them back at the boundary.
+            carried = {CARRIED: float(self.trained_width * self.counts.trainable)}
+            return {**carried, BUCKETS: self.bucket_bytes()} if self.stage == 1 else carried
         if self.stage == 2 and not self.has_offloaded_optimizer:
             if self.has_compact_gradients:
                 return {CARRIED: 4 * self.partition}
