@@ -3,13 +3,14 @@
     python benchmarks/draw_blind.py > benchmarks/blind_h100.yaml
     python benchmarks/draw_blind.py --draw second > benchmarks/blind2_h100.yaml
     python benchmarks/draw_blind.py --draw third > benchmarks/blind3_h100.yaml
+    python benchmarks/draw_blind.py --draw fourth > benchmarks/blind4_h100.yaml
     python benchmarks/draw_blind.py --draw two-gpus > benchmarks/blind_h200x2.yaml
 
 Every dimension is drawn at random with a fixed seed. A draw is put back when zerofit refuses it,
-predicts that it does not fit, that a step takes over 3 s or the host needs over 100 GB (in the
-third: 2 s and 35 GB), or when it needs bitsandbytes and enough such cases were drawn (their start
-is long); its method is kept, so that full fine-tuning does not give way to what always fits. No
-length stands in h100.yaml, whose runs the constants were fitted on, or in an earlier draw, whose
+predicts that it does not fit, that a step takes over 3 s or the host needs over 100 GB (from the
+third on: 2 s and 35 GB), or when it needs bitsandbytes and enough such cases were drawn (their
+start is long); its method is kept, so that full fine-tuning does not give way to what always fits.
+No length stands in h100.yaml, whose runs the constants were fitted on, or in an earlier draw, whose
 misses were looked at. What fits depends on the predictor of the day, so the written file is the
 record and not this program.
 """
@@ -59,6 +60,13 @@ DRAWS = {
     "third": Draw(
         seed=20261125, num_cases=24, max_cold_cases=6, params=(0.1e9, 8.5e9),
         lengths_tokens=(576, 704, 960, 1088, 1408, 1664, 1920, 2560, 3328, 3840, 5632, 8704, 11264),
+        max_step_seconds=2.0, max_host_bytes=35e9, num_steps=8,
+    ),
+    "fourth": Draw(
+        seed=20261126, num_cases=24, max_cold_cases=6, params=(0.1e9, 8.5e9),
+        lengths_tokens=(
+            832, 1216, 1344, 1472, 2176, 2688, 2944, 3456, 4352, 4864, 6656, 7680, 9728, 13312,
+        ),
         max_step_seconds=2.0, max_host_bytes=35e9, num_steps=8,
     ),
     "two-gpus": Draw(
