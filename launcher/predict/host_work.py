@@ -1,4 +1,4 @@
-"""What the host does in one micro-step: operations that Python starts, and modules that it calls.
+"""What the host does in a step: operations that Python starts, modules that it calls, waiting.
 
 Operations of a layer's forward were counted below autograd on tiny models of the same structure
 (benchmarks/count_calls.py: transformers 5.23, PEFT 0.21, DeepSpeed 0.19.8).
@@ -9,7 +9,15 @@ from __future__ import annotations
 from launcher.model_spec import ModelSpec
 from launcher.predict.time_calibration import TimeCalibration
 from launcher.predict.weight_totals import WeightTotals
-from launcher.strategy import Attention, Checkpointing, Loss, Method, Precision, Strategy
+from launcher.strategy import (
+    Attention,
+    Checkpointing,
+    Loss,
+    Method,
+    Offload,
+    Precision,
+    Strategy,
+)
 from launcher.workload import Workload
 
 # Dropouts that a layer calls beside its linear layers and norms, whatever their probability:
@@ -63,6 +71,24 @@ def host_operations(
         # One autograd function around each product: it saves little, so hooks add little.
         outside += (2 + recomputes) * calibration.quantized_linear_ops * totals.num_linears
     return (recomputed if recomputes else 2) * forward + outside
+
+
+def awaited_seconds(
+    trainable_tensors: int, strategy: Strategy, calibration: TimeCalibration
+) -> float:
+    """Return the host's time in the last backward during which the GPU has nothing to do.
+
+    With an offloaded optimizer each gradient is asked whether it is finite before it is copied
+    down, and the answer is waited for: counted on a processor, once for each trained tensor.
+
+    Source:
+        DeepSpeed 0.19.8 ``zero/stage_1_and_2.py``: ``copy_grads_in_partition`` and
+        ``update_offload_overflow_tracker``, at the accumulation boundary alone.
+    """
+    if strategy.offload_optimizer is Offload.none or strategy.zero_stage == 3:
+        return 0.0
+    seconds = calibration.gradient_hook_seconds * trainable_tensors
+    return calibration.gradient_check_fraction * seconds
 
 
 def _layer_operations(

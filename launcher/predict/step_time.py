@@ -10,6 +10,7 @@ from launcher.hardware import ClusterSpec
 from launcher.predict.attention_kernel import attention_kernel, can_run_flash
 from launcher.predict.bottleneck import what_bounds
 from launcher.predict.compute_cost import MicroStepWork, micro_step_work
+from launcher.predict.host_work import awaited_seconds
 from launcher.predict.liger_kernels import has_liger_kernels
 from launcher.predict.site_constants import time_constants
 from launcher.predict.start_up import start_up_seconds
@@ -150,16 +151,17 @@ def _step_seconds(
     )
     # On a processor the same cores start the operations and run them: the times add up.
     power = 1.0 if cluster.gpu.device_type == "cpu" else calibration.bottleneck_exponent
-    micro = ((host + hooks) ** power + device**power) ** (1 / power) + copies.micro_seconds
+    alone = awaited_seconds(work.trainable_tensors, strategy, calibration)
+    micro = ((host + hooks) ** power + device**power) ** (1 / power)
+    last = ((host + hooks - alone) ** power + device**power) ** (1 / power) + alone
     optimizer = _optimizer_seconds(strategy, cluster, calibration, weight_totals(workload))
     if strategy.zero_stage == 0:
         # Without ZeRO no gradient has a hook. DeepSpeed 0.19.8 (fp16/unfused_optimizer.py:step)
         # goes over them one by one after backward, and waits to hear whether each is finite.
         optimizer["optimizer"] += calibration.gradient_hook_seconds * work.trainable_tensors
     steps = strategy.gradient_accumulation_steps
-    step_seconds = (
-        steps * micro + links.boundary_seconds + copies.boundary_seconds + sum(optimizer.values())
-    )
+    boundary = links.boundary_seconds + copies.boundary_seconds + sum(optimizer.values())
+    step_seconds = (steps - 1) * micro + last + steps * copies.micro_seconds + boundary
     components = {
         **{name: steps * seconds for name, seconds in compute.items()},
         "host": steps * host,

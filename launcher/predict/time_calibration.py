@@ -121,6 +121,9 @@ class TimeCalibration:
     """DeepSpeed's Python on the gradient of one trainable tensor: hook, bucket, partition, norm,
     flattening. Chosen between 0.25 and 0.35 ms, which fit equally well; pinned by the 1B full
     fine-tune with four micro-steps."""
+    gradient_check_fraction: float = 0.57
+    """Of that, the search for infinities and the norm. In benchmarks/step_parts_h100.jsonl
+    has_overflow and scaled_global_norm took 0.53 to 0.60 of their own and the hooks' time."""
     step_fixed_seconds: float = 0.010
     """The rest of DeepSpeed's step and the scheduler's. Prior."""
     trainer_step_seconds: float = 0.027
