@@ -52,12 +52,15 @@ def histogram_lines(split: SplitSummary, *, max_seq_len: int) -> Iterator[str]:
             for pair in (bins[i : i + 2] for i in range(0, len(bins), 2))
         ]
     most = max(count for _, _, count in bins)
-    width = max(len(f"{first:,}-{last:,}") for first, last, _ in bins)
-    for first, last, count in bins:
+    labels = [f"{first:,}" if first == last else f"{first:,}-{last:,}" for first, last, _ in bins]
+    width = max(len(label) for label in labels)
+    for label, (first, last, count) in zip(labels, bins, strict=True):
         eighths = -(-count * 8 * _BAR_CHARACTERS // most)  # rounded up: one record shows
         bar = "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
-        cut = "  cut off" if first > max_seq_len and count else ""
-        yield f"  {f'{first:,}-{last:,}':>{width}} {bar} {count:,}{cut}".rstrip()
+        cut = ""
+        if count and last > max_seq_len:
+            cut = "  cut off" if first > max_seq_len else "  some cut off"
+        yield f"  {label:>{width}} {bar} {count:,}{cut}".rstrip()
 
 
 def draw_lengths(split: SplitSummary, *, max_seq_len: int) -> bytes:

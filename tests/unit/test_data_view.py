@@ -26,6 +26,12 @@ def test_bars_are_as_long_as_counts_and_what_is_cut_off_is_said() -> None:
     ]
 
 
+def test_bars_of_one_length_and_bars_that_the_limit_divides_are_named_as_such() -> None:
+    bins = [[7, 7, 2], [8, 9, 1]]
+    lines = list(histogram_lines(split_summary(length_bins=bins), max_seq_len=8))
+    assert lines == [f"    7 {'█' * 40} 2", f"  8-9 {'█' * 20} 1  some cut off"]
+
+
 def test_at_most_twenty_bars_are_drawn() -> None:
     bins = [[i + 1, i + 1, 2] for i in range(39)]
     lines = list(histogram_lines(split_summary(length_bins=bins), max_seq_len=100))
