@@ -11,7 +11,7 @@ from launcher import run_dir as rd
 from launcher.failure_kind import EXIT_STATUS, FailureKind
 from launcher.launch import create_run
 from launcher.peaks import RankFailure, RankPeaks, peaks_to_json
-from launcher.prepare import prepare
+from launcher.prepare import Prepared, prepare
 from launcher.recipe import parse_recipe
 from launcher.recovery.in_job import decide_in_job, fit_to_nodes, main, why_the_ranks_failed
 from launcher.recovery.record import read_failed_attempts
@@ -33,10 +33,14 @@ OOM_KILL = (
 KILLED = "srun: error: node2: task 3: Killed\n"
 
 
+@pytest.fixture(scope="module")
+def prepared() -> Prepared:
+    return prepare(parse_recipe(RECIPE, source="test"), source="test")
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(prepared: Prepared, tmp_path: Path) -> Path:
     """A run directory of a job whose ranks have not written anything."""
-    prepared = prepare(parse_recipe(RECIPE, source="test"), source="test")
     folder, _, _ = create_run(prepared, tmp_path / "run")
     return folder
 

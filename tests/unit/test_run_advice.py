@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -32,6 +33,7 @@ cluster: {gpu: H100-80GB, num_nodes: 1, gpus_per_node: 2}
 """
 
 
+@functools.cache
 def planned(*overrides: str) -> Plan:
     return prepare(parse_recipe(RECIPE, source="test", overrides=overrides), source="test").plan
 
