@@ -152,8 +152,14 @@ def test_the_version_is_printed_in_three_ways(zerofit: Zerofit) -> None:
 )
 @pytest.mark.usefixtures("recipe")
 def test_bad_input_leaves_with_2_and_says_what_and_where(
-    zerofit: Zerofit, tmp_path: Path, args: list[str], parts: list[str]
+    zerofit: Zerofit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    args: list[str],
+    parts: list[str],
 ) -> None:
+    # `train` looks for it before it looks for data.
+    monkeypatch.setattr(worker_command, "_TRAIN_EXTRA", ())
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.txt").touch()
     before = sorted(tmp_path.rglob("*"))
