@@ -129,9 +129,18 @@ class AttentionParts(LayerParts):
         is_masked = self.setting.attention == "efficient_masked"
         # The processor's kernel knows groups; CUDA's memory-efficient one does not.
         is_copied = is_masked or (self.setting.is_cuda and self.setting.attention == "efficient")
-        if is_copied:
+        saved_key = key
+        if is_copied and model.num_key_value_heads == 1 and not self.named:
+            # transformers' repeat_kv: what is expanded from one head is a view, and stays one
+            # (H100, Gemma 3 1B with LoRA: 0.23 GB less than copies in 22 layers).
+            key, content = (
+                self.tape.record("expand key/value head", (value,), NOTHING, gradient=whole)
+                for value in (key, content)
+            )
+        elif is_copied:
             key, repeated = self._repeat(key), self._repeat(content)
             kept, content = (kept if repeated == content else (repeated,)), repeated
+            saved_key = key
         is_grouped = model.num_key_value_heads != heads and not is_copied
         backward = NOTHING
         if self.setting.is_cuda:
@@ -140,7 +149,7 @@ class AttentionParts(LayerParts):
             backward = backward + (whole * 2 if is_grouped else NOTHING)
         attended = self.tape.record(
             "attention", (query, key, content), whole,
-            saves=(query, key, *kept), saves_output=True,
+            saves=(query, saved_key, *kept), saves_output=True,
             # A bool mask becomes an additive one in each layer, for all heads together.
             extra=Extra(
                 saved=Size(token=4 * heads, score=self.width if is_masked else 0),

@@ -211,7 +211,8 @@ def test_a_full_sliding_window_brings_a_mask_into_every_layer() -> None:
 
 def test_layers_without_a_window_keep_what_no_mask_makes_them_keep() -> None:
     # Gemma 3 1B: 22 layers see 512 tokens, 4 see all of 1,024 and need no mask. With one, a layer
-    # keeps k and v for 4 heads instead of 1 (256 numbers each) and a bf16 score of every pair.
+    # keeps a bf16 score of every pair, and no copies of its single k and v head: H100, LoRA on
+    # 3 x 1,152 tokens: forward 11.46 GB, where copies would take 0.23 more.
     def saved(spec: ModelSpec) -> float:
         wanted = Workload(model=spec, method=Method.full, max_seq_len=1024, global_batch_size=1)
         acts = timeline(wanted, Strategy(zero_stage=2), find_gpu("H100-80GB"), adapter_bytes=2)
@@ -220,8 +221,7 @@ def test_layers_without_a_window_keep_what_no_mask_makes_them_keep() -> None:
     mixed = model("gemma3-1b")
     assert (mixed.num_hidden_layers, mixed.num_sliding_layers) == (26, 22)
     all_masked = replace(mixed, num_sliding_layers=26)
-    one_layer = 1024 * 2 * 3 * 256 * 2 + 1024 * 1024 * 2
-    assert saved(all_masked) - saved(mixed) == pytest.approx(4 * one_layer)
+    assert saved(all_masked) - saved(mixed) == pytest.approx(4 * 1024 * 1024 * 2)
 
 
 def test_fp32_with_grouped_heads_runs_the_memory_efficient_kernel_on_copied_heads() -> None:
