@@ -12,7 +12,7 @@ import pytest
 
 from launcher import run_dir as rd
 from launcher.dispatch import process_group
-from launcher.dispatch.base import JobHandle, read_handle, write_handle
+from launcher.dispatch.base import JobHandle, new_run_id, read_handle, write_handle
 from launcher.dispatch.deepspeed import HostfileBackend, is_only_this_machine, read_hostfile
 from launcher.dispatch.local import LocalBackend, choose_port
 from launcher.dispatch.slurm import SlurmBackend
@@ -199,11 +199,12 @@ def test_a_program_that_is_missing_is_named_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    backend = local()
+    # An id that no other test on this machine has at the same time: processes are found by it.
+    backend = local(run_id=new_run_id())
     request = backend.render(make_plan("cpu"), run_dir=tmp_path / "run", files={})
     with pytest.raises(SetupError, match="cannot start bash"):
         backend.submit(request, run_dir=rd.create(tmp_path / "run"))
-    assert process_group.find_processes("id") == []
+    assert process_group.find_processes(backend.run_id) == []
 
 
 def test_a_run_that_needs_more_than_the_partition_allows_is_planned_as_a_chain() -> None:
