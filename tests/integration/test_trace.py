@@ -111,21 +111,23 @@ def test_states_between_steps_are_those_of_the_zero_paper(tmp_path: Path) -> Non
     largest tensor.
     """
     sharded = request(Strategy(zero_stage=3, zero=AUTO), layers=2)
+    groups = replace(AUTO, zero_hpz_partition_size=2)
+    copied = request(Strategy(zero_stage=3, zero=groups), layers=2)
     twice = {"zero_optimization": {"zero_hpz_partition_size": 2, "sub_group_size": 1}}
     watched = {**twice, "csv_monitor": {"enabled": True, "output_path": str(tmp_path)}}
     on_device, offloaded, plain, secondary = run_traces(
         request(Strategy(zero_stage=2, zero=AUTO), layers=2),
         request(Strategy(zero_stage=2, offload_optimizer=Offload.cpu, zero=AUTO), layers=2),
         sharded,
-        replace(sharded, raw_deepspeed=watched),
+        replace(copied, raw_deepspeed=watched),
     )
     count = on_device["num_params"]
     assert on_device["resident_bytes"] == pytest.approx((2 + 12 / 8) * count, rel=0.002)
     largest = 32000 * 4096
     assert offloaded["resident_bytes"] == pytest.approx(2 * count + 2 * largest, rel=0.002)
     assert offloaded["host_bytes"] == pytest.approx(18 * count / 8 + 2 * largest, rel=0.01)
-    # The recipe's raw keys reach the engine: ZeRO++ keeps a second copy of the weights, shared by
-    # two (arXiv:2306.10209, section 3.2). Those of the strategy keep their scaled sizes.
+    # ZeRO++ keeps a second copy of the weights, shared by two (arXiv:2306.10209, section 3.2). Raw
+    # keys that are the strategy's are taken from there, in their scaled sizes.
     more = secondary["phases"]["step"] - plain["phases"]["step"]
     assert more == pytest.approx(2 * count / 2, rel=0.01)
     # Those that watch a run do not: the user's services hear nothing of a trace.
