@@ -129,18 +129,26 @@ def _free_a_field(
 def _save_more(
     workload: Workload, cluster: ClusterSpec, fixed: StrategySection, fits: Fits
 ) -> Iterator[str]:
-    """Yield savings that the planner does not take by itself: they need a drive, or change Adam."""
+    """Yield what the planner does not take by itself: it needs a drive, changes Adam, or is new."""
     given = fixed.given()
     if "optimizer" not in given:
         smaller = replace(fixed, optimizer=Optimizer.adamw_8bit)
         if cluster.gpu.device_type == "cuda" and fits(workload, cluster, smaller):
             yield "8-bit optimizer states, rounded: strategy.optimizer=adamw_8bit fits"
-    if fixed.nvme_path is not None or workload.method is Method.qlora:
+    is_free = given.keys().isdisjoint({"zero_stage", "offload_optimizer", "offload_param"})
+    if workload.method is Method.qlora:
+        on_host = replace(fixed, zero_stage=3, offload_param=Offload.cpu)
+        if is_free and fits(workload, cluster, on_host):
+            yield (
+                "4-bit weights in host memory, slow, and tried on processors alone: "
+                "strategy.zero_stage=3 strategy.offload_param=cpu fits"
+            )
+        return
+    if fixed.nvme_path is not None:
         return
     on_drive = replace(
         fixed, nvme_path="/nvme", offload_optimizer=Offload.nvme, offload_param=Offload.nvme
     )
-    is_free = given.keys().isdisjoint({"zero_stage", "offload_optimizer", "offload_param"})
     if is_free and fits(workload, cluster, on_drive):
         yield (
             "a fast drive instead of memory, slow: strategy.offload_optimizer=nvme "

@@ -90,7 +90,7 @@ def _sentence(reason: str, given: object) -> str:
         rest = f"{rest} The recipe allows {values}.".lstrip()
     elif given is not None:
         rest = "Set in the recipe."
-    text = f"{meaning}. {rest}".strip()
+    text = f"{meaning.removesuffix('.')}. {rest}".strip()
     text = text if text.endswith(".") else f"{text}."
     return text[0].upper() + text[1:]
 

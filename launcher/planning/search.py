@@ -34,6 +34,7 @@ TIE_FRACTION = 0.02
 # DeepSpeed's default of 5e8 elements costs 1 GB and more. All-reduce reaches full bandwidth at
 # far smaller messages (nccl-tests: tens of MB), so 1e8 bytes of bf16 are enough.
 LARGEST_BUCKET_ELEMENTS = 50_000_000
+_OFFLOADS = frozenset({"offload_optimizer", "offload_param"})
 
 
 class Sized(NamedTuple):
@@ -285,9 +286,11 @@ def all_shapes(space: SearchSpace) -> Iterator[Strategy]:
     """Yield every strategy to weigh, at micro-batch 1, kind by kind; fixed fields have one value.
 
     Left out unless the recipe allows them: ZeRO-0, which sends as much as ZeRO-1 and needs more
-    memory; 8-bit optimizers, which change the result of training.
+    memory; 8-bit optimizers, which change the result of training; under ZeRO-3 an offload of
+    4-bit weights or of what is trained on them, which no GPU has been seen to run.
     """
     workload, fixed = space.workload, space.fixed
+    is_offload_asked_for = not fixed.given().keys().isdisjoint(_OFFLOADS)
     on_cpu = space.cluster.gpu.device_type == "cpu"
     offloads = (Offload.none,) if on_cpu else (Offload.none, Offload.cpu)
     if fixed.nvme_path is not None:
@@ -303,6 +306,10 @@ def all_shapes(space: SearchSpace) -> Iterator[Strategy]:
         fixed.choices("loss", losses),
         _attentions(space),
     ):
+        is_offloaded = (optimizer_to, param_to) != (Offload.none, Offload.none)
+        is_untried = workload.method is Method.qlora and stage == 3 and is_offloaded
+        if is_untried and not is_offload_asked_for:
+            continue
         for knobs, has_kernels in product(
             _knobs(stage, workload, world_size=space.cluster.world_size),
             fixed.choices("liger_kernels", (loss is Loss.liger,)),

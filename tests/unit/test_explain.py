@@ -362,6 +362,18 @@ def test_4_bits_are_advised_where_int8_keeps_zero_3_from_sharing_weights() -> No
     assert "4 bits instead of 8: quantization.kind=nf4 fits" in suggestions(work, place=place)
 
 
+def test_4_bit_weights_are_moved_to_the_host_only_when_that_is_asked_for() -> None:
+    place = cluster("RTX-4090", gpus=1)
+    work = workload("llama2-70b", place=place, method=Method.qlora, tokens=1024)
+    assert not can_fit(work, place)
+    (said,) = (line for line in suggestions(work, place=place) if "4-bit weights in" in line)
+    assert "strategy.zero_stage=3 strategy.offload_param=cpu fits" in said
+    fixed = StrategySection(zero_stage=3, offload_param=Offload.cpu)
+    asked = make_plan(work, place, fixed=fixed)
+    assert asked.fits
+    assert ".." not in "".join(decision.reason for decision in asked.decisions)
+
+
 def test_16_bits_are_advised_for_what_is_computed_in_32() -> None:
     place = cluster("A100-80GB", gpus=1)
     work = workload("llama3.1-8b", place=place, precision=Precision.fp32, tokens=8192)
