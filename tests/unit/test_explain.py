@@ -70,6 +70,13 @@ def test_every_reason_is_a_sentence(gpu: str, method: Method, tokens: int) -> No
         assert re.fullmatch(r"[A-Z0-9].*\.", decision.reason, re.DOTALL), decision
 
 
+def test_a_reason_that_no_rival_follows_ends_with_one_full_stop() -> None:
+    place = processors(2)
+    made = make_plan(workload("smollm2-135m", place=place, tokens=256), place)
+    reasons = {decision.field: decision.reason for decision in made.decisions}
+    assert reasons["offload_optimizer"] == "The optimizer states stay on the rank."
+
+
 def test_every_setting_is_explained_once() -> None:
     fields = [decision.field for decision in plan().decisions]
     assert fields == [
