@@ -39,6 +39,25 @@ def _rounds(action: Callable[[], None], *, per_round: int, seconds: float) -> di
     }  # fmt: skip
 
 
+def python_call_seconds(*, seconds: float) -> dict[str, float]:
+    """Return how long Python takes to call a method and to write into a dictionary."""
+
+    class Thing:
+        def __init__(self) -> None:
+            self.value = 0
+
+        def add(self, other: int) -> int:
+            self.value += other
+            return self.value
+
+    def calls() -> None:
+        thing, table = Thing(), {}
+        for index in range(10_000):
+            table[index & 63] = thing.add(index)
+
+    return _rounds(calls, per_round=10_000, seconds=seconds)
+
+
 def measure_host(lines: Lines, *, when: str, seconds: float) -> None:
     """Measure candidates for a number that says how fast a host starts work."""
     import torch
@@ -49,20 +68,7 @@ def measure_host(lines: Lines, *, when: str, seconds: float) -> None:
     found: dict[str, dict[str, float]] = {}
     each = seconds / 9
 
-    def python_calls() -> None:
-        class Thing:
-            def __init__(self) -> None:
-                self.value = 0
-
-            def add(self, other: int) -> int:
-                self.value += other
-                return self.value
-
-        thing, table = Thing(), {}
-        for index in range(10_000):
-            table[index & 63] = thing.add(index)
-
-    found["python_call"] = _rounds(python_calls, per_round=10_000, seconds=each)
+    found["python_call"] = python_call_seconds(seconds=each)
 
     def additions(where: torch.device) -> Callable[[], None]:
         one = torch.ones(16, device=where)

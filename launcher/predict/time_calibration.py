@@ -104,12 +104,14 @@ class TimeCalibration:
     checkpoint_hook_fraction: float = 1.05
     """Added to a checkpointed forward by saved-tensor hooks and RNG bookkeeping. Fitted; 3B
     and 7B with and without checkpointing."""
-    zero3_hook_seconds: float = 0.19e-3
-    """ZeRO-3's hooks around one call of any module, per pass. On a processor whose Python is as
-    fast, 80 more modules without parameters took 0.186 ms each and pass."""
-    zero3_module_seconds: float = 0.35e-3
+    zero3_hook_seconds: float = 0.16e-3
+    """ZeRO-3's hooks around one call of any module, per pass. On a processor a module without
+    parameters costs 0.076 to 0.094 ms (benchmarks/hook_seconds.jsonl); the fitted host's Python
+    takes 1.9 to 2.0 times as long (step_parts_h100.jsonl: python_call by 1.326)."""
+    zero3_module_seconds: float = 0.40e-3
     """More for a module that owns parameters: gather, release, DeepSpeed's own linear function.
-    Fitted; ZeRO-3."""
+    The full-z3 step of benchmarks/step_parts_h100.jsonl needs 0.42 besides, on that host; the runs
+    without a Trainer (tests/unit/test_step_time.py) less."""
     reuse_search_seconds: float = 7e-6
     """A look at one module for parameters that are used again. From the second steps of the 15
     runs in benchmarks/results with over 300,000 looks: 5 to 10 µs, median 7."""
