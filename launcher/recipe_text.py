@@ -160,6 +160,8 @@ _PLAIN_WORDS = (
         re.compile(r"Value (\[.*\]) \(ListConfig\) is not a valid input for .*"),
         r"it takes one value, not the list \1",
     ),
+    (re.compile(r"Cannot convert '\w+' to string: '(.*)'"), r"it takes one text, not \1"),
+    (re.compile(r"Invalid value assigned: \w+ is not a TupleConfig.*"), "it takes a list"),
     (re.compile(r"Incompatible value 'None' for field of type '(\w+)'"), "it cannot be left empty"),
 )
 

@@ -109,6 +109,11 @@ def test_the_version_is_printed_in_three_ways(zerofit: Zerofit) -> None:
         (["plan", "--model", "tiny", "--max-seq-len", "-1"], ["max_seq_len is -1"]),
         (["plan", "--model", "tiny", "--max-seq-len", "4k"], ["'4k' is not a whole number"]),
         (["plan", "recipe.yaml", "max_seq_len=4k"], ["'4k' is not a whole number"]),
+        (
+            ["plan", "recipe.yaml", "data.path=[a,b]"],
+            ["data.path: it takes one text, not ['a', 'b']"],
+        ),
+        (["plan", "recipe.yaml", "lora.target_modules=7"], ["target_modules: it takes a list"]),
         (["plan", "recipe.yaml", "max_seq_len="], ["max_seq_len", "cannot be left empty"]),
         (["plan", "recipe.yaml", "max_seq_len=513"], ["513", "512", "max_position_embeddings"]),
         (["plan", "recipe.yaml", "optim.learning_rate=inf"], ["learning_rate is inf"]),
