@@ -79,6 +79,7 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._is_over = False
         self._stopped = threading.Event()
+        self._ranks_folder: int | None = None
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
@@ -87,7 +88,10 @@ class Heartbeat:
         Raises:
             OSError: the folder of the ranks' files cannot be made.
         """
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        folder = self._path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        # Kept open, so that it stays the same to every file system until the rank ends.
+        self._ranks_folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         self._thread.start()
 
     def stop(self) -> None:
@@ -106,6 +110,8 @@ class Heartbeat:
     def write(self, known: RankPeaks) -> None:
         """Replace the rank's file with what is known and how far the rank is.
 
+        A rank that wakes up when the run goes on without it has no file there any more.
+
         Raises:
             OSError: it cannot be written.
         """
@@ -115,7 +121,18 @@ class Heartbeat:
             if not self._is_over:
                 self._write(known)
 
+    def _is_of_this_attempt(self) -> bool:
+        """Return whether the folder of ranks is still the one in which this rank began.
+
+        The next attempt has a new one: ``launcher/resume.py`` moves this away.
+        """
+        if self._ranks_folder is None:
+            return True
+        return os.path.samestat(os.fstat(self._ranks_folder), self._path.parent.stat())
+
     def _write(self, known: RankPeaks) -> None:
+        if not self._is_of_this_attempt():
+            return
         beats = self._beats
         content = replace(
             known,
@@ -157,7 +174,8 @@ class Heartbeat:
         if self.known.local_rank == 0 and now - self._touched > WRITE_INTERVAL_SECONDS:
             self._touched = now
             with contextlib.suppress(OSError):
-                os.utime(self._path)
+                if self._is_of_this_attempt():
+                    os.utime(self._path)
 
     def _has_lost_its_job(self, now: float) -> bool:
         """Look at the lock of the Slurm job now and then; with a dead slurmd nobody else does."""

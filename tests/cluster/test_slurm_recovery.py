@@ -25,7 +25,9 @@ from launcher.run_checkpoints import newest_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.slow]
 
-NUM_STEPS = 120
+# Seconds, even on a fast machine, so that each fault strikes before the slow save, or in it.
+NUM_STEPS = 500
+SLOW_STEP = 400
 AGAIN = "has been put back into the queue"
 RECIPE = """\
 model: {{name_or_path: {folder}/model, precision: fp32}}
@@ -91,7 +93,7 @@ def test_a_job_that_is_preempted_told_to_stop_and_then_loses_a_node_ends(
     shared_folder: Path,
 ) -> None:
     # A save in which Slurm has the time to miss the node's daemon, however fast the steps are.
-    slow = ",".join(["slow:save:step=80"] * 4)
+    slow = ",".join([f"slow:save:step={SLOW_STEP}"] * 4)
     runs = SlurmRuns(cluster=cluster, folder=shared_folder)
     job = Job(runs, slurm="{partition: low}", ZEROFIT_FAULT=slow)
 

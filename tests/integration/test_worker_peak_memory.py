@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +55,20 @@ def recorder(tmp_path: Path) -> Iterator[PeakRecorder]:
 
 def written(folder: Path) -> RankPeaks:
     return peaks_from_json(json.loads((folder / "ranks" / "00003.json").read_text()))
+
+
+def test_a_rank_that_wakes_up_in_a_later_attempt_leaves_no_file_there(tmp_path: Path) -> None:
+    endless = Patience(training_seconds=0, phase_seconds=0)
+    heartbeat = Heartbeat(tmp_path, endless, rank=3, local_rank=1, world_size=4)
+    heartbeat.start()
+    heartbeat.write(heartbeat.known)
+    before = written(tmp_path)
+    earlier = (tmp_path / "ranks").rename(tmp_path / "first")
+    (tmp_path / "ranks").mkdir()
+    heartbeat.write(replace(before, state="failed"))
+    heartbeat.stop()
+    assert list((tmp_path / "ranks").iterdir()) == []
+    assert peaks_from_json(json.loads((earlier / "00003.json").read_text())) == before
 
 
 class TinyLanguageModel(torch.nn.Module):
