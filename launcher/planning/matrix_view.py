@@ -13,10 +13,14 @@ from rich.text import Text
 
 from launcher.planning.matrix import Matrix, MatrixCell
 from launcher.planning.wording import METHOD_NAME
-from launcher.strategy import Checkpointing, Offload
+from launcher.strategy import Checkpointing, Offload, Optimizer
 from launcher.units import GIB, format_count, format_gib, format_seconds
 
 _OFFLOAD_WORDS = {Offload.cpu: "host", Offload.nvme: "NVMe"}
+_OPTIMIZER_WORDS = {
+    Optimizer.adamw_foreach: "foreach Adam", Optimizer.adamw_single: "single Adam",
+    Optimizer.adamw_8bit: "8-bit Adam", Optimizer.paged_adamw_8bit: "paged 8-bit",
+}  # fmt: skip
 # What 80 columns hold beside the models' names.
 _LENGTHS_PER_TABLE = 5
 _LEGEND = (
@@ -182,6 +186,8 @@ def _cell_lines(cell: MatrixCell) -> list[str]:
         lines.append("inputs in host")
     if strategy.sequence_parallel_size > 1:
         lines.append(f"shared by {strategy.sequence_parallel_size}")
+    if strategy.optimizer in _OPTIMIZER_WORDS:
+        lines.append(_OPTIMIZER_WORDS[strategy.optimizer])
     lines.append(f"{memory.device_used_bytes / GIB:.1f} GiB")
     lines.append(format_seconds(time.step_seconds))
     return lines

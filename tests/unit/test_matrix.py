@@ -18,7 +18,8 @@ from launcher.planning.matrix import Matrix, make_matrix, matrix_to_csv, matrix_
 from launcher.planning.matrix_view import draw_matrix, render_matrix
 from launcher.planning.planner import Choice, choose_strategy
 from launcher.prepare_matrix import prepare_matrix, read_matrix_recipe, write_output
-from launcher.strategy import Method
+from launcher.recipe_sections import StrategySection
+from launcher.strategy import Method, Optimizer
 
 
 def choose(spec: ModelSpec, tokens: int) -> Choice:
@@ -118,6 +119,20 @@ def test_a_cell_says_that_gpus_share_sequences_and_what_is_missing() -> None:
     assert f"{missing.memory.device_used_bytes / 2**30:,.1f} GiB" in shown(made)
     last = list(csv.DictReader(io.StringIO(matrix_to_csv(made))))[6]
     assert last["sequence_parallel_size"] == str(degree)
+
+
+def test_a_cell_says_which_optimizer_it_takes_when_it_is_not_the_usual_one() -> None:
+    place = cluster("A100-40GB")
+    fixed = StrategySection(optimizer=Optimizer.adamw_8bit)
+
+    def choose_rounded(spec: ModelSpec, tokens: int) -> Choice:
+        work = workload(spec.name, place=place, method=Method.full, tokens=tokens)
+        return choose_strategy(work, place, fixed=fixed)
+
+    made = make_matrix(
+        [model("llama2-7b")], (512,), method=Method.full, cluster=place, choose=choose_rounded
+    )
+    assert "8-bit Adam" in shown(made)
 
 
 def test_the_picture_is_a_png() -> None:
