@@ -119,13 +119,10 @@ def _engine(case: Mapping[str, Any], stack: ExitStack, *, num_layers: int) -> An
 
     from launcher.worker import model as worker_model
     from launcher.worker.trace_config import deepspeed_config, make_optimizer
-    from launcher.worker.trace_engine import _fake_rank
+    from launcher.worker.trace_engine import fake_rank
     from launcher.worker.trace_model import TORCH_DTYPE, add_adapters
 
-    stack.enter_context(_fake_rank(0, 1))
-    # Shared-memory collectives wait for other ranks, which do not exist.
-    no_op = patch.object(import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
-    stack.enter_context(no_op)
+    stack.enter_context(fake_rank(0, 1))
     raw = load_catalogue_entry(case["model"]).config
     workload = Workload(
         model=spec_from_config(raw, name=case["model"]),

@@ -18,7 +18,6 @@ import sys
 import time
 from importlib import import_module
 from importlib.metadata import version
-from unittest.mock import patch
 
 from step_loops import python_call_seconds
 
@@ -76,16 +75,14 @@ def main() -> None:
     import torch
     from deepspeed.utils import logger
 
-    from launcher.worker.trace_engine import _fake_rank
+    from launcher.worker.trace_engine import fake_rank
 
     logger.setLevel(logging.ERROR)
     torch.set_num_threads(1)
     versions = {name: version(name) for name in ("deepspeed", "torch")}
     speed = python_call_seconds(seconds=1.0)
     print(json.dumps({"versions": versions, "python_call_seconds": speed}))
-    # Shared-memory collectives wait for other ranks, which do not exist.
-    no_op = patch.object(import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
-    with _fake_rank(0, 1), no_op:
+    with fake_rank(0, 1):
         for stage in (2, 3):
             for owns in (False, True):
                 few, many = (

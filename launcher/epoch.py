@@ -52,7 +52,7 @@ def training_of(summary: DataSummary, plan: Plan, optim: OptimSection) -> Traini
         mean_tokens=train.mean_sequence_tokens,
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,
-        seconds=num_steps * step.step_seconds + step.start_up_seconds,
+        seconds=step.run_seconds(num_steps),
     )
 
 

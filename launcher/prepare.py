@@ -153,9 +153,7 @@ def prepare(recipe: Recipe, *, source: str, ceiling: Ceiling = NO_CEILING) -> Pr
 def _with_run(plan: Plan, recipe: Recipe, summary: DataSummary | None) -> Plan:
     """Add the whole run's time and cost where its steps are known."""
     price, num_steps = recipe.cluster.price_per_gpu_hour, recipe.optim.max_steps
-    seconds = None
-    if num_steps is not None:
-        seconds = num_steps * plan.time.step_seconds + plan.time.start_up_seconds
+    seconds = None if num_steps is None else plan.time.run_seconds(num_steps)
     if summary is not None:
         training = training_of(summary, plan, recipe.optim)
         num_steps, seconds = training.num_steps, training.seconds

@@ -36,6 +36,10 @@ class TimeEstimate:
     start_up_seconds: float = 0.0
     """What one of the first steps takes more, once."""
 
+    def run_seconds(self, num_steps: int) -> float:
+        """Return the seconds of so many steps, from the first one on."""
+        return num_steps * self.step_seconds + self.start_up_seconds
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Transfers:

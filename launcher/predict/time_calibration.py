@@ -24,7 +24,7 @@ class KernelEfficiency:
     """Of the memory rate, in elementwise kernels."""
 
 
-# Fitted on the 18 plain runs that tests/unit/test_step_time.py lists; the long runs of
+# Fitted on the 18 plain runs that tests/unit/step_inputs.py lists; the long runs of
 # benchmarks/results/h100.jsonl confirm them (8k-16k tokens within 3 %). torch's SDPA picks cuDNN's
 # attention on Hopper, hence the high flash_fraction; the others scale the byte counts of
 # launcher/predict/compute_cost.py.
@@ -74,7 +74,7 @@ class TimeCalibration:
     """Physical constants of a step.
 
     "Fitted" means: together, on the runs at even positions of benchmarks/results/h100.jsonl
-    (zerofit's own worker) and the plain runs of tests/unit/test_step_time.py, both on H100
+    (zerofit's own worker) and the plain runs of tests/unit/step_inputs.py, both on H100
     hosts. What is the host's (``HOST_SECONDS``) scales with its processor, which
     ``launcher.worker.host_speed`` measures.
     """
@@ -111,7 +111,7 @@ class TimeCalibration:
     zero3_module_seconds: float = 0.40e-3
     """More for a module that owns parameters: gather, release, DeepSpeed's own linear function.
     The full-z3 step of benchmarks/step_parts_h100.jsonl needs 0.42 besides, on that host; the runs
-    without a Trainer (tests/unit/test_step_time.py) less."""
+    without a Trainer (tests/unit/step_inputs.py) less."""
     reuse_search_seconds: float = 7e-6
     """A look at one module for parameters that are used again. From the second steps of the 15
     runs in benchmarks/results with over 300,000 looks: 5 to 10 µs, median 7."""

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -189,6 +189,15 @@ def _is_attention(weight: WeightSpec) -> bool:
     return "attn" in weight.name or "attention" in weight.name
 
 
+class _Kind(NamedTuple):
+    """Tensors that differ only in their layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: WeightRole
+    in_layer: bool
+
+
 def _weights(model: Any, num_layers: int) -> Iterator[WeightSpec]:
     """Yield each kind of tensor once: those of all layers under one name."""
     decoder = decoder_of(model)
@@ -196,10 +205,9 @@ def _weights(model: Any, num_layers: int) -> Iterator[WeightSpec]:
     owner = next(name for name, module in model.named_modules() if module is decoder)
     prefix = f"{owner}.{layers_name}."
     modules = dict(model.named_modules())
-    found: Counter[tuple[str, tuple[int, ...], WeightRole, bool]] = Counter()
-    with_experts = Counter[tuple[str, tuple[int, ...], WeightRole, bool]]()
+    found, with_experts = Counter[_Kind](), Counter[_Kind]()
     moe = {str(i) for i, layer in enumerate(layers) if _has_experts(layer)}
-    ends = {id(model.get_input_embeddings().weight): "embedding"}
+    ends: dict[int, WeightRole] = {id(model.get_input_embeddings().weight): "embedding"}
     if model.get_output_embeddings() is not None:
         ends.setdefault(id(model.get_output_embeddings().weight), "lm_head")
     for name, parameter in model.named_parameters():
@@ -210,21 +218,15 @@ def _weights(model: Any, num_layers: int) -> Iterator[WeightSpec]:
         role = ends.get(id(parameter)) or _role(module, parameter, in_layer=in_layer)
         if role == "linear" and type(module).__name__ == "Conv1D":
             shape = shape[::-1]  # transformers' pytorch_utils.py:Conv1D stores (in, out)
-        found[short, shape, role, in_layer] += 1  # type: ignore[index]
+        kind = _Kind(name=short, shape=shape, role=role, in_layer=in_layer)
+        found[kind] += 1
         if in_layer and name.removeprefix(prefix).partition(".")[0] in moe:
-            with_experts[short, shape, role, in_layer] += 1  # type: ignore[index]
+            with_experts[kind] += 1
     for kind, count in found.items():
-        name, shape, role, in_layer = kind
-        in_moe = with_experts[kind]
-        where = "all" if not moe or 0 < in_moe < count else "moe" if in_moe else "dense"
-        yield WeightSpec(
-            name=name,
-            shape=shape,
-            count=count,
-            role=role,
-            in_layer=in_layer,
-            layers=where if in_layer else "all",  # type: ignore[arg-type]
-        )
+        layers_with_it: Literal["all", "dense", "moe"] = "all"
+        if kind.in_layer and moe and with_experts[kind] in (0, count):
+            layers_with_it = "moe" if with_experts[kind] else "dense"
+        yield WeightSpec(**kind._asdict(), count=count, layers=layers_with_it)
 
 
 def _role(module: torch.nn.Module, parameter: torch.nn.Parameter, *, in_layer: bool) -> WeightRole:

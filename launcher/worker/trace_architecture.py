@@ -2,7 +2,7 @@
 
 Builds the model on the meta device, where nothing is allocated: the whole of it for its weight
 tensors, and short ones of its real layers for what a layer keeps and needs. One JSON object comes
-back, which ``launcher.unknown_architecture`` makes a model of.
+back, which ``launcher.trace_unknown`` makes a model of.
 """
 
 from __future__ import annotations
@@ -75,16 +75,16 @@ def _language_model(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
         config = config_of(hf_config)
     except (KeyError, TypeError, ValueError):
         config = None  # what it names is not known
-    part = None if config is None else config.sub_configs.get("text_config")
-    made = None if config is None else MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if config is None or part is None or getattr(made, "config_class", None) is not part:
+    part = getattr(config, "sub_configs", {}).get("text_config")
+    made = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if part is None or getattr(made, "config_class", None) is not part:
         raise ModelError(
             f"model_type {hf_config['model_type']!r} is a model of more than text",
             where="config",
             fix="take its language model alone: a folder with the text_config as config.json",
         )
-    text = config.get_text_config().to_dict()
-    return {**text, "model_type": config.get_text_config().model_type}
+    text = config.get_text_config()
+    return {**text.to_dict(), "model_type": text.model_type}
 
 
 def _layer_requests(

@@ -104,7 +104,7 @@ def trace_engine(
     boundary = DeviceBoundary(tracker)
     run = _Run(workload, strategy, scale=scale, tracker=tracker, raw_deepspeed=raw_deepspeed or {})
     with ExitStack() as stack:
-        stack.enter_context(_fake_rank(rank, world_size))
+        stack.enter_context(fake_rank(rank, world_size))
         stack.enter_context(_two_memories(tracker))
         stack.enter_context(_scaled_constants(strategy, scale=scale))
         stack.enter_context(tracker)
@@ -291,7 +291,7 @@ def _check(
 
 
 @contextmanager
-def _fake_rank(rank: int, world_size: int) -> Iterator[None]:
+def fake_rank(rank: int, world_size: int) -> Iterator[None]:
     """Make this process one rank of a process group that communicates with nobody."""
     os.environ.update(
         DS_ACCELERATOR="cpu",
@@ -309,8 +309,11 @@ def _fake_rank(rank: int, world_size: int) -> Iterator[None]:
     torch.distributed.init_process_group(
         "fake", store=FakeStore(), rank=rank, world_size=world_size
     )
+    # Shared-memory collectives wait for the other ranks, which do not exist.
+    no_op = patch.object(import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
     try:
-        yield
+        with no_op:
+            yield
     finally:
         torch.distributed.destroy_process_group()
 
@@ -326,8 +329,6 @@ def _two_memories(tracker: StorageTracker) -> Iterator[None]:
         patch.object(accelerator, "current_device_name", lambda _: AcceleratorName("cpu")),
         patch.object(accelerator, "on_accelerator", lambda _, t: not tracker.is_on_host(t)),
         patch.object(accelerator, "is_fp16_supported", lambda _: True),
-        # Shared-memory collectives wait for the other ranks, which do not exist.
-        patch.object(import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None),
     ):
         yield
 
